@@ -74,11 +74,11 @@ _PYTHON = """# Python
 """
 _NAMES = {
     "The commands": """
-        prune prune_ratios plan_again load load_tokenizer recover vocabulary evaluate benchmark compare export inspect
+        prune prune_ratios plan_again load load_tokenizer recover vocabulary evaluate benchmark export inspect
         verbs.estimate""",
     "Arguments and results": """
         TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
-        Perplexity TaskScore Speed Comparison AdaPrunerError""",
+        Perplexity TaskScore Speed AdaPrunerError""",
     "The steps, one by one": "make_windows measure score plan cut compensate",
     "Checks for extensions": """
         testing.check_term testing.check_family testing.check_source testing.tiny_model

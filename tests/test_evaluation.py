@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from adapruner.config import PruneConfig
 from adapruner.evaluation import (
     Breakage,
     Perplexity,
+    Verdict,
     Writing,
     _breakage,
     _losses,
@@ -46,7 +47,7 @@ from adapruner.evaluation import (
 from adapruner.memory import Placement, _placement
 from adapruner.models import find_model, is_streamed, load_model
 from adapruner.texts import assign_texts
-from adapruner.verbs import _evaluate
+from adapruner.verbs import _evaluate, _source
 from adapruner.verbs._source import ModelSource
 from test_generation import SETTINGS, continued_alone
 from tiny_families import cut_to
@@ -463,6 +464,15 @@ def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
             assert all(0 < rate.least <= rate.median <= rate.greatest for rate in rates.values())
 
 
+def test_a_model_that_cannot_be_pruned_has_a_speed(make_model: Callable[..., PreTrainedModel]) -> None:
+    other = make_model("stablelm", qk_layernorm=True)
+    with pytest.raises(AdaPrunerError, match="cannot be pruned"):
+        build_structure(other)
+    [speed] = measure_speed({"stablelm": other}, (1,), 8, 2, 1).values()
+    assert (speed.parameters, speed.unfriendly_widths) == (other.num_parameters(), {})
+    assert speed.prompt_macs > 0
+
+
 def test_mapped_weights_count_once_at_one_batch_size(
     make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -488,6 +498,39 @@ def test_the_command_warns_of_unfriendly_widths(
     assert "widths of layers 1 are no multiples of 8" in captured.err
     with pytest.raises(AdaPrunerError, match="at least 1"):
         verbs.benchmark(model_folder, batch_sizes=(0,))
+
+
+def test_several_models_are_one_table(
+    model: PreTrainedModel,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, cut = str(model_folder), str(tmp_path / "cut")
+    cut_some_channels(model).save_pretrained(cut)
+    tokenizer.save_pretrained(cut)
+    command = ["evaluate", dense, cut, "--evaluate", str(text_file), "--seq-len", "16", "--limit", "4"]
+    app([*command, "--against", dense, "--json"], exit_on_error=False, result_action="return_value")
+    of_dense, of_cut = json.loads(capsys.readouterr().out)
+    app([*command[:1], cut, *command[3:], "--json"], exit_on_error=False, result_action="return_value")
+    alone = json.loads(capsys.readouterr().out)
+    assert (of_dense["model"], of_cut["model"]) == (dense, cut)
+    assert of_cut["perplexity"] == alone["perplexity"] != of_dense["perplexity"]
+    assert of_dense["speed"]["parameters"] - of_cut["speed"]["parameters"] == 17 * (3 * 48 + 2)
+    assert alone["speed"] is of_dense["verdict"] is None  # a model is not compared with itself
+    assert of_cut["verdict"] in get_args(Verdict)
+    monkeypatch.setenv("COLUMNS", "400")
+    app(command, exit_on_error=False, result_action="return_value")
+    table = capsys.readouterr().out
+    assert all(title in table for title in ("MB", "parameters", "bits per byte", "prompt tokens/s", "new tokens/s"))
+    [row] = [line for line in table.splitlines() if cut in line]
+    assert f"{of_cut['speed']['parameters']:,}" in row
+    monkeypatch.setattr(_source, "open_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(AdaPrunerError, match="nowhere"):
+        app([*command[:2], str(tmp_path / "nowhere"), *command[3:]], exit_on_error=False, print_error=False)
 
 
 def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,9 @@ from transformers import PreTrainedTokenizerFast
 import adapruner
 from adapruner import PruneConfig, verbs
 from adapruner.cli import app, main
-from adapruner.comparison import Comparison, Point
-from adapruner.evaluation import Perplexity, Rate, Verdict
+from adapruner.evaluation import Verdict
 from adapruner.graph import RunFolder
-from adapruner.report import render_comparison, write_reports
+from adapruner.report import write_reports
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
@@ -657,43 +656,18 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
-@pytest.fixture(scope="module")
-def pages(finished: adapruner.PruneResult, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The report, and a comparison of models of which some are dominated."""
-    points = [
-        Point(
-            model=f"runs/a-model-with-a-long-name-of-which-{share:.0%}-was-removed/model",
-            engine="llama.cpp",
-            type=kind,
-            size=round(3e8 * (1 - share) * bits / 16),
-            perplexity=Perplexity(
-                perplexity=30 * (1 + share) + 32 / bits, text="t", seq_len=9, windows=1, stride=9, predicted_bytes=8
-            ),
-            prefill=Rate(median=900 / bits, least=890 / bits, greatest=910 / bits),
-            decode=Rate(median=90 * (1 + share), least=85, greatest=170),
-        )
-        for share in (0.0, 0.2)
-        for kind, bits in {"f16": 16, "q8_0": 8.5, "q4_k_m": 4.8}.items()
-    ]
-    comparison = Comparison(points=points, prompt=8, new_tokens=4, repetitions=1, device="cpu")
-    assert comparison.dominated
-    compared = tmp_path_factory.mktemp("compared") / "compare.html"
-    compared.write_text(render_comparison(comparison), encoding="utf-8")
-    return {"report": finished.report, "comparison": compared}
-
-
 @pytest.fixture
-def visit(browser: Any, pages: dict[str, Path]) -> Iterator[Any]:
-    """Opens a page without a network, and fails where the console complains or anything else is asked for."""
+def visit(browser: Any, finished: adapruner.PruneResult) -> Iterator[Any]:
+    """Opens the report without a network, and fails where the console complains or anything else is asked for."""
     complaints: list[str] = []
 
-    def opened(page: str = "report", **options: Any) -> Any:
+    def opened(**options: Any) -> Any:
         context = browser.new_context(offline=True, **options)
         shown = context.new_page()
         shown.on("console", lambda message: complaints.append(message.text))
         shown.on("pageerror", lambda error: complaints.append(str(error)))
         shown.on("dialog", lambda dialog: complaints.append(dialog.message))
-        address = pages[page].absolute().as_uri()
+        address = finished.report.absolute().as_uri()
         shown.on("request", lambda request: request.url == address or complaints.append(request.url))
         shown.goto(address)
         return shown
@@ -751,9 +725,8 @@ def test_in_the_dark(visit: Any) -> None:
     assert all(one != other for one, other in zip(colours("light"), colours("dark"), strict=True))
 
 
-@pytest.mark.parametrize("page", ["report", "comparison"])
-def test_on_a_phone(visit: Any, page: str) -> None:
-    shown = visit(page, viewport={"width": 390, "height": 844}, has_touch=True)
+def test_on_a_phone(visit: Any) -> None:
+    shown = visit(viewport={"width": 390, "height": 844}, has_touch=True)
     shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
     cut = "[...document.querySelectorAll('.table')].filter(one => one.scrollWidth > one.clientWidth + 1)"
@@ -770,17 +743,16 @@ def test_on_paper(visit: Any) -> None:
     assert shown.evaluate("document.querySelector('#layer-table').getBoundingClientRect().height") > 0
 
 
-@pytest.mark.parametrize("page", ["report", "comparison"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_accessibility(browser: Any, pages: dict[str, Path], page: str, scheme: str, width: int) -> None:
+def test_accessibility(browser: Any, finished: adapruner.PruneResult, scheme: str, width: int) -> None:
     """axe-core, with all its rules of WCAG A and AA and its best practices."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
     shown = context.new_page()
-    shown.goto(pages[page].absolute().as_uri())
+    shown.goto(finished.report.absolute().as_uri())
     shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     response = axe.Axe().run(shown).response
     context.close()
-    assert len(response["passes"]) > (30 if page == "report" else 15)
+    assert len(response["passes"]) > 30
     assert [(one["id"], one["nodes"][0]["html"]) for one in response["violations"]] == []

@@ -18,7 +18,6 @@ __version__ = "0.1.0"
 _MODULES = {
     name: module
     for module, names in {
-        "comparison": "Comparison",
         "config": "PruneConfig PruneOptions RecoveryOptions",
         "errors": "AdaPrunerError",
         "evaluation": "Perplexity Speed TaskScore",
@@ -28,7 +27,7 @@ _MODULES = {
         "run.again": "plan_again",
         "run.api": "prune prune_ratios",
         "search": "TriedPoint",
-        "verbs": "Evaluation PrunedVocabulary benchmark compare compensate cut evaluate export inspect load"
+        "verbs": "Evaluation PrunedVocabulary benchmark compensate cut evaluate export inspect load"
         " load_tokenizer make_windows measure plan recover score vocabulary",
     }.items()
     for name in names.split()
@@ -36,7 +35,6 @@ _MODULES = {
 
 # The same for type checkers and documentation.
 if TYPE_CHECKING:
-    from adapruner.comparison import Comparison as Comparison
     from adapruner.config import (
         PruneConfig as PruneConfig,
         PruneOptions as PruneOptions,
@@ -54,7 +52,6 @@ if TYPE_CHECKING:
         Evaluation as Evaluation,
         PrunedVocabulary as PrunedVocabulary,
         benchmark as benchmark,
-        compare as compare,
         compensate as compensate,
         cut as cut,
         evaluate as evaluate,

@@ -30,7 +30,6 @@ from adapruner.plain_yaml import parse_options
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Engine = Literal["transformers", "llama.cpp"]
 Effort = Literal["quick", "standard", "thorough"]
 ExpertGranularity = Literal["expert", "channel"]
 ExportFormat = Literal["gguf", "decilm"]

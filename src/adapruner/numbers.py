@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from adapruner.evaluation import PROTOCOLS_OF_SIGNS, Breakage, Perplexity, TaskScore, mean_accuracies
+from adapruner.evaluation import PROTOCOLS_OF_SIGNS, Breakage, Perplexity, Speed, TaskScore, mean_accuracies
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
-Kind = Literal["size", "text", "sign", "task", "mean"]
+Kind = Literal["cost", "text", "sign", "task", "mean"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Number:
     """A measured number of a model.
 
     Attributes:
-        kind: the parameters of the model; on text; a sign of breakage; in a task; the mean over all tasks.
+        kind: the size or speed of the model; on text; a sign of breakage; in a task; the mean over all tasks.
         metric: its name, `perplexity` or `acc`.
         dataset: the text or the task.
         digits: shown after the decimal point.
@@ -64,6 +64,21 @@ def numbers_of(
         *(number for text, measured in perplexity.items() for number in _on_text(text, measured)),
         *(_signs(breakage) if breakage else ()),
         *(_scores(tasks) if tasks else ()),
+    ]
+    return {(number.kind, number.metric, number.dataset): number for number in numbers}
+
+
+def speed_numbers(speed: Speed) -> dict[Key, Number]:
+    """Megabytes, parameters and the rates of one sequence at a time, in that order."""
+    protocol = (
+        "tokens per second: one sequence, a prompt, then new tokens with a cache; medians of repetitions, models one"
+        " after the other"
+    )
+    numbers = [
+        Number("cost", "MB", "", speed.weight_bytes / 1e6, 1),
+        Number("cost", "parameters", "", speed.parameters, 0),
+        Number("cost", "prompt tokens/s", "", speed.prefill[1].median, 1, None, protocol),
+        Number("cost", "new tokens/s", "", speed.decode[1].median, 1, None, protocol),
     ]
     return {(number.kind, number.metric, number.dataset): number for number in numbers}
 
@@ -128,8 +143,8 @@ def shortened(text: str, longest: int = 26) -> str:
 
 
 def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
-    """Size, perplexity and bits per byte of every model; the last one is the result."""
-    shown = _of_kind(models, "size", "text")
+    """Size, perplexity, bits per byte and speed of every model, a row each."""
+    shown = _of_kind(models, "cost", "text")
     columns = [
         Column(f"{number.metric}\n{shortened(number.dataset)}" if number.dataset else number.metric)
         for number in shown.values()

@@ -83,8 +83,8 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     @property
     def numbers(self) -> Numbers:
         """All numbers, and the means over tasks."""
-        size = Number("size", "parameters", "", self.parameters, 0)
-        return {("size", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
+        size = Number("cost", "parameters", "", self.parameters, 0)
+        return {("cost", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 import gguf
@@ -15,9 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import window_losses
 from adapruner.gguf import read_stored_types, write_gguf
-from adapruner.gguf.llama_cpp import LlamaCpp
 from tiny_families import cut_to
 
 # More than the tokenizer of these tests has.
@@ -56,16 +55,19 @@ def test_every_type_runs(
     pruned: PreTrainedModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("cyllama")
-    windows = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(1))
-    expected = window_losses(pruned, windows)
+    prompt = torch.randint(5, 300, (24,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = pruned(prompt[None]).logits[0, -1].log_softmax(-1)
     sizes = {}
     for gguf_type in TYPES:
         path = tmp_path / f"{gguf_type}.gguf"
         write_gguf(pruned, bytes_tokenizer, path, gguf_type)
-        assert len(llama_cpp(path).generate([5, 6, 7], 4)) == 4
-        losses = torch.tensor(list(LlamaCpp(path, 24).window_losses(windows)), dtype=torch.float64)
+        opened = llama_cpp(path)
+        assert len(opened.generate([5, 6, 7], 4)) == 4
+        predicted = opened.next_token_log_probabilities(prompt.tolist(), VOCABULARY)
         tolerance = 0.03 if gguf_type in ("f32", "f16", "bf16", "q8_0") else 0.5
-        torch.testing.assert_close(losses, expected, rtol=0, atol=tolerance)
+        errors = [abs(value - float(expected[token])) for token, value in predicted.items()]
+        assert fmean(errors) < tolerance
         sizes[gguf_type] = path.stat().st_size
     # From the widest to the narrowest type.
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
@@ -99,7 +101,7 @@ def test_without_the_quantizer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("adapruner.gguf.llama_cpp.find_spec", lambda name: None if name == "cyllama" else found(name))
+    monkeypatch.setattr("adapruner.gguf._check.find_spec", lambda name: None if name == "cyllama" else found(name))
     with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")

@@ -26,7 +26,6 @@ from pydantic import ValidationError
 from adapruner import __version__
 from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
-from adapruner.cli.compare import compare
 from adapruner.cli.installation import doctor, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import plan, prune, report
@@ -48,7 +47,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, compare, export, inspect, recipes, doctor):
+for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic_core import to_jsonable_python
@@ -14,7 +14,7 @@ from adapruner.config import ExportFormat, GgufType, RecoveryOptions
 from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
-    from adapruner.evaluation import Speed
+    from adapruner.evaluation import Rate, Speed
     from adapruner.verbs import Evaluation
 
 
@@ -65,7 +65,7 @@ def recover(
 def evaluate(
     model: Model,
     /,
-    *,
+    *others: Annotated[str, Parameter(help="Further models, to compare with the first in one table.")],
     evaluate: Names = (),
     protocol: str | None = None,
     seq_len: WholeNumber = 128,
@@ -79,11 +79,14 @@ def evaluate(
     against: str | None = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of a model, dense or pruned, its scores in tasks of lm-eval, and the verdict on a pruned model.
+    """Perplexity of models, dense or pruned, their scores in tasks of lm-eval, and the verdict on pruned models.
+
+    Of several models, which are measured one after the other, also size and tokens per second, in one table.
 
     ```console
     adapruner evaluate runs/a/model --evaluate wikitext2 --evaluate ptb
     adapruner evaluate runs/a/model --against Qwen/Qwen3-0.6B
+    adapruner evaluate Qwen/Qwen3-0.6B runs/a/model runs/a/tuned --evaluate wikitext2 --limit 256
     adapruner evaluate runs/a/model --tasks commonsense --limit 200
     ```
 
@@ -101,13 +104,23 @@ def evaluate(
         against: The dense model, to compare with what both write; gives signs of breakage and the verdict.
     """
     with starting():
-        from adapruner.verbs import evaluate as run
+        from adapruner.verbs import evaluate as evaluate_one
+        from adapruner.verbs._evaluate import evaluate_each
 
-    text = (evaluate, protocol, seq_len, stride, bos, tasks, limit)
-    result = run(model, *text, dtype, device, layer_wise=layer_wise, against=against)
-    print_advice(result.overlaps)
-    content = {"model": model, **to_jsonable_python(result), "task_means": result.mean_accuracies}
-    print_output(content, json, _tables_of_evaluation(result, model, against or ""))
+    options: dict[str, Any] = {
+        "perplexity": evaluate,
+        **{"protocol": protocol, "seq_len": seq_len, "stride": stride, "bos": bos, "tasks": tasks, "limit": limit},
+        **{"dtype": dtype, "device": device, "layer_wise": layer_wise, "against": against},
+    }
+    models = list(dict.fromkeys((model, *others)))
+    results = {model: evaluate_one(model, **options)} if len(models) == 1 else evaluate_each(models, **options)
+    for result in results.values():
+        print_advice(result.overlaps)
+    contents = [
+        {"model": name, **to_jsonable_python(result), "task_means": result.mean_accuracies}
+        for name, result in results.items()
+    ]
+    print_output(contents if len(models) > 1 else contents[0], json, _tables_of_evaluation(results, against or ""))
 
 
 def benchmark(
@@ -225,22 +238,41 @@ def vocabulary(
     )
 
 
-def _tables_of_evaluation(result: Evaluation, model: str, dense: str) -> Iterator[Table]:
-    from adapruner.numbers import breakage_table, measured_table, numbers_of, task_table
+def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
+    from adapruner.numbers import breakage_table, measured_table, model_table, numbers_of, speed_numbers, task_table
 
-    for perplexity in result.perplexity:
-        yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
-    if result.verdict:
-        signs = {dense: numbers_of({}, result.dense), model: numbers_of({}, result.breakage)}
-        yield breakage_table(signs, {model: result.verdict})
-    if result.tasks:
-        yield task_table({model: numbers_of({}, tasks={score.task: score for score in result.tasks})})
+    if len(results) > 1:
+        rows = {model: speed_numbers(result.speed) if result.speed else {} for model, result in results.items()}
+        for model, result in results.items():
+            texts = [perplexity.text for perplexity in result.perplexity]
+            # One text may be measured in the windows of a protocol, and in others.
+            named = {
+                text if texts.index(text) == number else f"{text} ({number + 1})": result.perplexity[number]
+                for number, text in enumerate(texts)
+            }
+            rows[model] |= numbers_of(named)
+        yield model_table("", rows)
+    else:
+        for model, result in results.items():
+            for perplexity in result.perplexity:
+                yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
+    judged = {model: result for model, result in results.items() if result.verdict}
+    if judged:
+        signs = {model: numbers_of({}, result.breakage) for model, result in judged.items()}
+        of_dense = next(numbers_of({}, result.dense) for result in judged.values())
+        verdicts = {model: result.verdict for model, result in judged.items() if result.verdict}
+        yield breakage_table({dense: of_dense} | signs, verdicts)
+    if any(result.tasks for result in results.values()):
+        yield task_table(
+            {
+                model: numbers_of({}, tasks={score.task: score for score in result.tasks})
+                for model, result in results.items()
+            }
+        )
 
 
 def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:
     """A row for each quantity; of two models, a last column says by how much the second one is smaller or faster."""
-    from adapruner.comparison import shown_rate
-
     measured, is_pair = list(speeds.values()), len(speeds) == 2
     sizes: dict[str, list[int | None]] = {
         "parameters": [speed.parameters for speed in measured],
@@ -258,13 +290,17 @@ def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> 
         for batch in measured[0].prefill:
             rates = [getattr(speed, kind)[batch] for speed in measured]
             gain = f"{rates[-1].median / rates[0].median:.2f} ×"
-            rows.append([f"{name}, batch {batch}", *map(shown_rate, rates), *[gain] * is_pair])
+            rows.append([f"{name}, batch {batch}", *map(_shown_rate, rates), *[gain] * is_pair])
     columns = [Column("", is_number=False), *map(Column, speeds), *[Column("gain")] * is_pair]
     caption = (
         f"prompts of {prompt} tokens, then {new_tokens} generated with a cache; medians (least–greatest) of repetitions"
         " in turn"
     )
     return Table("speeds", "", columns, rows, [caption])
+
+
+def _shown_rate(rate: Rate) -> str:
+    return f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})"
 
 
 def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:

@@ -25,12 +25,12 @@ from adapruner.evaluation._perplexity import (
     measure_perplexity as measure_perplexity,
 )
 from adapruner.evaluation._speed import (
+    SPEED_TOKENS as SPEED_TOKENS,
     Rate as Rate,
     Speed as Speed,
     count_macs as count_macs,
     measure_speed as measure_speed,
     new_cache as new_cache,
-    rate as rate,
     seconds_in_turn as seconds_in_turn,
 )
 from adapruner.evaluation._tasks import (

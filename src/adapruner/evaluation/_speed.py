@@ -15,12 +15,16 @@ from pydantic import BaseModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from adapruner.models import empty_model
+from adapruner.errors import AdaPrunerError
+from adapruner.models import new_model
 from adapruner.progress import held_memory, peak_memory, reset_peak_memory
 from adapruner.structure import build_structure
 
 # Multiples of widths that fill the matrix units: vector registers of a processor, tiles of a GPU's tensor cores.
 _FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64
+
+# Tokens of a prompt, and tokens generated after it, unless others are given.
+SPEED_TOKENS = 128, 32
 
 
 class Rate(BaseModel, frozen=True):
@@ -41,7 +45,8 @@ class Speed(BaseModel, frozen=True):
         peak_memory_bytes: weights and the most memory held beyond them at the largest batch size; None if the system
             does not report it.
         prefill, decode: rates of reading a prompt and of generating after it, by batch size.
-        unfriendly_widths: feed-forward widths that are not a multiple of `friendly_multiple`, by layer.
+        unfriendly_widths: feed-forward widths that are not a multiple of `friendly_multiple`, by layer; empty for a
+            family that cannot be pruned, whose widths are not known.
     """
 
     parameters: int
@@ -58,8 +63,8 @@ class Speed(BaseModel, frozen=True):
 def measure_speed(
     models: Mapping[str, PreTrainedModel],
     batch_sizes: Sequence[int] = (1, 16),
-    prompt: int = 128,
-    new_tokens: int = 32,
+    prompt: int = SPEED_TOKENS[0],
+    new_tokens: int = SPEED_TOKENS[1],
     repetitions: int = 5,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Speed]:
@@ -115,7 +120,8 @@ def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
     Args:
         prompt: tokens.
     """
-    empty = empty_model(model.config).eval()
+    with torch.device("meta"):
+        empty = new_model(model.config).eval()
     tokens = torch.zeros(1, prompt, dtype=torch.long, device="meta")
     cache = new_cache(empty)
     with torch.no_grad():
@@ -137,16 +143,19 @@ def _speed(
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in weights)
     prompt_macs, new_token_macs = count_macs(model, prompt)
     multiple = _FRIENDLY_ON_CPU if model.device.type == "cpu" else _FRIENDLY_MULTIPLE
-    blocks = build_structure(model).blocks
+    try:
+        blocks = build_structure(model).blocks
+    except AdaPrunerError:  # the family cannot be pruned
+        blocks = ()
     return Speed(
         parameters=sum(parameter.numel() for parameter in weights),
         weight_bytes=weight_bytes,
         prompt_macs=prompt_macs,
         new_token_macs=new_token_macs,
         peak_memory_bytes=None if peak is None else weight_bytes + peak,
-        prefill={batch: rate(batch * prompt, [read for read, _ in times]) for batch, times in seconds.items()},
+        prefill={batch: _rate(batch * prompt, [read for read, _ in times]) for batch, times in seconds.items()},
         decode={
-            batch: rate(batch * new_tokens, [generated for _, generated in times]) for batch, times in seconds.items()
+            batch: _rate(batch * new_tokens, [generated for _, generated in times]) for batch, times in seconds.items()
         },
         unfriendly_widths={
             block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
@@ -155,7 +164,7 @@ def _speed(
     )
 
 
-def rate(tokens: int, seconds: Sequence[float]) -> Rate:
+def _rate(tokens: int, seconds: Sequence[float]) -> Rate:
     """Tokens per second, given the seconds of each repetition."""
     return Rate(median=tokens / statistics.median(seconds), least=tokens / max(seconds), greatest=tokens / min(seconds))
 

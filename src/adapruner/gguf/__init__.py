@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: checking that a model can be exported, writing it, its size, and llama.cpp itself."""
+"""GGUF files for llama.cpp: checking that a model can be exported, writing it, and its size."""
 
 from adapruner.gguf._check import (
     LLAMA_LIKE as LLAMA_LIKE,

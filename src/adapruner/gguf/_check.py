@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import llama_cpp
 from adapruner.models import architecture_of, removed_parts
 
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
@@ -30,8 +31,8 @@ def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
     Raises:
         AdaPrunerError: the model cannot be exported, or writing it needs llama.cpp, which is not installed.
     """
-    if gguf_type in QUANTIZED_BY_LLAMA_CPP:
-        llama_cpp.check_installed()
+    if gguf_type in QUANTIZED_BY_LLAMA_CPP and find_spec("cyllama") is None:
+        raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
     config = model.config
     if config.model_type not in (*LLAMA_LIKE, "qwen3", "gemma3_text"):
         raise AdaPrunerError(

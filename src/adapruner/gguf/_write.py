@@ -21,7 +21,6 @@ from adapruner.checkpoint import made_beside
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
-from adapruner.gguf import llama_cpp
 from adapruner.gguf._check import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts, layers_differ
 from adapruner.gguf._size import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
 from adapruner.gguf._tokenizer import add_tokenizer
@@ -57,10 +56,24 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
             if gguf_type in QUANTIZED_BY_LLAMA_CPP:
                 exact = made.with_name(f"{made.name}.exact")
                 _write(model, tokenizer, exact, path.stem, _EXACT_TYPES.get(model.dtype, "f32"))
-                llama_cpp.quantize(exact, partial, gguf_type)
+                _quantize(exact, partial, gguf_type)
             else:
                 _write(model, tokenizer, partial, path.stem, gguf_type)
         os.replace(made, path)
+
+
+def _quantize(exact: Path, output: Path, gguf_type: GgufType) -> None:
+    """Has llama.cpp, through the optional package cyllama, quantize a file; it chooses the type of each matrix."""
+    from cyllama.llama import llama_cpp
+
+    llama_cpp.disable_logging()
+    parameters = llama_cpp.LlamaModelQuantizeParams()
+    parameters.ftype = int(LlamaFileType[f"MOSTLY_{gguf_type.upper()}"])
+    parameters.nthread = torch.get_num_threads()
+    try:
+        llama_cpp.model_quantize(str(exact), str(output), parameters)
+    except RuntimeError:
+        raise AdaPrunerError(f"llama.cpp could not write the model as {gguf_type}: choose another type") from None
 
 
 def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, gguf_type: GgufType) -> None:

@@ -58,11 +58,6 @@ class RunFolder:
         """The run of which this is one of several ratios."""
         return RunFolder(self.path.parent)
 
-    @property
-    def holds_artifacts(self) -> bool:
-        """True if the folder holds artifacts."""
-        return self._keys.is_dir()
-
     def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
         """The folder with the artifacts of one ratio."""
         return self if len(config.ratio) == 1 else self.of_ratio(ratio)

@@ -11,7 +11,6 @@ _MODULES = {
     name: module
     for module, names in {
         "adapruner.run.preview": "Estimate estimate",
-        "adapruner.verbs._compare": "compare",
         "adapruner.verbs._evaluate": "Evaluation evaluate",
         "adapruner.verbs._export": "export",
         "adapruner.verbs._inspect": "check_described describe inspect multimodal",
@@ -26,7 +25,6 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from adapruner.run.preview import Estimate as Estimate, estimate as estimate
-    from adapruner.verbs._compare import compare as compare
     from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
     from adapruner.verbs._export import export as export
     from adapruner.verbs._inspect import (

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -22,8 +23,10 @@ from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import (
     PROTOCOLS,
+    SPEED_TOKENS,
     Breakage,
     Perplexity,
+    Speed,
     TaskScore,
     Verdict,
     end_tokens,
@@ -33,6 +36,7 @@ from adapruner.evaluation import (
     mean_accuracies,
     measure_breakage,
     measure_perplexity,
+    measure_speed,
     measure_tasks,
     write,
 )
@@ -63,6 +67,7 @@ class Evaluation:
         overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
         dense, breakage: signs of breakage of the model to compare with, and of the model; None without `against`.
         verdict: on these signs.
+        speed: size and speed, one sequence at a time; None if not requested, and layer by layer.
     """
 
     perplexity: list[Perplexity]
@@ -71,6 +76,7 @@ class Evaluation:
     dense: Breakage | None = None
     breakage: Breakage | None = None
     verdict: Verdict | None = None
+    speed: Speed | None = None
 
     @property
     def mean_accuracies(self) -> dict[str, float]:
@@ -92,6 +98,7 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     layer_wise: bool | None = None,
     against: ModelGiven | None = None,
+    speed: bool = False,
 ) -> Evaluation:
     """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, signs of
     breakage and the verdict.
@@ -112,13 +119,14 @@ def evaluate(
             reads the weights a few times, tasks once for every batch.
         against: the dense model, as for `model`. Both models write text, layer by layer neither does. What compares
             tokens is not measured if the two have different ones.
+        speed: also measure size and tokens per second, one sequence at a time; not layer by layer.
 
     Raises:
         AdaPrunerError: an option, the model, a text or a task is invalid; before the weights are loaded.
     """
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    if protocol is None and not perplexity and not tasks and against is None:
+    if protocol is None and not perplexity and not tasks and (against is None or speed):
         protocol = "llm-pruner"
     _check_options(protocol, seq_len, stride, limit)
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
@@ -137,12 +145,15 @@ def evaluate(
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
-    scores = []
+    scores, measured_speed = [], None
     signs: tuple[Breakage, Breakage, Verdict] | tuple[()] = ()
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
         perplexities = _measure_texts(loaded, texts, reporter) if texts else []
+        if speed and not placement.layer_wise:
+            with reporter.stage("measuring speed", None) as advance:
+                measured_speed = measure_speed({"": loaded}, (1,), progress=advance)[""]
         if to_run:
             with reporter.stage("running tasks", len(to_run)) as advance:
                 scores = measure_tasks(loaded, tokenizer, to_run, advance)
@@ -152,7 +163,22 @@ def evaluate(
                 dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
             with reporter.stage("looking for breakage"):
                 signs = _compare((dense_loaded, of_dense), (loaded, tokenizer), placement.layer_wise)
-    return Evaluation(perplexities, scores, known_uses, *signs)
+    return Evaluation(perplexities, scores, known_uses, *signs, speed=measured_speed)
+
+
+def evaluate_each(models: Sequence[str], against: str | None = None, **options: Any) -> dict[str, Evaluation]:
+    """Evaluates models one after the other, each with its size and speed, once all of them were found.
+
+    Args:
+        against: the dense model; if it is one of the models, it is not compared with itself.
+        options: further arguments of `evaluate`.
+    """
+    for source in map(ModelSource.of, models):
+        check_length(source.config, sum(SPEED_TOKENS))
+        source.tokenizer(None)
+    return {
+        model: evaluate(model, against=None if model == against else against, speed=True, **options) for model in models
+    }
 
 
 def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit: int | None) -> None:

@@ -15,7 +15,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import Speed, measure_speed
 from adapruner.families import open_model
 from adapruner.files import write_text
-from adapruner.models import check_length, empty_model, find_model, resolve_device
+from adapruner.models import check_length, find_model, resolve_device
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -87,7 +87,7 @@ def benchmark(
         if candidate is not None
     }
     for source in sources.values():
-        check_length(empty_model(source.config).config, prompt + new_tokens)
+        check_length(source.config, prompt + new_tokens)
     reporter = Reporter()
     with contextlib.ExitStack() as using:
         loaded = {}
