@@ -80,9 +80,6 @@ _NAMES = {
         TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
         Perplexity TaskScore Speed AdaPrunerError""",
     "The steps, one by one": "make_windows measure score plan cut compensate",
-    "Checks for extensions": """
-        testing.check_term testing.check_family testing.check_source testing.tiny_model
-        testing.tiny_tokenizer testing.tiny_texts""",
     "The parts": """
         structure.build_structure structure.Structure structure.Block measurement.Statistics importance.MetricPoint
         importance.Term importance.register_term importance.score_groups planning.Budget planning.Profile

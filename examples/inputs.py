@@ -3,8 +3,9 @@ takes a tiny random model and random words, for a try in seconds."""
 
 import argparse
 
+import tiny
+
 import adapruner
-from adapruner import testing
 from adapruner.calibration import parse_source, read_documents
 
 parser = argparse.ArgumentParser()
@@ -15,9 +16,9 @@ parser.add_argument(
 )
 given = parser.parse_args()
 
-model = testing.tiny_model(given.small) if given.small else adapruner.load(given.model)
-tokenizer = testing.tiny_tokenizer() if given.small else adapruner.load_tokenizer(given.model)
-texts = testing.tiny_texts() if given.small else read_documents(parse_source(given.text))
+model = tiny.model(given.small) if given.small else adapruner.load(given.model)
+tokenizer = tiny.tokenizer() if given.small else adapruner.load_tokenizer(given.model)
+texts = tiny.texts() if given.small else read_documents(parse_source(given.text))
 # Of a run, and of single steps.
-options = testing.SMALL if given.small else {}
+options = tiny.OPTIONS if given.small else {}
 seq_len, round_to = (16, 1) if given.small else (128, 32)

@@ -1,4 +1,4 @@
-"""An importance term of your own, checked and then searched together with the others.
+"""An importance term of your own, searched together with the others.
 
 `--small` took 54 seconds on a busy core.
 """
@@ -6,7 +6,6 @@
 from inputs import model, options, texts, tokenizer
 
 import adapruner
-from adapruner import testing
 from adapruner.importance import register_term
 
 
@@ -16,7 +15,6 @@ def input_energy(statistics):
     return statistics.input_squared.mean(0) * statistics.column_squared
 
 
-testing.check_term("input_energy")
 result = adapruner.prune(model, texts, tokenizer=tokenizer, ratio=0.2, **options)
 for name, weight in result.result.search.best.point.weights.items():
     print(f"{name:16} {weight:.3f}")

@@ -19,6 +19,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from examples.tiny import OPTIONS as SMALL_RUN
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,7 +31,6 @@ from adapruner.cli import app, main
 from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
 from adapruner.run.nodes import GRAPH
-from adapruner.testing import SMALL as SMALL_RUN
 from run_helpers import flags
 from tiny_wrappers import tiny_wrapper_config
 
@@ -44,7 +44,9 @@ FIRST_RUN = (
     " --evaluate wikitext2 --evaluate ptb"
 )
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
-PROGRAMS = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "inputs.py"})
+PROGRAMS = sorted(
+    set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / name for name in ("inputs.py", "tiny.py")}
+)
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
 LONGEST_EXAMPLE = 40
 
@@ -394,7 +396,7 @@ def test_an_example_runs(program: Path, monkeypatch: pytest.MonkeyPatch) -> None
     try:
         runpy.run_path(str(program))
     finally:
-        del sys.modules["inputs"]
+        del sys.modules["inputs"], sys.modules["tiny"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
+from adapruner.run.options import register_extensions
 from adapruner.structure import Structure, build_structure
 
 
@@ -203,3 +207,27 @@ def test_points_that_mean_nothing_are_refused() -> None:
     for weights in ({"fine_first": -1.0}, {"fine_first": 0.0}, {}):
         with pytest.raises(ValidationError, match="must be positive"):
             MetricPoint(weights=weights)
+
+
+def test_a_plugin_is_imported_only_if_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with two modules, each an entry point, as it is installed."""
+    for name in ("named", "unnamed"):
+        (tmp_path / f"plugin_{name}.py").write_text(
+            "from adapruner.importance import register_term\n\n"
+            "@register_term(unit='inputs', family='plugin')\n"
+            f"def of_{name}(statistics):\n    return statistics.column_squared\n"
+        )
+    about = tmp_path / "plugins-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[adapruner]\nnamed = plugin_named\nunnamed = plugin_unnamed\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register_extensions(PruneConfig.from_options(model="m"))
+    assert not {"plugin_named", "plugin_unnamed"} & set(sys.modules)
+    register_extensions(PruneConfig.from_options(model="m", plugins="named"))
+    monkeypatch.delitem(sys.modules, "plugin_named")
+    assert TERMS.pop("of_named")
+    assert "of_unnamed" not in TERMS
+    assert "plugin_unnamed" not in sys.modules
+    with pytest.raises(AdaPrunerError, match=r"has the plugin 'nmaed' .*named, unnamed"):
+        register_extensions(PruneConfig.from_options(model="m", plugins=("nmaed",)))
