@@ -75,7 +75,7 @@ _PYTHON = """# Python
 _NAMES = {
     "The commands": """
         prune prune_ratios plan_again load load_tokenizer recover vocabulary evaluate benchmark export inspect
-        verbs.estimate""",
+        run.preview.estimate""",
     "Arguments and results": """
         TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
         Perplexity TaskScore Speed AdaPrunerError""",

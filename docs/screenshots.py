@@ -13,7 +13,7 @@ from pathlib import Path
 from cyclopts import run as run_script
 from playwright.sync_api import sync_playwright
 
-from adapruner.verbs import write_reports
+from adapruner.verbs._report import write_reports
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = {

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-from adapruner import AdaPrunerError, verbs
+import adapruner
+from adapruner import AdaPrunerError
 from adapruner.checkpoint._folder import write_model
 from adapruner.config import Layout
 from adapruner.errors import reason
@@ -35,6 +36,7 @@ from adapruner.families.tiny import random_model
 from adapruner.models import architecture_of, find_model, load_model, wrapper_of
 from adapruner.structure import Kind, Structure, build_structure
 from adapruner.surgery import prune_model
+from adapruner.verbs._inspect import describe
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
 from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper
@@ -151,7 +153,7 @@ def row(model_type: str) -> Row:
         except RuntimeError:  # builds on the meta device alone; `inspect` reads the config and says why
             config.save_pretrained(folder)
         try:
-            structure, architecture = verbs.inspect(folder), verbs.describe(folder)
+            structure, architecture = adapruner.inspect(folder), describe(folder)
         except AdaPrunerError as refusal:
             return Row(model_type, refusal=short(str(refusal).replace(folder, "")))
     in_experts = "yes" if architecture.experts and architecture.experts.channels else ""

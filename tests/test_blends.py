@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import AdaPrunerError, RecoveryOptions, verbs
+import adapruner
+from adapruner import AdaPrunerError, RecoveryOptions
 from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
 from adapruner.card import trained_sentence
 from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
@@ -252,7 +253,7 @@ def test_the_teacher_answers_prompts(
 
 
 def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Path, tmp_path: Path) -> None:
-    record = verbs.recover(
+    record = adapruner.recover(
         model_folder,
         f"self:0.25,{text_file}:0.5,{instructions}:0.25",
         tmp_path / "a",
@@ -277,4 +278,4 @@ def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Pa
 def test_what_the_teacher_writes_needs_one(model_folder: Path, instructions: Path, tmp_path: Path) -> None:
     for data in ("self:0.5,c4:0.5", f"answers:{instructions}"):
         with pytest.raises(AdaPrunerError, match="is text that the dense model writes: name it with `teacher`"):
-            verbs.recover(model_folder, data, tmp_path / "a", **SHORT)
+            adapruner.recover(model_folder, data, tmp_path / "a", **SHORT)

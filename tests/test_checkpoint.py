@@ -24,7 +24,6 @@ from transformers import (
 )
 
 import adapruner
-from adapruner import verbs
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
@@ -233,7 +232,7 @@ def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -
 def test_what_cannot_be_pruned_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(AdaPrunerError, match=message):
-        verbs.inspect(tmp_path)
+        adapruner.inspect(tmp_path)
 
 
 def test_frequencies_stay_exact_in_the_fast_copy(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +361,7 @@ def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_fol
         tmp_path / ".",
     ):
         with pytest.raises(AdaPrunerError, match=r"did not write|is not a|overlaps the model"):
-            verbs.export(folder, to, output, overwrite=True)
+            adapruner.export(folder, to, output, overwrite=True)
     assert names_below(tmp_path) == before
     assert (tmp_path / "file.gguf").read_text() == "a thesis"
 

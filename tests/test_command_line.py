@@ -192,7 +192,7 @@ def test_the_level_of_the_logger_decides_what_is_shown(
             logging.getLogger("adapruner").debug("a detail")
         raise adapruner.AdaPrunerError("nothing there")
 
-    monkeypatch.setattr("adapruner.verbs.inspect", inspect)
+    monkeypatch.setattr("adapruner.verbs._inspect.inspect", inspect)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     shown = {}
     for flags in ((), ("--quiet",), ("-v",)):

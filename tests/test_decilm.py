@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import verbs
+import adapruner
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.decilm import check_decilm
 from adapruner.errors import AdaPrunerError
@@ -48,7 +48,7 @@ def pruned(model_type: str = "llama", counts: Any = None, **fields: object) -> P
 
 def exported(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     save_checkpoint(model, tokenizer, folder / "model", record={"base_model": "owner/name"})
-    verbs.export(folder / "model", "decilm", folder / "decilm")
+    adapruner.export(folder / "model", "decilm", folder / "decilm")
     return folder / "decilm"
 
 
@@ -160,7 +160,7 @@ def test_config_and_tokenizer_load_without_remote_code(tokenizer: PreTrainedToke
         AutoModelForCausalLM.from_pretrained(folder)
     assert read_origin(find_model(str(folder))) == {"base_model": "owner/name", "format": 1, "texts": []}
     with pytest.raises(AdaPrunerError, match="intermediate_size: 0"):
-        verbs.load(folder)
+        adapruner.load(folder)
 
 
 def test_the_config_of_the_engines_survives_writing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_equal_heads_need_not_fill_the_hidden_size(tokenizer: PreTrainedTokenize
 
 def test_the_card_says_how_to_run_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_checkpoint(pruned(), tokenizer, tmp_path / "model", card="# Model\n\n## Loading\n\nold\n\n## More\n")
-    verbs.export(tmp_path / "model", "decilm", tmp_path / "decilm")
+    adapruner.export(tmp_path / "model", "decilm", tmp_path / "decilm")
     card = (tmp_path / "decilm" / "README.md").read_text()
     assert re.search(r"## Loading\n.*vllm serve FOLDER --trust-remote-code.*\n## More\n", card, re.DOTALL)
     assert "old" not in card
@@ -267,7 +267,7 @@ def test_what_a_link_leads_to_is_replaced(tokenizer: PreTrainedTokenizerFast, tm
     save_checkpoint(pruned(), tokenizer, tmp_path / "model")
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "place")
-    verbs.export(tmp_path / "model", "decilm", tmp_path / "link", overwrite=True)
+    adapruner.export(tmp_path / "model", "decilm", tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
     assert len(stored(tmp_path / "place")) > 0
 
@@ -277,7 +277,7 @@ def test_overwriting_replaces_and_leaves_what_is_beside(tokenizer: PreTrainedTok
     (tmp_path / "decilm.partial").mkdir()
     (tmp_path / "decilm.partial" / "mine").touch()
     save_checkpoint(pruned("mistral"), tokenizer, tmp_path / "other")
-    verbs.export(tmp_path / "other", "decilm", folder, overwrite=True)
+    adapruner.export(tmp_path / "other", "decilm", folder, overwrite=True)
     fewer = {name: weight.shape for name, weight in stored(folder).items()}
     assert fewer == {name: weight.shape for name, weight in pruned("mistral").state_dict().items()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decilm", "decilm.partial", "model", "other"]

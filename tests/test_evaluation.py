@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, calibration, verbs
+from adapruner import AdaPrunerError, calibration
 from adapruner.calibration import Question, _probes, probe_texts
 from adapruner.cli import app
 from adapruner.config import PruneConfig
@@ -46,6 +46,7 @@ from adapruner.evaluation import (
 )
 from adapruner.memory import Placement, _placement
 from adapruner.models import find_model, is_streamed, load_model
+from adapruner.structure import build_structure
 from adapruner.texts import assign_texts
 from adapruner.verbs import _evaluate, _source
 from adapruner.verbs._source import ModelSource
@@ -222,11 +223,11 @@ def test_two_models_are_compared_as_in_a_run(
         assert len(breakage.texts) == 5  # in windows of the run's length there
         return breakage.model_dump(exclude={"texts"})
 
-    result, run = verbs.evaluate(finished.model_folder, against=model_folder), finished.result
+    result, run = adapruner.evaluate(finished.model_folder, against=model_folder), finished.result
     assert (result.perplexity, result.tasks) == ([], [])
     assert without_texts(result.dense) == without_texts(run.model("dense").breakage)
     assert without_texts(result.breakage) == without_texts(run.model("searched").breakage)
-    assert verbs.evaluate(model, against=model, tokenizer=tokenizer).verdict == "usable"
+    assert adapruner.evaluate(model, against=model, tokenizer=tokenizer).verdict == "usable"
     arguments = ["evaluate", str(finished.model_folder), "--against", str(model_folder)]
     app([*arguments, "--json"], exit_on_error=False, result_action="return_value")
     content = json.loads(capsys.readouterr().out)
@@ -243,13 +244,13 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(
     other.add_tokens(["zzz"])
     model.save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    result = verbs.evaluate(tmp_path / "other", against=model_folder)
+    result = adapruner.evaluate(tmp_path / "other", against=model_folder)
     assert result.breakage
     assert result.dense
     assert (result.dense.agreement, result.breakage.agreement) == (1, None)
     assert result.dense.writing["openings, sampled"].loss_of_dense
     assert {signs.loss_of_dense for signs in result.breakage.writing.values()} == {None}
-    by_layer = verbs.evaluate(model_folder, against=model_folder, layer_wise=True)
+    by_layer = adapruner.evaluate(model_folder, against=model_folder, layer_wise=True)
     assert by_layer.breakage
     assert (by_layer.breakage.writing, by_layer.breakage.answered, by_layer.verdict) == ({}, None, "usable")
 
@@ -264,7 +265,7 @@ def test_the_texts_fit_a_model_with_fewer_positions(
     shorter.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     models = (model_folder, tmp_path) if is_dense else (tmp_path, model_folder)
-    result = verbs.evaluate(models[0], against=models[1])
+    result = adapruner.evaluate(models[0], against=models[1])
     assert result.breakage
     assert result.dense
     assert result.breakage.agreement == 1
@@ -497,7 +498,7 @@ def test_the_command_warns_of_unfriendly_widths(
     assert list(json.loads(captured.out)) == [str(model_folder), str(tmp_path / "cut")]
     assert "widths of layers 1 are no multiples of 8" in captured.err
     with pytest.raises(AdaPrunerError, match="at least 1"):
-        verbs.benchmark(model_folder, batch_sizes=(0,))
+        adapruner.benchmark(model_folder, batch_sizes=(0,))
 
 
 def test_several_models_are_one_table(
@@ -540,7 +541,7 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
     # Asked for nothing: the protocol of LLM-Pruner.
-    for results in (verbs.evaluate(model_folder, protocol="llm-pruner"), verbs.evaluate(model_folder)):
+    for results in (adapruner.evaluate(model_folder, protocol="llm-pruner"), adapruner.evaluate(model_folder)):
         assert [(one.text, one.seq_len, one.windows) for one in results.perplexity] == [
             ("wikitext2:test", 128, 2),
             ("ptb:validation", 128, 4),
@@ -548,9 +549,9 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
         assert [one.provenance["split"] for one in results.perplexity] == ["test", "validation"]
         assert results.perplexity[0].provenance["revision"].startswith("sha256 ")
     with pytest.raises(AdaPrunerError, match="wikitext2:test has 300 tokens, less than one window of 2048"):
-        verbs.evaluate(model_folder, protocol="2048")
+        adapruner.evaluate(model_folder, protocol="2048")
     with pytest.raises(AdaPrunerError, match="unknown protocol 'wanda'; the protocols are llm-pruner, 2048"):
-        verbs.evaluate(model_folder, protocol="wanda")
+        adapruner.evaluate(model_folder, protocol="wanda")
 
 
 @pytest.mark.parametrize("memory_for", ["all weights", "a few layers"])
@@ -584,7 +585,7 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
 
 def test_a_model_in_memory_is_used_as_it_is(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
-        verbs.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
+        adapruner.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
 
 
 def test_what_a_checkpoint_was_calibrated_on_is_said(
@@ -608,9 +609,9 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
         ]
         assert captured.err.count("advice: the perplexity on") == len(expected)
     (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": [{"use": ["pool"]}]}))
-    assert verbs.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
+    assert adapruner.evaluate(folder, [str(text_file)], seq_len=16, limit=2).overlaps == []
     # One name needs no list.
-    assert verbs.evaluate(folder, str(text_file), seq_len=16, limit=2).perplexity[0].windows == 2
+    assert adapruner.evaluate(folder, str(text_file), seq_len=16, limit=2).perplexity[0].windows == 2
 
 
 @pytest.mark.parametrize(

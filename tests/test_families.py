@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import families, verbs
+from adapruner import families
 from adapruner.cli import main
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
@@ -29,6 +29,7 @@ from adapruner.models import (
     using_architecture,
 )
 from adapruner.structure import Structure, build_structure
+from adapruner.verbs._inspect import describe
 from run_helpers import QUICK
 from tiny_families import tiny_config
 
@@ -170,7 +171,7 @@ def smollm3(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 def test_a_family_is_checked_once(
     smollm3: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = verbs.describe(smollm3)
+    first = describe(smollm3)
     assert "checking how smollm3 is built: done in" in capsys.readouterr().err
     (file,) = cache.iterdir()
     assert Architecture.model_validate_json(file.read_bytes()) == first
@@ -214,7 +215,7 @@ def test_layers_of_an_inferred_family_differ_in_nothing_else(smollm3: Path, fiel
     config = json.loads((smollm3 / "config.json").read_text())
     (smollm3 / "config.json").write_text(json.dumps(config | {"per_layer_config": {"1": {field: 5}}}))
     with pytest.raises(AdaPrunerError, match=f"{field}.* per_layer_config|per_layer_config.*{field}"):
-        verbs.inspect(smollm3)
+        adapruner.inspect(smollm3)
 
 
 def test_a_layout_that_a_family_cannot_have_is_refused(
@@ -246,6 +247,6 @@ def test_what_cannot_be_pruned_is_refused_in_a_line(
 ) -> None:
     random_model(tiny_config(model_type, **fields)).save_pretrained(tmp_path / "model")
     with pytest.raises(AdaPrunerError, match=reason):
-        verbs.inspect(tmp_path / "model")
+        adapruner.inspect(tmp_path / "model")
     run(["inspect", str(tmp_path / "model"), "--json"], code=2)
     assert capsys.readouterr().out == ""

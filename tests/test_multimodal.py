@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, verbs
+from adapruner import AdaPrunerError
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Layout
 from adapruner.families import open_model
@@ -161,7 +161,7 @@ def test_a_run_prunes_the_decoder(
     assert "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)" in card
     assert "pipeline_tag: image-text-to-text" in card
     assert exit_code(["inspect", str(result.model_folder)]) == 0
-    verbs.recover(result.model_folder, str(text_file), tmp_path / "recovered", steps=1, seq_len=16, device="cpu")
+    adapruner.recover(result.model_folder, str(text_file), tmp_path / "recovered", steps=1, seq_len=16, device="cpu")
     before, after = tensors_in(result.model_folder), tensors_in(tmp_path / "recovered")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -225,7 +225,7 @@ def test_an_export_is_the_decoder_alone(
     config.text_config.intermediate_size = 256
     AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    verbs.export(tmp_path / "dense", "decilm", tmp_path / "decoder")
+    adapruner.export(tmp_path / "dense", "decilm", tmp_path / "decoder")
     assert not any("vision" in name for name in tensors_in(tmp_path / "decoder"))
     assert "the projector file (mmproj) is that of the original model" in capsys.readouterr().err
 
@@ -242,10 +242,10 @@ def test_an_export_is_the_decoder_alone(
 def test_what_has_no_decoder_inside_is_refused_in_one_line(model_type: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(AdaPrunerError, match=message) as refusal:
-        verbs.inspect(tmp_path)
+        adapruner.inspect(tmp_path)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_model_in_memory_is_to_be_saved_first(tmp_path: Path) -> None:
     with pytest.raises(AdaPrunerError, match="a gemma3 in memory has other models besides its decoder: save it"):
-        verbs.inspect(tiny_wrapper("gemma3"))
+        adapruner.inspect(tiny_wrapper("gemma3"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, verbs
+from adapruner import AdaPrunerError, PruneConfig
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import with_options
@@ -26,6 +26,7 @@ from adapruner.models import find_model
 from adapruner.planning import PruningPlan
 from adapruner.recovery import RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
+from adapruner.run.preview import estimate
 from adapruner.search import SearchResult
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
@@ -313,7 +314,7 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, prune: 
     assert again.result.model("dense").parameters == finished.result.final.parameters
     assert 0.095 <= again.result.removed_share <= 0.105
     with pytest.raises(AdaPrunerError, match="whose layers differ already cannot be estimated"):
-        verbs.estimate(finished.model_folder, **OPTIONS)
+        estimate(finished.model_folder, **OPTIONS)
 
 
 def test_quiet_leaves_results_and_advice(

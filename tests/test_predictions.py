@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapruner import verbs
+import adapruner
 from adapruner.config import RecoveryOptions
 from adapruner.models import find_model, load_model
 from adapruner.recovery import Examples, RecoveryRecord, train, window_examples, write_predictions
@@ -88,8 +88,8 @@ def test_a_streamed_teacher_predicts_the_same(examples: Examples, tmp_path: Path
 
 def test_recovery_from_stored_predictions(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = SHORT | {"teacher": str(model_folder), "records": 40}
-    record = verbs.recover(model_folder, str(text_file), tmp_path / "stored", teacher_top=8, **options)
-    expected = verbs.recover(model_folder, str(text_file), tmp_path / "run", **options)
+    record = adapruner.recover(model_folder, str(text_file), tmp_path / "stored", teacher_top=8, **options)
+    expected = adapruner.recover(model_folder, str(text_file), tmp_path / "run", **options)
     assert record.method == expected.method == "distillation"
     assert record.loss_before == pytest.approx(expected.loss_before, rel=0.05)
     assert not (tmp_path / "stored.training").exists()

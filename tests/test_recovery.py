@@ -25,7 +25,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.pytorch_utils import Conv1D
 
 import adapruner
-from adapruner import AdaPrunerError, RecoveryOptions, verbs
+from adapruner import AdaPrunerError, RecoveryOptions
 from adapruner.calibration import parse_blend
 from adapruner.card import card_of_recovered
 from adapruner.models import in_fastest_dtype
@@ -60,7 +60,7 @@ def examples() -> Examples:
 @pytest.fixture
 def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord]:
     """A model is fine-tuned on a text, into the given folder."""
-    return partial(verbs.recover, model_folder, str(text_file))
+    return partial(adapruner.recover, model_folder, str(text_file))
 
 
 def train_in_place(model: PreTrainedModel, examples: Examples, *arguments: Any, **named: Any) -> RecoveryRecord:
@@ -425,7 +425,7 @@ def test_the_first_process_alone_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     record = read_record(recovered)
-    monkeypatch.setattr(verbs, "recover", lambda *_, **__: record)
+    monkeypatch.setattr("adapruner.verbs._recover.recover", lambda *_, **__: record)
     command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(recovered), "--json"]
     for rank in (0, 1):
         launched(monkeypatch, rank)
@@ -473,7 +473,7 @@ def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Pa
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
     folder = tmp_path_factory.mktemp("recovered") / "a"
-    verbs.recover(model_folder, str(text_file), folder, **SHORT)
+    adapruner.recover(model_folder, str(text_file), folder, **SHORT)
     return folder
 
 
@@ -494,30 +494,30 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_first(
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(model_folder, model)
     shutil.copy(text_file, text)
-    verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+    adapruner.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
     tensors = load_file(model / "model.safetensors")
     changed = {name: tensor + 0.01 for name, tensor in tensors.items()}
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdaPrunerError, match="another config"):
-        verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+        adapruner.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+    adapruner.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
     text.write_text(text.read_text() + "\n\nw1 w2 w3")
     with pytest.raises(AdaPrunerError, match="another config"):
-        verbs.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
+        adapruner.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
 
 
 def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    verbs.recover(model_folder, str(text_file), folder, **SHORT)
-    record = verbs.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
+    adapruner.recover(model_folder, str(text_file), folder, **SHORT)
+    record = adapruner.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
     assert record.steps == 3
-    record = verbs.recover(
+    record = adapruner.recover(
         model_folder, str(text_file), folder, overwrite=True, dtype="bfloat16", **SHORT | {"steps": 3}
     )
     assert adapruner.load(folder).dtype == torch.bfloat16
     with pytest.raises(AdaPrunerError, match="is or contains"):
-        verbs.recover(folder, str(text_file), folder, overwrite=True, **SHORT)
+        adapruner.recover(folder, str(text_file), folder, overwrite=True, **SHORT)
     assert adapruner.load(folder).dtype == torch.bfloat16
 
 
@@ -545,7 +545,7 @@ def test_a_folder_around_what_is_read_is_refused(model_folder: Path, text_file: 
     text = shutil.copy(text_file, tmp_path / "texts" / "text.txt")
     for around in (model_folder.parent, tmp_path / "texts"):
         with pytest.raises(AdaPrunerError, match="is or contains"):
-            verbs.recover(model_folder, str(text), around, overwrite=True, **SHORT)
+            adapruner.recover(model_folder, str(text), around, overwrite=True, **SHORT)
 
 
 @pytest.mark.parametrize("distils", [False, True])
@@ -573,7 +573,7 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
 
 
 def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:
-    record = verbs.recover(
+    record = adapruner.recover(
         model_folder,
         "self",
         tmp_path / "a",

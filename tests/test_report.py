@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import PruneConfig, verbs
+from adapruner import PruneConfig
 from adapruner.cli import app, main
 from adapruner.evaluation import Verdict
 from adapruner.graph import RunFolder
@@ -32,6 +32,7 @@ from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
 from adapruner.tables import BARS, Column, Table
+from adapruner.verbs._report import write_reports as write_watched
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -267,7 +268,7 @@ def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page
 def test_the_speed_is_shown_once_it_was_measured(run: RunFolder, finished: adapruner.PruneResult) -> None:
     """Of the same two models alone: the run may have been cut again since."""
     assert "Speed was not measured" in page_of(run).text
-    speeds = verbs.benchmark(run.model, finished.result.config.model, (2,), 4, 2, 3, output=run.speed)
+    speeds = adapruner.benchmark(run.model, finished.result.config.model, (2,), 4, 2, 3, output=run.speed)
     pruned, dense = speeds[str(run.model)], speeds[finished.result.config.model]
     rows = {name.split()[0]: cells for name, cells in page_of(run).rows("gain-table").items()}
     for name, before, after in (
@@ -582,7 +583,7 @@ def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.Monk
     (run.path / "result.json").unlink()
     naps: list[float] = []
     monkeypatch.setattr("time.sleep", naps.append)
-    pages = verbs.write_reports(run.path, watch=True)
+    pages = write_watched(run.path, watch=True)
     with run.locked():
         for _ in range(2):
             [path] = next(pages)

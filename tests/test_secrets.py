@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from adapruner import verbs
 from adapruner.errors import without_secrets
 from run_helpers import QUICK, exit_code, prune_command
 
@@ -92,7 +91,7 @@ def test_tracebacks_have_no_secrets(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"no answer of {URL} with the header Authorization: Bearer {os.environ['HF_TOKEN']}")
 
-    monkeypatch.setattr(verbs, "inspect", fail)
+    monkeypatch.setattr("adapruner.verbs._inspect.inspect", fail)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert exit_code(["inspect", str(folder)]) == 1
     [log] = tmp_path.glob("adapruner-*.log")

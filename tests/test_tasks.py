@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner import AdaPrunerError, verbs
+import adapruner
+from adapruner import AdaPrunerError
 from adapruner.evaluation import _tasks, check_tasks, load_tasks, mean_accuracies, measure_tasks
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
@@ -212,7 +213,7 @@ def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTo
 
 
 def test_layer_by_layer_the_scores_are_the_same(model_folder: Path, local_data: Path) -> None:
-    scores = [verbs.evaluate(model_folder, tasks="commonsense", layer_wise=way).tasks for way in (False, True)]
+    scores = [adapruner.evaluate(model_folder, tasks="commonsense", layer_wise=way).tasks for way in (False, True)]
     assert scores[0] == scores[1]
 
 
@@ -260,7 +261,7 @@ def test_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr("adapruner.verbs._source.open_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
-        verbs.evaluate(model_folder, tasks=[name], limit=limit)
+        adapruner.evaluate(model_folder, tasks=[name], limit=limit)
 
 
 def test_data_that_cannot_be_read_are_named(

@@ -27,8 +27,13 @@ _MODULES = {
         "run.again": "plan_again",
         "run.api": "prune prune_ratios",
         "search": "TriedPoint",
-        "verbs": "Evaluation PrunedVocabulary benchmark compensate cut evaluate export inspect load"
-        " load_tokenizer make_windows measure plan recover score vocabulary",
+        "verbs._evaluate": "Evaluation evaluate",
+        "verbs._export": "export",
+        "verbs._inspect": "inspect",
+        "verbs._model": "benchmark load load_tokenizer",
+        "verbs._recover": "recover",
+        "verbs._steps": "compensate cut make_windows measure plan score",
+        "verbs._vocabulary": "PrunedVocabulary vocabulary",
     }.items()
     for name in names.split()
 }
@@ -48,24 +53,20 @@ if TYPE_CHECKING:
     from adapruner.run.again import plan_again as plan_again
     from adapruner.run.api import prune as prune, prune_ratios as prune_ratios
     from adapruner.search import TriedPoint as TriedPoint
-    from adapruner.verbs import (
-        Evaluation as Evaluation,
-        PrunedVocabulary as PrunedVocabulary,
-        benchmark as benchmark,
+    from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
+    from adapruner.verbs._export import export as export
+    from adapruner.verbs._inspect import inspect as inspect
+    from adapruner.verbs._model import benchmark as benchmark, load as load, load_tokenizer as load_tokenizer
+    from adapruner.verbs._recover import recover as recover
+    from adapruner.verbs._steps import (
         compensate as compensate,
         cut as cut,
-        evaluate as evaluate,
-        export as export,
-        inspect as inspect,
-        load as load,
-        load_tokenizer as load_tokenizer,
         make_windows as make_windows,
         measure as measure,
         plan as plan,
-        recover as recover,
         score as score,
-        vocabulary as vocabulary,
     )
+    from adapruner.verbs._vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary
 else:
     __all__ = [*_MODULES]
 

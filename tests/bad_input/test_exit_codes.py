@@ -30,7 +30,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("adapruner.verbs.inspect", fail)
+    monkeypatch.setattr("adapruner.verbs._inspect.inspect", fail)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
         return dict(os.environ), *handlers, logging.getLogger("adapruner").level, gc.isenabled()
 
     quiet: list[bool] = []
-    monkeypatch.setattr("adapruner.verbs.inspect", lambda _: quiet.append(Reporter().console.quiet))
+    monkeypatch.setattr("adapruner.verbs._inspect.inspect", lambda _: quiet.append(Reporter().console.quiet))
     before = state()
     for flags in (["--quiet"], []):
         run_cli([*flags, "inspect", "x"])

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import adapruner
-from adapruner import verbs
 from adapruner.calibration import parse_source, questions, text_windows
 from adapruner.checkpoint import save_checkpoint
 from adapruner.models import find_model, load_tokenizer
@@ -44,7 +43,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_its_structure() -> None:
-    structure = verbs.inspect("smollm2")
+    structure = adapruner.inspect("smollm2")
     assert structure.total_parameters == 134_515_008
     heads, channels = structure.blocks[:2]
     assert (heads.groups, channels.groups) == (3, 1536)

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adapruner import verbs
+import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_model
@@ -194,7 +194,7 @@ def test_the_decoder_of_a_multimodal_model(
     pruned = cut(open_model(find_model(str(tmp_path / "dense"))), per_layer=True)
     save_checkpoint(pruned, bytes_tokenizer, tmp_path / "pruned")
     path = tmp_path / "model.gguf"
-    verbs.export(tmp_path / "pruned", "gguf", path, gguf_type="f32")
+    adapruner.export(tmp_path / "pruned", "gguf", path, gguf_type="f32")
     assert "the projector file (mmproj) is that of the original model" in " ".join(capsys.readouterr().err.split())
     tensors = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
     assert all(name.startswith(("blk.", "output", "token_embd", "rope_freqs")) for name in tensors)

@@ -15,7 +15,7 @@ from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
     from adapruner.evaluation import Rate, Speed
-    from adapruner.verbs import Evaluation
+    from adapruner.verbs._evaluate import Evaluation
 
 
 def recover(
@@ -50,7 +50,7 @@ def recover(
     """
     with starting():
         from adapruner.processes import this_process
-        from adapruner.verbs import recover as run
+        from adapruner.verbs._recover import recover as run
 
     record = run(model, data, output, teacher, overwrite, dtype, device, **given(options))
     if not this_process().leads:
@@ -104,8 +104,7 @@ def evaluate(
         against: The dense model, to compare with what both write; gives signs of breakage and the verdict.
     """
     with starting():
-        from adapruner.verbs import evaluate as evaluate_one
-        from adapruner.verbs._evaluate import evaluate_each
+        from adapruner.verbs._evaluate import evaluate as evaluate_one, evaluate_each
 
     options: dict[str, Any] = {
         "perplexity": evaluate,
@@ -154,7 +153,7 @@ def benchmark(
         output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
     with starting():
-        from adapruner.verbs import benchmark as run
+        from adapruner.verbs._model import benchmark as run
 
     speeds = run(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
     print_output(speeds, json, [_table_of_speeds(speeds, prompt, new_tokens)])
@@ -187,7 +186,7 @@ def export(
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
     with starting():
-        from adapruner.verbs import export as run
+        from adapruner.verbs._export import export as run
 
     exported = run(model, to, output, gguf_type, overwrite)
     stored = exported.stored_types
@@ -228,7 +227,7 @@ def vocabulary(
         overwrite: Replace a folder that adapruner wrote.
     """
     with starting():
-        from adapruner.verbs import vocabulary as run
+        from adapruner.verbs._vocabulary import vocabulary as run
 
     pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype)
     removed, before = pruned.vocabulary.removed_parameters, pruned.vocabulary.parameters_before

@@ -139,7 +139,7 @@ def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json 
     import webbrowser
 
     with starting():
-        from adapruner.verbs import write_reports
+        from adapruner.verbs._report import write_reports
 
     written = write_reports(run, watch)
     pages = next(written)

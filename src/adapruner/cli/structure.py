@@ -50,8 +50,6 @@ def inspect(
         raise AdaPrunerError("`memory` is used with `cost` only")
     if pruning.keys() - {"architectures"} and not cost:
         raise AdaPrunerError("pruning options other than `architectures` are used with `cost` only")
-    from adapruner import verbs
-
     if cost:
         with starting():
             from adapruner.cli import with_options
@@ -61,13 +59,17 @@ def inspect(
         print_output(_cost(estimated, model), json, [table, with_options(f"{model} {_verdict(estimated, memory)}")])
     elif architecture:
         with starting():
-            content = verbs.describe(model).model_dump(mode="json", exclude_defaults=True)
+            from adapruner.verbs._inspect import describe
+
+            content = describe(model).model_dump(mode="json", exclude_defaults=True)
         print_output(content, json, [yaml.safe_dump(content, sort_keys=False, default_flow_style=None).rstrip()])
     else:
         with starting():
+            from adapruner.verbs._inspect import check_described, inspect as read_structure, multimodal
+
             if architectures := pruning.get("architectures"):
-                verbs.check_described(model, architectures)
-            structure, around = verbs.inspect(model), verbs.multimodal(model)
+                check_described(model, architectures)
+            structure, around = read_structure(model), multimodal(model)
         print_output(_content(structure, model, around), json, _lines(structure, model, around))
 
 
