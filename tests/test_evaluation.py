@@ -25,6 +25,7 @@ import adapruner
 from adapruner import AdaPrunerError, calibration
 from adapruner.calibration import Question, _probes, probe_texts
 from adapruner.cli import app
+from adapruner.cli._output import print_output
 from adapruner.config import PruneConfig
 from adapruner.evaluation import (
     Breakage,
@@ -431,6 +432,17 @@ def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTra
     assert (content["perplexity"], content["predicted_tokens"]) == (math.inf, 33)
     assert content["protocol"] == result.protocol
     assert Perplexity.model_validate_json(result.model_dump_json()) == result
+
+
+def test_what_is_printed_as_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    infinite = Perplexity(perplexity=math.inf, text="t", seq_len=9, windows=1, stride=9, predicted_bytes=8)
+    print_output({"texts": [infinite], "loss": math.nan, "ratio": 0.5}, True, [])
+    shown = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    [text] = shown["texts"]
+    assert text["perplexity"] is text["bits_per_byte"] is shown["loss"] is None
+    assert text["perplexity_missing"] == "too large for a number"
+    assert shown["loss_missing"] == "not a number"
+    assert (text["windows"], shown["ratio"]) == (1, 0.5)
 
 
 def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:

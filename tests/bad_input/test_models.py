@@ -219,8 +219,9 @@ TOKENIZED = (*WRITING, "evaluate")
 TURNS = itertools.cycle(TOKENIZED)
 # All verbs read a config, weights and a GGUF file by the same way, or layer by layer: the cases take turns.
 IN_TURN = itertools.cycle(VERBS)
-NO_TOKEN = [{"SpecialToken": {"id": "<q>", "type_id": 0}}]
+NO_TOKEN = [{"SpecialToken": {"id": "<q>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
 OF_NO_TOKEN = {"type": "TemplateProcessing", "single": NO_TOKEN, "pair": NO_TOKEN, "special_tokens": {}}
+BEYOND = OF_NO_TOKEN | {"special_tokens": {"<q>": {"id": "<q>", "ids": [999], "tokens": ["<q>"]}}}
 # Tokenizers on which their library panics, and tokenizers that load and fail on text.
 FAILING: dict[str, Break] = {
     "a panic while loading": with_fields(
@@ -252,6 +253,7 @@ BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
         for name, v in TOKENIZERS.items()
     ),
     *((f"tokenizer: {name}", v, (verb,), "FOLDER") for (name, v), verb in zip(FAILING.items(), TURNS, strict=False)),
+    ("tokenizer: a token beyond its own", with_fields("tokenizer.json", post_processor=BEYOND), ("evaluate",), "999"),
     ("no tokenizer", removed("tokenizer.json", "tokenizer_config.json"), TOKENIZED, "FOLDER"),
     ("tokens", with_tokens, TOKENIZED, "has 106 tokens, the embedding of the model only 96"),
     *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,8 +55,24 @@ def print_output(content: Any, json: bool, shown: Iterable[RenderableType]) -> N
         shown: printed otherwise: tables, and lines that are not wrapped.
     """
     console = plain_console()
-    for line in [dumps(to_jsonable_python(content), indent=2)] if json else shown:
+    for line in [dumps(_finite(to_jsonable_python(content)), indent=2)] if json else shown:
         console.print(line, soft_wrap=isinstance(line, str))
+
+
+def _finite(content: Any) -> Any:
+    """The content without infinities and NaN, which JSON does not have: such a field is null, and `NAME_missing` beside
+    it says why."""
+    if isinstance(content, list):
+        return [*map(_finite, content)]
+    if not isinstance(content, dict):
+        return content
+    finite = {}
+    for name, value in content.items():
+        finite[name] = _finite(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            finite[name] = None
+            finite[f"{name}_missing"] = "not a number" if math.isnan(value) else "too large for a number"
+    return finite
 
 
 def result_lines(results: Iterable[PruneResult]) -> Iterator[RenderableType]:

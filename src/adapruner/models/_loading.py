@@ -73,7 +73,14 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
             around = wrapper.config if wrapper else config
             tokenizer = AutoTokenizer.from_pretrained(location.path, config=around, **NO_REMOTE_CODE)
         for text in _TRIED:
-            tokenizer.decode(tokenizer(text).input_ids)
+            tokens = tokenizer(text).input_ids
+            tokenizer.decode(tokens)
+            named = dict(zip(tokens, tokenizer.convert_ids_to_tokens(tokens), strict=True))
+            if unknown := [token for token, name in named.items() if name is None]:
+                raise AdaPrunerError(
+                    f"the tokenizer in {str(location)!r} puts token {unknown[0]:,} into texts, which its vocabulary of"
+                    f" {len(tokenizer):,} tokens does not have"
+                )
         embedded = config.vocab_size
     if isinstance(tokenizer.chat_template, dict):
         # Each template is saved as a file of that name.
