@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
 from adapruner.measurement import saved_activations
-from adapruner.memory._stages import bytes_of_predictions
+from adapruner.memory import bytes_of_predictions
 from adapruner.models import decoder_layers, empty_model
 
 GB, FLOAT32 = 10**9, 4

@@ -34,10 +34,10 @@ def test_a_run_on_an_accelerator_computes_repeatably_and_leaves_the_settings_as_
 
 def test_moments_take_no_memory_that_a_stage_needs() -> None:
     cpu = torch.device("cpu")
-    everything = room_for_moments(cpu, Memory(device=0, host=0, largest="weights"))[cpu]
-    some = room_for_moments(cpu, Memory(device=everything, host=0, largest="weights"))[cpu]
+    everything = room_for_moments(cpu, Memory(0, 0, "seq_len"))[cpu]
+    some = room_for_moments(cpu, Memory(everything, 0, "seq_len"))[cpu]
     assert 0 < some < 0.7 * everything
-    assert room_for_moments(cpu, Memory(device=2**60, host=0, largest="weights")) == {cpu: 0}
+    assert room_for_moments(cpu, Memory(2**60, 0, "seq_len")) == {cpu: 0}
 
 
 def test_devices_share_the_layers_in_their_order(model: PreTrainedModel) -> None:

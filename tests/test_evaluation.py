@@ -45,7 +45,7 @@ from adapruner.evaluation import (
     window_losses,
     write,
 )
-from adapruner.memory import Placement, _placement
+from adapruner.memory import Placement
 from adapruner.models import find_model, is_streamed, load_model
 from adapruner.structure import build_structure
 from adapruner.texts import assign_texts
@@ -577,7 +577,7 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
 ) -> None:
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     total = weights / (0.8 if memory_for == "a few layers" else 0.7)
-    monkeypatch.setattr(_placement, "_total_and_free", lambda _: (total, total))
+    monkeypatch.setattr("adapruner.memory.total_and_free", lambda _: (total, total))
     evaluated: list[PreTrainedModel] = []
 
     def noted(model: PreTrainedModel, *given: Any, **named: Any) -> Perplexity:
@@ -649,7 +649,7 @@ def test_where_a_model_is_evaluated(
     monkeypatch.setattr(_evaluate, "resolve_devices", lambda device: TWO_DEVICES[: device.count(",") + 1])
     monkeypatch.setattr(_evaluate, "usable_devices", lambda device: TWO_DEVICES)
     monkeypatch.setattr(_evaluate, "is_streamable", lambda *_: streamable)
-    monkeypatch.setattr(_placement, "_total_and_free", lambda device: (round(free * weights), 0))
+    monkeypatch.setattr("adapruner.memory.total_and_free", lambda device: (round(free * weights), 0))
     if not is_known:
         monkeypatch.setattr(_evaluate, "family_named", lambda name: None)
     source = ModelSource.of(model_folder)

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig
+from adapruner import AdaPrunerError, PruneConfig, memory
 from adapruner.cli import main
 from adapruner.measurement import StoredMoments, saved_activations
-from adapruner.memory import GIB, Memory, _placement, choose_placement, estimate_memory
+from adapruner.memory import GIB, Memory, choose_placement, estimate_memory
 from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
 from adapruner.planning import reference_budget
 from adapruner.run.nodes import models
@@ -34,15 +34,12 @@ SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compen
 TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
 
 
-def memory_of(
-    model_config: LlamaConfig, layer_wise: bool, device: str = "cpu", is_mapped: bool = True, **options: object
-) -> dict[str, Memory]:
+def memory_of(model_config: LlamaConfig, by_layer: bool, device: str = "cpu", count: int = 1, **options: Any) -> Memory:
     model = empty_model(model_config)
     structure = build_structure(model)
-    config = PruneConfig(model="x", **options)
+    config = PruneConfig.from_options(model="x", **options)
     budget = reference_budget(config, structure, config.ratio[0])
-    about = config, model, structure, budget, torch.device(device), layer_wise
-    return estimate_memory(*about, is_mapped=is_mapped)
+    return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer)
 
 
 @pytest.mark.parametrize("family", known_architectures())
@@ -73,58 +70,79 @@ def test_saved_activations_are_what_one_layer_more_keeps(
     assert of_layer == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
+# Of LLaMA-7B: all parameters, those of a layer, and those outside of layers.
+PARAMETERS, LAYER, OUTSIDE = 6_738_415_616, 202_383_360, 6_738_415_616 - 32 * 202_383_360
+
+
 def test_a_7b_model_needs_what_its_shapes_say() -> None:
-    """LLaMA-7B has 6,738,415,616 parameters, 202,383,360 in a layer."""
+    """In bfloat16, the dense and the pruned model, of which a fifth is removed, and the states of the text."""
     llama = LlamaConfig(dtype="bfloat16")
-    whole, by_layer = memory_of(llama, False), memory_of(llama, True)
-    assert whole["loading"] == Memory(2 * 6_738_415_616, 0, "weights")
-    assert by_layer["loading"].device == 2 * (6_738_415_616 - 32 * 202_383_360)
-    deeper = LlamaConfig(dtype="bfloat16", num_hidden_layers=64)
-    measuring = [memory_of(config, True)["measuring"].device for config in (llama, deeper)]
-    # Of more layers only the sums: of 16 samples three for each vector (four attention and three feed-forward matrices)
-    # and two for each input of a row-wise projection.
-    of_layer = 16 * 4 * (3 * (4 * 4096 + 3 * 11_008) + 2 * (4096 + 11_008))
-    assert measuring[1] - measuring[0] == 32 * of_layer
-    assert measuring[0] < 3 * GIB
-    on_gpu = memory_of(llama, True, "cuda")
-    assert max(each.device for each in on_gpu.values()) < 12 * GIB
-    # Pruned layers wait in main memory: four fifths of all, without both embeddings.
-    cut = 0.8 * 6_738_415_616 - 2 * 32_000 * 4096
-    assert on_gpu["compensating"].host == pytest.approx(2 * cut, rel=1e-3)
-    # Trials cut a layer when they read it.
-    assert on_gpu["searching"].host < 0.5 * cut
+    whole = memory_of(llama, False, "cuda")
+    assert whole.weights == pytest.approx(2 * 1.8 * PARAMETERS, rel=1e-3)
+    assert whole.largest == "compensation_windows"
+    assert whole.term == (512 + 256) * 128 * (2 * 4096 + 11_008) * 2
+    assert memory_of(llama, False, "cuda", compensation_windows=1024, self_windows=512).term == 2 * whole.term
+    # All statistics of 64 samples: three for each vector (four attention and three feed-forward matrices) and two for
+    # each input of a row-wise projection.
+    assert whole.host == 64 * 4 * 32 * (3 * (4 * 4096 + 3 * 11_008) + 2 * (4096 + 11_008))
+    by_layer = memory_of(llama, True, "cuda", self_windows=0)
+    assert (by_layer.weights, by_layer.largest) == (2 * (OUTSIDE + LAYER), "second moments")
+    assert by_layer.term == 4 * (8 * 11_008**2 + 4 * 4096 * 11_008)
+    # Pruned layers wait in main memory.
+    waiting = 0.8 * PARAMETERS - OUTSIDE
+    assert by_layer.host - whole.host == pytest.approx(2 * waiting, rel=1e-3)
 
 
 def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:
-    """Trials run a copy there, of half the size; a model that is not mapped from its files is held with it."""
-    on_gpu, weights = memory_of(LlamaConfig(), False, "cuda"), 4 * 6_738_415_616
-    assert on_gpu["measuring"].device > 1.5 * weights
-    assert 0.5 * weights < on_gpu["searching"].device < weights
-    not_mapped = memory_of(LlamaConfig(), False, "cuda", is_mapped=False)
-    assert not_mapped["searching"].device == on_gpu["searching"].device + weights
+    """Trials run a copy there, of half the size."""
+    weights = memory_of(LlamaConfig(), False, "cuda").weights
+    assert weights == pytest.approx((4 + 2 + 4 * 0.8) * PARAMETERS, rel=1e-3)
 
 
-def test_only_what_the_family_allows_is_counted(make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    stages = {}
-    for family in known_architectures():
-        make_model(family).save_pretrained(tmp_path / family)
-        stages[family] = estimate(tmp_path / family, **TINY).stages
-    assert "compensating" in stages["llama"]
-    assert "compensating" not in stages["gemma2"]
+def test_a_context_that_the_model_does_not_have_is_refused(
+    make_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    make_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(AdaPrunerError, match="64"):
-        estimate(tmp_path / "gpt2", **TINY | {"seq_len": 65})
+        estimate(tmp_path, **TINY | {"seq_len": 65})
+
+
+def test_a_recovery_counts_and_does_not_decide_where_layers_are(tmp_path: Path) -> None:
+    """All weights and their gradients in float32, and two moments of each."""
+    llama = LlamaConfig(dtype="bfloat16")
+    alone, lora, full, small = (
+        memory_of(llama, False, "cuda", **options)
+        for options in (
+            {},
+            {"recover": "c4"},
+            {"recover": "c4", "recovery": {"train": "full"}},
+            {"recover": "c4", "recovery": {"train": "full", "optimizer": "adamw_8bit"}},
+        )
+    )
+    assert (full.largest, small.largest) == ("recovery.micro_batch_size", "recovery.micro_batch_size")
+    assert alone.device < lora.device < full.device
+    assert full.term - small.term == pytest.approx(6 * 0.8 * PARAMETERS, rel=1e-3)
+    assert full.term > 16 * 0.8 * PARAMETERS
+    llama.save_pretrained(tmp_path)
+    options = {"device": "auto", "self_windows": 0}
+    without, refused = (
+        estimate(tmp_path, "48GB", **options, **more) for more in ({}, {"recover": "c4", "recovery": {"train": "full"}})
+    )
+    assert (without.fits, refused.fits) == (True, False)
+    assert without.placement == refused.placement
+    assert "of `recovery.micro_batch_size` =" in refused.refusal
 
 
 @pytest.fixture
 def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Chooses for a model that needs 800 bytes as a whole and 500 layer by layer."""
-    needed = {False: Memory(800, 0, "weights"), True: Memory(500, 0, "seq_len")}
-    monkeypatch.setattr(_placement, "estimate_memory", lambda *given: {"searching": needed[given[5]]})
+    needed = {False: Memory(700, 100, "second moments"), True: Memory(400, 100, "seq_len")}
+    monkeypatch.setattr(memory, "estimate_memory", lambda *given: needed[given[5]])
     model = empty_model(load_model(find_model(str(model_folder))).config)
 
     def choose(total: int, free: int, streamable: bool = True, **options: object) -> bool:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=free))
-        monkeypatch.setattr(_placement, "_CONTROL_GROUP", Path("nowhere"))
+        monkeypatch.setattr(memory, "_CONTROL_GROUP", Path("nowhere"))
         config = PruneConfig(model="x", **options)
         structure = build_structure(model)
         budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
@@ -143,31 +161,26 @@ def test_the_memory_of_the_machine_decides_and_not_what_is_free(choose: Callable
 
 
 def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
+    sizes = r"Not enough memory: .* GiB of weights \+ .* GiB of {} = .* GiB are needed on cpu, .* are free"
     with pytest.raises(
-        AdaPrunerError, match=r"Not enough memory: searching needs about .* free on cpu.*the weights: try `layer_wise`"
+        AdaPrunerError, match=sizes.format("second moments") + r"\. Try `layer_wise` or `dtype` bfloat16;"
     ):
         choose(10_000, 700)
     assert not choose(10_000, 700, layer_wise=False, ignore_memory=True)
-    with pytest.raises(AdaPrunerError, match=r"largest term is `seq_len` 128; lower it, or try `dtype` bfloat16"):
+    with pytest.raises(
+        AdaPrunerError, match=sizes.format("`seq_len`") + r"\. Try a smaller `seq_len` or `dtype` bfloat16;"
+    ):
         choose(1000, 400)
-    with pytest.raises(AdaPrunerError, match="the weights: try `dtype` bfloat16"):
+    with pytest.raises(AdaPrunerError, match=r"second moments = .*\. Try `dtype` bfloat16;"):
         choose(1000, 700, streamable=False)
-
-
-def test_an_option_without_a_value_is_named_all_the_same(
-    choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_placement, "estimate_memory", lambda *_: {"searching": Memory(500, 0, "objective_windows")})
-    with pytest.raises(AdaPrunerError, match=r"largest term is `objective_windows`; lower it, or try `dtype`"):
-        choose(1000, 400, layer_wise=True)
 
 
 def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
     monkeypatch.setattr(
-        _placement,
+        memory,
         "estimate_memory",
-        lambda *given: {"searching": Memory(150 if given[5] else 100 + 700 // given[6], 0, "weights")},
+        lambda *given: Memory(150 if given[5] else 100 + 700 // len(given[4]), 0, "seq_len"),
     )
     model, devices = (
         empty_model(load_model(find_model(str(model_folder))).config),
@@ -177,7 +190,7 @@ def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypat
     budget = reference_budget(PruneConfig(model="x", **TINY), structure, 0.2)
 
     def choose(total: int, streamable: bool = True, **options: object) -> tuple[int, bool]:
-        monkeypatch.setattr(_placement, "_total_and_free", lambda _: (total, total))
+        monkeypatch.setattr(memory, "total_and_free", lambda _: (total, total))
         config = PruneConfig(model="x", **options)
         placement = choose_placement(config, model, structure, budget, devices, streamable)
         assert placement.devices == tuple(devices[: len(placement.devices)])
@@ -189,21 +202,16 @@ def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypat
     assert choose(600, layer_wise=False) == (2, False)
     assert choose(1068, device="cuda:0,cuda:1,cuda:2,cuda:3") == (4, False)
     assert choose(365, streamable=False) == (4, False)
-    with pytest.raises(AdaPrunerError, match=r"needs about .* are free on cuda:0, cuda:1, cuda:2, cuda:3"):
+    with pytest.raises(AdaPrunerError, match=r"are needed on cuda:0, cuda:1, cuda:2, cuda:3, .* are free"):
         choose(200, streamable=False)
 
 
 def test_spread_weights_are_estimated_for_the_device_that_has_most() -> None:
-    config = LlamaConfig(dtype=torch.bfloat16)  # LLaMA-7B
-    model, options = empty_model(config), PruneConfig(model="x", compensation_windows=64, self_windows=0)
-    structure = build_structure(model)
-    budget = reference_budget(options, structure, 0.2)
-    loading = [
-        estimate_memory(options, model, structure, budget, torch.device("cuda"), False, count)["loading"].device
-        for count in (1, 2, 100)
-    ]
-    layer, outside = 202_383_360, 6_738_415_616 - 32 * 202_383_360
-    assert loading == [2 * 6_738_415_616, 2 * (6_738_415_616 // 2 + layer), 2 * (outside + layer)]
+    """The share of the dense and of the pruned model, and a layer of each beyond it; or what is outside of layers."""
+    llama = LlamaConfig(dtype="bfloat16")
+    one, two, many = (memory_of(llama, False, "cuda", count).weights for count in (1, 2, 100))
+    assert two == pytest.approx(one / 2 + 2 * 2 * LAYER, rel=1e-6)
+    assert many == 2 * 2 * (OUTSIDE + LAYER)
 
 
 def test_processes_on_one_machine_share_its_memory(
@@ -219,14 +227,14 @@ def test_processes_on_one_machine_share_its_memory(
 def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers as cgroup v2 gives them; cached files are free."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(_placement, "_CONTROL_GROUP", tmp_path)
-    total, _ = _placement._total_and_free(cpu)
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    total, _ = memory.total_and_free(cpu)
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 600\ninactive_file 400\nactive_file 150\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert _placement._total_and_free(cpu) == (1000, 650)
+    assert memory.total_and_free(cpu) == (1000, 650)
     (tmp_path / "memory.max").write_text("max\n")
-    assert _placement._total_and_free(cpu)[0] == total
+    assert memory.total_and_free(cpu)[0] == total
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="has no such limits")
@@ -236,7 +244,7 @@ def test_a_limit_of_the_process_bounds_memory(kind: str, field: str) -> None:
     before, limit = process.rlimit(number), getattr(process.memory_info(), field) + GIB
     process.rlimit(number, (limit, before[1]))
     try:
-        total, free = _placement._total_and_free(torch.device("cpu"))
+        total, free = memory.total_and_free(torch.device("cpu"))
     finally:
         process.rlimit(number, before)
     assert total == limit
@@ -244,24 +252,20 @@ def test_a_limit_of_the_process_bounds_memory(kind: str, field: str) -> None:
 
 
 def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--pool", "6", "--samples", "3", "--seq-len", "16", "--protect-first", "1", "--level-rounds", "1"]
-    with contextlib.suppress(SystemExit):
-        main(["inspect", str(model_folder), "--cost", *options, "--ratio", "0.1", "--round-to", "1", "--json"])
-    stages = json.loads(capsys.readouterr().out)["stages"]
-    assert [stage["stage"] for stage in stages] == [
-        "loading",
-        "writing text",
-        "reading activations",
-        "measuring",
-        "comparing removals",
-        "removing parts whole",
-        "searching",
-        "levelling widths",
-        "compensating",
-        "tuning scales",
-    ]
-    assert all(stage.keys() == {"stage", "device_bytes", "host_bytes", "largest"} for stage in stages)
-    assert all(stage["device_bytes"] > 0 for stage in stages)
+    def printed(*more: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["inspect", str(model_folder), "--cost", *flags(TINY | {"level_rounds": 0}), *more])
+        return capsys.readouterr().out
+
+    needed = json.loads(printed("--json"))
+    assert needed["device_bytes"] == needed["weights_bytes"] + needed["term_bytes"] > needed["weights_bytes"] > 0
+    assert needed["host_bytes"] == 0
+    first, second = printed().splitlines()
+    assert re.fullmatch(r"memory: \d\S+ GiB of weights \+ .* GiB of .* = .* GiB on cpu", first)
+    assert second == f"{model_folder} fits this machine: yes, all layers in memory"
+    assert json.loads(printed("--json", "--recover", "c4", "--recovery.seq-len", "60"))["largest"] == (
+        "recovery.micro_batch_size"
+    )
     with pytest.raises(SystemExit):
         main(["inspect", str(model_folder), "--pool", "6"])
 
@@ -269,7 +273,7 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
 def test_inspect_says_if_a_model_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 48, "vocab_size": 1000}
     LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(tmp_path)
-    peak = max(memory.device for memory in estimate(tmp_path, device="cuda", **TINY).stages.values())
+    peak = estimate(tmp_path, device="cuda", **TINY).memory.device
 
     def verdict(*arguments: str) -> str:
         with contextlib.suppress(SystemExit):
@@ -278,14 +282,14 @@ def test_inspect_says_if_a_model_fits(tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert verdict("--device", "cuda").startswith("fits: unknown")
     assert verdict().startswith("fits this machine: yes, all layers in memory")
-    assert verdict("--memory", "24GB").startswith("fits 24GB: yes, all layers in memory; ")
+    assert verdict("--memory", "24GB").startswith("fits 24GB: yes, all layers in memory")
     # A quarter is left free, unless one layer at a time is in memory.
     assert "yes, one layer at a time in memory, which leaves out the text" in verdict("--memory", f"{1.2 * peak:.0f}B")
     assert "spread over 2 devices, which leaves out the training of scales" in verdict(
         "--memory", f"2x{1.2 * peak:.0f}B"
     )
     assert re.search(
-        r"fits 1MiB: no\. Not enough memory: .* needs about .*; --ignore-memory", verdict("--memory", "1MiB")
+        r"fits 1MiB: no\. Not enough memory: .* are needed on cuda:0, .*; --ignore-memory", verdict("--memory", "1MiB")
     )
     for wrong in ("24", "much", "0x24GB"):
         with pytest.raises(AdaPrunerError, match="such as 24GB or 4x80GB"):

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from adapruner import progress
+from adapruner import memory, progress
 from adapruner.files import link_or_copy
-from adapruner.memory import _placement
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def test_peak_memory_without_proc(reported: dict[str, int], peak: int, monkeypat
 
 
 def test_all_memory_is_usable_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_placement, "_CONTROL_GROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10, available=7))
-    assert _placement._total_and_free(_placement._CPU) == (10, 7)
+    assert memory.total_and_free(memory._CPU) == (10, 7)
 
 
 def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

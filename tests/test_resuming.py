@@ -176,9 +176,9 @@ def test_a_page_is_written_by_others_too(again: Prune, run: Path, capsys: pytest
 
 def test_free_memory_decides_no_number(again: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free in (1 << 40, 1 << 30):
-        monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_, free=free: (1 << 36, free))
+        monkeypatch.setattr("adapruner.memory.total_and_free", lambda *_, free=free: (1 << 36, free))
         again()
-    monkeypatch.setattr("adapruner.memory._placement._total_and_free", lambda *_: (1 << 36, 1000))
+    monkeypatch.setattr("adapruner.memory.total_and_free", lambda *_: (1 << 36, 1000))
     with pytest.raises(AdaPrunerError, match="Not enough memory"):
         again(output=tmp_path / "other")
 

@@ -170,9 +170,9 @@ def test_the_estimate_of_a_target_is_that_of_the_ratio_that_meets_it(
     target = {"target_size": str(int(0.87 * (model_folder / "model.safetensors").stat().st_size))}
     options = OPTIONS | {"calibration": str(text_file)}
     (preview,) = preview_ratios(str(model_folder), output=tmp_path / "run", **options, **target)
-    stages = estimate(model_folder, **options, **target).stages
-    assert stages == preview.stages == estimate(model_folder, ratio=preview.ratio, **options).stages
-    assert stages != estimate(model_folder, ratio=preview.ratio / 2, **options).stages
+    needed = estimate(model_folder, **options, **target).memory
+    assert needed == preview.memory == estimate(model_folder, ratio=preview.ratio, **options).memory
+    assert needed != estimate(model_folder, ratio=preview.ratio / 2, **options).memory
 
 
 def test_the_speed_of_another_machine_is_not_estimated(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,12 @@ EFFORTS: dict[str, dict[str, Any]] = {
 SCORING_WINDOWS = (64, 160)
 # Of a search that does not begin with points that are good on most models.
 SEARCH_TRIALS = 48
+# Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
+MEASURED_AT_ONCE = {False: 4, True: 16}
+# Tokens of the pool on which parts are removed whole, and on which the costs of widths are measured. On fewer,
+# attention is removed that other text needs (research/experiments/whole-parts.md).
+TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
+
 # Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
 LEVELLED_FROM = 0.3
 
@@ -45,6 +51,11 @@ def scoring_count(objective_windows: int | None, final_windows: int, windows: in
     """
     fewest, most = scoring_bounds(objective_windows)
     return min(most, max(fewest, windows - final_windows))
+
+
+def windows_of(tokens: int, pool: int, seq_len: int) -> int:
+    """Number of windows of the pool that have about `tokens` tokens."""
+    return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
 
 
 def searches(trials: int | None, space: str, search: str) -> bool:

@@ -83,7 +83,7 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     estimates = {}
     for layer_wise in ("--layer-wise", "--no-layer-wise"):
         cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options), layer_wise))
-        estimates[layer_wise] = max(stage["device_bytes"] for stage in cost["stages"])
+        estimates[layer_wise] = cost["device_bytes"]
     assert estimates["--layer-wise"] < estimates["--no-layer-wise"]
     memory = (estimates["--layer-wise"] + estimates["--no-layer-wise"]) // 2
     only_json(device.run(*arguments, memory=memory))
@@ -132,19 +132,6 @@ def test_other_commands_that_run_out_of_memory_say_so(
     assert "out of memory" in message
 
 
-# Stages that hold what their shapes say. Of the others, comparing removals is estimated in float64, which some blocks
-# need, and the systems of searching and levelling are estimated for the widest block that is compensated.
-FROM_SHAPES = {
-    "loading",
-    "writing text",
-    "reading activations",
-    "measuring",
-    "removing parts whole",
-    "compensating",
-    "tuning scales",
-}
-
-
 @pytest.fixture(scope="module")
 def long_text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 different paragraphs of 160 words."""
@@ -169,36 +156,25 @@ def test_estimates_are_what_is_needed(
     long_text_file: Path,
     tmp_path: Path,
 ) -> None:
-    """Within a tenth, but for what is large beside a tiny model alone, such as attention scores; where that is not
-    possible, above it."""
+    """Of the largest stage, a tenth below at most and a third above."""
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 64, "num_hidden_layers": 6}
     model = family("llama", dtype, vocab_size=2048, **sizes)
     tokens = {"seq_len": 64, "pool": 16, "objective_windows": 16, "compensation_windows": 24}
     options = SMALL_RUN | {"layer_wise": False} | (LAYER_WISE if layer_wise else {}) | tokens
-    cost = only_json(device.run("inspect", model, "--cost", "--json", *flags(options)))
-    estimates = {stage["stage"]: stage["device_bytes"] for stage in cost["stages"]}
+    estimate = only_json(device.run("inspect", model, "--cost", "--json", *flags(options)))["device_bytes"]
     # Trials hold second moments where there is room, which is not estimated: there is little.
     command = pruning(model, long_text_file, tmp_path / "a", options)
-    outcome = device.run(*command, memory=6 * max(estimates.values()) // 5)
+    outcome = device.run(*command, memory=6 * estimate // 5)
     only_json(outcome)
-    # The loading of a later stage is on top of what is held.
-    stages = [stage for stage in outcome.stages if stage is outcome.stages[0] or stage.name != "loading"]
-    peaks = {name: max(stage.peak for stage in stages if stage.name == name) for name in estimates}
-    assert peaks.keys() > FROM_SHAPES - {"tuning scales"}
-    wrong = {
-        name: (peak, estimates[name])
-        for name, peak in peaks.items()
-        if peak > 1.1 * estimates[name] + 2**21 or (name in FROM_SHAPES and estimates[name] > 1.1 * peak + 2**21)
-    }
-    assert wrong == {}
+    peak = max(stage.peak for stage in outcome.stages)
+    assert 0.75 * estimate < peak < 1.1 * estimate, (peak, estimate)
 
 
 def test_adapters_cost_what_their_shapes_say(
     device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     """With gradient checkpointing, a layer more is its weights, its adapters with their gradients and two moments, and
-    the hidden state in front of it; from three models one of any depth follows
-    (research/experiments/memory-estimate.md)."""
+    the hidden state in front of it."""
     hidden, channels, heads, tokens = 128, 384, 64, 4 * 16  # two KV heads of 32 beside four query heads
     options = {"micro_batch_size": 4, "batch_size": 8, "gradient_checkpointing": True}
     # A vocabulary in whose logits the peak is, as in models for use.

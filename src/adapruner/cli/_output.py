@@ -8,14 +8,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_jsonable_python
 from rich.console import RenderableType
 
-from adapruner.tables import Column, Table
 from adapruner.terminal import PlainConsole
 
 if TYPE_CHECKING:
@@ -84,14 +83,17 @@ def result_lines(results: Iterable[PruneResult]) -> Iterator[RenderableType]:
 
 def preview_lines(previews: Iterable[Preview]) -> Iterator[RenderableType]:
     """The artifacts that a run would make, with sizes and memory, for every ratio."""
+    from adapruner.cli import with_options
+
     for preview in previews:
         before, after = preview.parameters_before, preview.parameters_after
         kept = f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
         yield f"{preview.folder}: {kept}"
         yield f"to make: {', '.join(preview.missing) or 'nothing'}"
         yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
-        if preview.stages:
-            yield memory_table(preview.stages, preview.device, where(preview.device, preview.layer_wise))
+        if preview.memory:
+            yield with_options(memory_line(preview.memory, preview.device))
+            yield where(preview.device, preview.layer_wise)
 
 
 def where(device: str, layer_wise: bool) -> str:
@@ -103,19 +105,11 @@ def where(device: str, layer_wise: bool) -> str:
     return "all layers in memory"
 
 
-def memory_table(stages: Mapping[str, Memory], device: str, *captions: str) -> Table:
-    """The memory of every stage, on the device of the model (on each, if there are several), and in main memory."""
-    columns = [
-        Column("stage", is_number=False),
-        Column(f"GiB on {'each of ' if ',' in device else ''}{device}"),
-        Column("GiB in main memory"),
-        Column("largest term", is_number=False),
-    ]
-    rows = [
-        [stage, f"{memory.device / GIB:.2f}", f"{memory.host / GIB:.2f}" if memory.host else "", memory.largest]
-        for stage, memory in stages.items()
-    ]
-    return Table("memory", "", columns, rows, captions)
+def memory_line(memory: Memory, device: str) -> str:
+    """The memory of a run on the device of the model, on each if there are several, and in main memory."""
+    place = f"each of {device}" if "," in device else device
+    host = f", and {memory.host / GIB:.3g} GiB of main memory" if memory.host else ""
+    return f"memory: {memory.arithmetic} on {place}{host}"
 
 
 def print_advice(lines: list[str]) -> None:

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from adapruner.cli._options import Flag, Json, Model, PruneOptions, given
-from adapruner.cli._output import GIB, memory_table, print_output, starting, where
+from adapruner.cli._output import memory_line, print_output, starting, where
 from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def inspect(
 
     Args:
         architecture: Print how the family of the model is built, as YAML that --architectures reads.
-        cost: Print the memory that adapruner prune needs with the options that follow, stage by stage, and whether
-            it fits.
+        cost: Print the memory that adapruner prune needs with the options that follow: weights, the largest term
+            beside them, and whether it fits.
         memory: Memory of the GPUs instead of that of this machine, for --cost, as 24GB or 4x80GB.
     """
     pruning = given(options)
@@ -55,8 +55,8 @@ def inspect(
             from adapruner.cli import with_options
             from adapruner.run.preview import estimate
         estimated = estimate(model, memory, **pruning)
-        table = memory_table(estimated.stages, estimated.placement.device)
-        print_output(_cost(estimated, model), json, [table, with_options(f"{model} {_verdict(estimated, memory)}")])
+        lines = memory_line(estimated.memory, estimated.placement.device), f"{model} {_verdict(estimated, memory)}"
+        print_output(_cost(estimated, model), json, map(with_options, lines))
     elif architecture:
         with starting():
             from adapruner.verbs._inspect import describe
@@ -129,12 +129,19 @@ def _table_of_layers(structure: Structure) -> Table:
 
 
 def _cost(estimate: Estimate, model: str) -> dict[str, Any]:
-    stages = [
-        {"stage": stage, "device_bytes": memory.device, "host_bytes": memory.host, "largest": memory.largest}
-        for stage, memory in estimate.stages.items()
-    ]
-    place, fits = estimate.placement, {"fits": estimate.fits, "refusal": estimate.refusal}
-    return {"model": model, "device": place.device, "layer_wise": place.layer_wise, **fits, "stages": stages}
+    place, needed = estimate.placement, estimate.memory
+    return {
+        "model": model,
+        "device": place.device,
+        "layer_wise": place.layer_wise,
+        "fits": estimate.fits,
+        "refusal": estimate.refusal,
+        "weights_bytes": needed.weights,
+        "term_bytes": needed.term,
+        "largest": needed.largest,
+        "device_bytes": needed.device,
+        "host_bytes": needed.host,
+    }
 
 
 def _verdict(estimate: Estimate, memory: str | None) -> str:
@@ -144,6 +151,4 @@ def _verdict(estimate: Estimate, memory: str | None) -> str:
         return "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"
     if not estimate.fits:
         return f"fits {room}: no. {estimate.refusal}"
-    host = max(stage.host for stage in estimate.stages.values()) / GIB
-    main_memory = f"; {host:.0f} GiB of main memory" if host else ""
-    return f"fits {room}: yes, {where(place.device, place.layer_wise)}{main_memory}"
+    return f"fits {room}: yes, {where(place.device, place.layer_wise)}"

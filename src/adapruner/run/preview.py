@@ -37,7 +37,7 @@ class Preview(BaseModel, frozen=True):
         model_bytes: of the weights of the pruned model.
         moments_bytes: of the second moments, which the run folder keeps; 0 if they are not to be made.
         layer_wise: whether one decoder layer at a time would be in memory.
-        stages: the memory of every stage, in bytes; empty if nothing is missing, or it cannot be estimated.
+        memory: None if the pruned model is not missing, or its memory cannot be estimated.
     """
 
     ratio: float
@@ -49,7 +49,7 @@ class Preview(BaseModel, frozen=True):
     moments_bytes: int
     device: str
     layer_wise: bool
-    stages: dict[str, Memory]
+    memory: Memory | None
 
 
 def preview_ratios(
@@ -84,20 +84,18 @@ def _preview(making: Making) -> Preview:
         moments_bytes=sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32 * will_measure,
         device=placement.device,
         layer_wise=placement.layer_wise,
-        stages=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else {},
+        memory=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else None,
     )
 
 
-def _memory(making: Making, budget: Budget, placement: Placement) -> dict[str, Memory]:
-    empty, structure, device = map(making.value, ("empty", "structure", "main_device"))
-    config, devices = making.given["config"], len(placement.devices)
-    is_mapped = making.value(placed.is_mapped)
-    return estimate_memory(config, empty, structure, budget, device, placement.layer_wise, devices, is_mapped)
+def _memory(making: Making, budget: Budget, placement: Placement) -> Memory:
+    config, empty, structure = map(making.value, ("config", "empty", "structure"))
+    return estimate_memory(config, empty, structure, budget, placement.devices, placement.layer_wise)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of every stage of a run, and where the layers of its model are.
+    """The memory of a run, and where the layers of its model are.
 
     Attributes:
         fits: None for a GPU that is not here and whose memory is not stated.
@@ -105,7 +103,7 @@ class Estimate:
     """
 
     placement: Placement
-    stages: dict[str, Memory]
+    memory: Memory
     fits: bool | None
     refusal: str = ""
 
@@ -138,7 +136,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
             return making, making.value(placed.placement)
         empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))
         streamable = is_streamable(making.value(inputs.location), empty.config)
-        about = config, empty, structure, budget, gpus, streamable, stated, making.value(placed.is_mapped)
+        about = config, empty, structure, budget, gpus, streamable, stated
         return making, choose_placement(*about)
 
     refusal = ""
@@ -148,8 +146,8 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         # Refused for another reason than memory, it is refused again.
         making, placement = making_of(config.model_copy(update={"ignore_memory": True}))
         refusal = str(error)
-    stages = _memory(making, making.value(placed.largest_budget), placement)
-    return Estimate(placement, stages, None if known and stated is None else not refusal, refusal)
+    needed = _memory(making, making.value(placed.largest_budget), placement)
+    return Estimate(placement, needed, None if known and stated is None else not refusal, refusal)
 
 
 def _gpus(memory: str) -> tuple[int, tuple[torch.device, ...]]:

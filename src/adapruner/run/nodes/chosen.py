@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,15 +22,23 @@ from adapruner.evaluation import compute_prefix
 from adapruner.graph import Form, RunFolder
 from adapruner.importance import TERMS, Term
 from adapruner.measurement import InputMoments, Statistics, StoredMoments
-from adapruner.memory import TOKENS_FOR_COSTS, TOKENS_FOR_WHOLE, Placement, windows_of
+from adapruner.memory import Placement
 from adapruner.models import Whole
-from adapruner.option_rules import level_rounds_of, may_remove_whole, scoring_count, searches_widths, trials_of
+from adapruner.option_rules import (
+    TOKENS_FOR_COSTS,
+    TOKENS_FOR_WHOLE,
+    level_rounds_of,
+    may_remove_whole,
+    scoring_count,
+    searches_widths,
+    trials_of,
+    windows_of,
+)
 from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
 from adapruner.progress import Reporter
 from adapruner.run.nodes.amount import RatioOfBlocks
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.run.nodes.placed import RoomFor
 from adapruner.search import (
     Candidate,
     ExtendedSpace,
@@ -209,10 +218,10 @@ def judging(
     compensation_of: Any,
     layout: Layout,
     protect_first: int | None,
-    room_for: RoomFor,
+    memory_for_moments: dict[torch.device, int],
 ) -> Judging:
     """For windows, [windows, tokens], what judges candidates on them during the search."""
-    held = None if moments is None else StoredMoments(moments.folder, room_for("searching"))
+    held = None if moments is None else StoredMoments(moments.folder, memory_for_moments)
 
     def judge(windows: Tensor) -> Objective:
         compensation, reused = compensation_of(held), reused_layers(layout, protect_first, structure.layers)
@@ -331,7 +340,7 @@ def levelled(
     head_share: float | None,
     pool: int,
     seq_len: int,
-    room_for: RoomFor,
+    memory_for_moments: dict[torch.device, int],
     reporter: Reporter,
 ) -> Levelled:
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
@@ -339,7 +348,7 @@ def levelled(
     layers that the options protect are."""
     candidate, rounds = at_ratio(found.best), level_rounds_of(level_rounds, ratio, target)
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
-    compensation = compensation_of(moments and StoredMoments(moments.folder, room_for("levelling widths")))
+    compensation = compensation_of(moments and StoredMoments(moments.folder, memory_for_moments))
     objective = Objective(dense_fast, structure, statistics, windows["objective"], compensation)
     with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
         return level(objective, text, candidate, rounds, meet, prunable_layers, head_share is None, advance)

@@ -21,7 +21,8 @@ from adapruner.measurement import (
     projected_blocks,
     removal_errors,
 )
-from adapruner.memory import MEASURED_AT_ONCE, Placement
+from adapruner.memory import Placement
+from adapruner.option_rules import MEASURED_AT_ONCE
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows

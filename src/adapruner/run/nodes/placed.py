@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -52,7 +51,6 @@ def placement(
     device: str,
     layer_wise: bool | None,
     target_speed: float | None,
-    is_mapped: bool,
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
     check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
@@ -62,7 +60,7 @@ def placement(
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
     about = config, empty, structure, largest_budget, usable_devices(device), streamable
-    chosen = choose_placement(*about, is_mapped=is_mapped)
+    chosen = choose_placement(*about)
     if target_speed and not chosen.on_one_device:
         where = "in memory one at a time" if chosen.layer_wise else "on several devices"
         raise AdaPrunerError(
@@ -71,29 +69,20 @@ def placement(
     return chosen
 
 
-RoomFor = Callable[[str], dict[torch.device, int]]
-
-
 @GRAPH.leaf()
-def room_for(
+def memory_for_moments(
     config: PruneConfig,
     empty: PreTrainedModel,
     structure: Structure,
     largest_budget: Budget,
-    main_device: torch.device,
     placement: Placement,
-    is_mapped: bool,
-) -> RoomFor:
-    """For a stage, the bytes that second moments may take on each device meanwhile; none where that cannot be told."""
-
-    def room(stage: str) -> dict[torch.device, int]:
-        if is_pruned(empty.config):
-            return {}
-        about = config, empty, structure, largest_budget, main_device, placement.layer_wise
-        needed = estimate_memory(*about, len(placement.devices), is_mapped)[stage]
-        return room_for_moments(main_device, needed)
-
-    return room
+) -> dict[torch.device, int]:
+    """Bytes that second moments may occupy on each device; none where the memory of the run cannot be told."""
+    if is_pruned(empty.config):
+        return {}
+    devices = placement.devices
+    needed = estimate_memory(config, empty, structure, largest_budget, devices, placement.layer_wise)
+    return room_for_moments(devices[0], needed)
 
 
 @partial(GRAPH.costly, is_read_again_if="is_mapped")
