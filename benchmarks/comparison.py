@@ -36,7 +36,7 @@ from adapruner.measurement import Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.progress import Reporter
-from adapruner.run.makings import makings_of
+from adapruner.run.making import making_of
 from adapruner.search import PaperSpace, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
@@ -153,13 +153,13 @@ class Comparison:
         )
 
     def plan(self, seed: int, name: str, ratio: float, **options: Any) -> PruningPlan:
-        """The plan of a method: searched at 20 %; at other ratios what `adapruner plan` makes of what was found."""
+        """The plan of a method: searched at 20 %; at other ratios what `prune --from` makes of that."""
         searched = self.search(seed, name, **options | allocation(name, SEARCHED_RATIO))
         if ratio == SEARCHED_RATIO:
             return searched.plan
-        config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": (ratio,)})
+        config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": ratio})
         folder = RunFolder(searched.output)
-        (making,) = makings_of(config, folder, Reporter(quiet=True))
+        making = making_of(config, folder, Reporter(quiet=True))
         candidate = making.value("at_ratio")(searched.result.search.best)
         return plan_candidate(self.structure, making.value("statistics"), candidate)
 

@@ -36,7 +36,6 @@ def main(
     run: Path,
     /,
     *,
-    ratio: float | None = None,
     windows: int = 192,
     texts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (
         "boolq-passages@report",
@@ -47,13 +46,11 @@ def main(
     """Runs every step on every text.
 
     Args:
-        ratio: of a run with several.
         windows: of each text, evenly spaced.
     """
     root = RunFolder(run)
     config = root.read_config()
-    folder = root.at_ratio(ratio or config.ratio[0], config)
-    result = RunResult.model_validate_json((folder.path / "result.json").read_bytes())
+    result = RunResult.model_validate_json((root.path / "result.json").read_bytes())
     location = find_model(config.model)
     dense = in_fastest_dtype(load_model(location))
     structure, tokenizer = build_structure(dense), load_tokenizer(location)
@@ -93,11 +90,11 @@ def main(
         show("chosen", cut(result.search.best))
     if result.levelled and any(each.accepted for each in result.levelled.moves):
         show("levelled", cut(result.levelled.candidate))
-    if (folder.path / "compensated").is_dir():
-        show("fitted", in_fastest_dtype(load_model(find_model(str(folder.path / "compensated")))))
-    show("saved", in_fastest_dtype(load_model(find_model(str(folder.model)))))
+    if (root.path / "compensated").is_dir():
+        show("fitted", in_fastest_dtype(load_model(find_model(str(root.path / "compensated")))))
+    show("saved", in_fastest_dtype(load_model(find_model(str(root.model)))))
     if result.recovery:
-        show("recovered", in_fastest_dtype(load_model(find_model(str(folder.recovered)))))
+        show("recovered", in_fastest_dtype(load_model(find_model(str(root.recovered)))))
     Console(width=200).print(table)
 
 

@@ -74,12 +74,12 @@ _PYTHON = """# Python
 """
 _NAMES = {
     "The commands": """
-        prune prune_ratios plan_again load load_tokenizer recover vocabulary evaluate benchmark export inspect
+        prune load load_tokenizer recover vocabulary evaluate benchmark export inspect
         run.preview.estimate""",
     "Arguments and results": """
         TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
         Perplexity TaskScore Speed AdaPrunerError""",
-    "The steps, one by one": "make_windows measure score plan cut compensate",
+    "The steps, one by one": "make_windows measure score cut compensate",
     "The parts": """
         structure.build_structure structure.Structure structure.Block measurement.Statistics importance.MetricPoint
         importance.Term importance.register_term importance.score_groups planning.Budget planning.Profile

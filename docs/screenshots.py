@@ -25,7 +25,7 @@ PICTURES = {
 
 def main(*, run: Path = Path("runs/demo"), output: Path = Path("runs/screenshots")) -> None:
     """Writes the report again, and pictures of the whole page."""
-    [[page_file]] = write_reports(run)
+    [page_file] = write_reports(run)
     executable = next(filter(None, map(shutil.which, CHROMIUM)))
     output.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:

@@ -18,7 +18,9 @@ for seed in range(3):
     windows = adapruner.make_windows(texts[50:], tokenizer, 32 if given.small else 138, seq_len, seed)
     statistics = adapruner.measure(model, structure, windows[:10])
     for name, metric in metrics.items():
-        plan = adapruner.plan(structure, adapruner.score(statistics, structure, metric), 0.2, round_to=round_to)
+        plan = adapruner.PruningPlan.from_scores(
+            structure, adapruner.score(statistics, structure, metric), 0.2, round_to=round_to
+        )
         cut = adapruner.cut(model, structure, plan)
         for step, pruned in ("cut", cut), ("corrected", adapruner.compensate(model, structure, plan, windows[10:])):
             for text in adapruner.evaluate(pruned, reports, seq_len=seq_len, limit=64, tokenizer=tokenizer).perplexity:

@@ -1,4 +1,4 @@
-"""The five steps one by one, with the plan edited as JSON in between: measure, score, plan, cut, compensate.
+"""The steps one by one, with the plan edited as JSON in between: measure, score, plan, cut, compensate.
 
 `--small` took 27 seconds on a busy core.
 """
@@ -13,7 +13,7 @@ structure = adapruner.inspect(model)
 windows = adapruner.make_windows(texts, tokenizer, count=32, seq_len=seq_len)  # [windows, tokens]
 statistics = adapruner.measure(model, structure, windows[:8])  # per sample and vector
 scores = adapruner.score(statistics, structure, {"fine_first": 1.0, "fluctuation": 0.5})  # [groups]
-plan = adapruner.plan(structure, scores, ratio=0.1, round_to=round_to)
+plan = adapruner.PruningPlan.from_scores(structure, scores, ratio=0.1, round_to=round_to)
 
 edited = json.loads(plan.model_dump_json())
 for block in edited["blocks"]:

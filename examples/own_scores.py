@@ -13,6 +13,6 @@ structure = adapruner.inspect(model)
 weights = [model.get_parameter(block.row_wise.parameter) for block in structure.blocks]
 norms = [w.norm(dim=0).view(block.groups, -1).sum(1) for w, block in zip(weights, structure.blocks, strict=True)]
 scores = torch.cat(norms).detach().cpu()  # [groups]
-plan = adapruner.plan(structure, scores, ratio=0.2, round_to=round_to)
+plan = adapruner.PruningPlan.from_scores(structure, scores, ratio=0.2, round_to=round_to)
 pruned = adapruner.cut(model, structure, plan)
 print(f"{pruned.num_parameters():,} of {model.num_parameters():,} parameters, plan {plan.hash[:12]}")

@@ -119,7 +119,6 @@ def test_a_dry_run_says_what_the_run_then_makes(
     run(*command)
     result = json.loads(capsys.readouterr().out)
     folder = tmp_path / "runs" / "tiny-0.2"
-    assert foreseen["folder"] == "runs/tiny-0.2"
     made = {json.loads(file.read_text())["name"] for file in (folder / "keys").iterdir()}
     assert set(foreseen["missing"]) == made
     dense, pruned = (
@@ -138,11 +137,11 @@ def test_a_dry_run_says_what_the_run_then_makes(
     ("model", "recipe", "options", "folder"),
     [
         ("HuggingFaceTB/SmolLM2-360M", None, {}, "runs/SmolLM2-360M-0.2"),
-        ("models/small.gguf", None, {"ratio": (0.1, 0.25)}, "runs/small-0.1-0.25"),
-        (".", None, {"ratio": (0.3,)}, "runs/here-0.3"),
+        ("models/small.gguf", None, {"ratio": 0.25}, "runs/small-0.25"),
+        (".", None, {"ratio": 0.3}, "runs/here-0.3"),
         (None, "llama-7b-50", {}, "runs/llama-7b-0.6"),
         (None, "mine.yaml", {}, "runs/of-mine-0.4"),
-        ("other", "mine.yaml", {"ratio": (0.5,)}, "runs/other-0.5"),
+        ("other", "mine.yaml", {"ratio": 0.5}, "runs/other-0.5"),
         (None, "mine.yaml", {"target_size": "400MB"}, "runs/of-mine-400MB"),
         ("smollm2", None, {"target_speed": 1.3}, "runs/smollm2-1.3x"),
     ],

@@ -160,7 +160,7 @@ def test_another_ratio_is_mended_by_its_own_command(
     finished: adapruner.PruneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "[old]:train:"
-    again = ["plan", str(finished.output), "--ratio", "0.05", "-o", str(other)]
+    again = ["prune", "--from", str(finished.output), "--ratio", "0.05", "-o", str(other)]
     assert exit_code(again) == 0
     shutil.copytree(other, tmp_path / "first")
     truncate(other / "result.json")
@@ -204,7 +204,7 @@ def test_an_encoding_without_all_signs_stops_nothing(
     """As with LC_ALL=C and PYTHONUTF8=0."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert exit_code(["plan", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "…")]) == 0
+    assert exit_code(["prune", "--from", str(finished.output), "--ratio", "0.05", "-o", str(tmp_path / "…")]) == 0
     assert b"\\u2026" in written.getvalue()
 
 
@@ -214,7 +214,7 @@ def test_another_ratio_is_not_made_from_damaged_measurements(
     """They are rebuilt where something needs them; the earlier run is not touched."""
     edit(run / "statistics.safetensors")
     damaged = (run / "statistics.safetensors").read_bytes()
-    assert exit_code(["plan", str(run), "--ratio", "0.05", "-o", str(tmp_path / "other")]) == 0
+    assert exit_code(["prune", "--from", str(run), "--ratio", "0.05", "-o", str(tmp_path / "other")]) == 0
     for name, source in (("statistics.safetensors", finished.output), ("search.json", run)):
         assert (tmp_path / "other" / name).read_bytes() == (source / name).read_bytes()
     assert (run / "statistics.safetensors").read_bytes() == damaged
@@ -372,25 +372,24 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
     options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8, "calibration": str(text_file)}
     run = tmp_path / "run"
-    first = adapruner.prune_ratios(str(folder), output=run, **options | {"ratio": (0.05, 0.1)})
+    first = adapruner.prune(str(folder), output=run, **options)
     said = capsys.readouterr().err
     assert "not finite: windows [" in said
     assert said.count("left out") == 3
     windows = load_file(run / "windows.safetensors")
     for use, kept in windows.items():
         assert not (kept == 40).any(), use
-        assert first[0].result.windows[use] == len(kept)
+        assert first.result.windows[use] == len(kept)
     assert len(windows["pool"]) >= 4
-    assert first[0].result.search.best_loss < 100
+    assert first.result.search.best_loss < 100
     # They are known when the run is resumed, and what was measured is enough for another ratio.
     before, stages = written(run), stages_done(run)
-    again = adapruner.prune_ratios(str(folder), output=run, **options | {"ratio": (0.05, 0.1)})
-    assert [result.plan for result in again] == [result.plan for result in first]
+    assert adapruner.prune(str(folder), output=run, **options).plan == first.plan
     assert stages_done(run) == stages
     assert {name for name, moment in written(run).items() if moment != before[name]} <= {"config.yaml"}
-    planned = adapruner.plan_again(run, tmp_path / "plan", 0.08)
-    assert round(planned.plan.ratio, 2) == 0.08
-    assert not {"reading activations", "measuring", "searching"} & {*stages_done(tmp_path / "plan")}
+    other = adapruner.prune(from_=run, output=tmp_path / "other", ratio=0.08)
+    assert round(other.plan.ratio, 2) == 0.08
+    assert not {"reading activations", "measuring", "searching"} & {*stages_done(tmp_path / "other")}
 
 
 def test_a_broken_model_is_refused(

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from adapruner import AdaPrunerError
 from adapruner.files import replace
-from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring, make_all, refuse_outdated
+from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring
 from adapruner.graph.records import are_as_written, stamps
 from adapruner.progress import Reporter
 from run_helpers import fast_starts
@@ -103,7 +103,6 @@ def making(folder: Path, others: tuple[RunFolder, ...] = (), graph: Graph = GRAP
         dict(values),
         values.model_dump(mode="json"),
         {"calls": [], "config": values},
-        root=run,
         folder=run,
         reporter=Reporter(quiet=True),
         others=others,
@@ -113,7 +112,7 @@ def making(folder: Path, others: tuple[RunFolder, ...] = (), graph: Graph = GRAP
 def made(folder: Path, **options: Any) -> list[str]:
     """Makes what is missing; returns the functions that were called."""
     run = making(folder, **options)
-    make_all([run])
+    run.make_missing()
     calls: list[str] = run.given["calls"]
     return calls
 
@@ -181,9 +180,9 @@ def test_keys_are_of_what_is_reached_and_of_nothing_else(folder: Path) -> None:
 
 def test_what_is_made_is_not_made_again_and_what_is_costly_not_held(folder: Path) -> None:
     run = making(folder)
-    make_all([run])
+    run.make_missing()
     assert run.given["calls"] == ["letters", "numbers", "doubled", "total"]
-    assert "letters" not in run.shared
+    assert "letters" not in run.values
     assert value(folder) == 2 * (0 + 3 + 6)
     assert made(folder) == []
     assert not (folder / "unfinished").exists()
@@ -205,7 +204,7 @@ def test_damage_is_recognised_and_said(folder: Path, capsys: pytest.CaptureFixtu
     (folder / "doubled.json").write_text("[1]")
     run = making(folder)
     run.reporter = Reporter()
-    make_all([run])
+    run.make_missing()
     assert run.given["calls"] == ["doubled"]
     assert "doubled.json was changed or damaged" in capsys.readouterr().err
     assert value(folder, "doubled") == [0, 6, 12]
@@ -214,35 +213,22 @@ def test_damage_is_recognised_and_said(folder: Path, capsys: pytest.CaptureFixtu
 def test_what_was_made_otherwise_is_refused_with_what_changed(folder: Path) -> None:
     made(folder)
     with pytest.raises(AdaPrunerError, match=r"\(factor 2 → 5\): doubled.json, total.json would be rebuilt"):
-        refuse_outdated([making(folder, factor=5)], folder)
+        making(folder, factor=5).refuse_outdated()
     (folder.parent / "text.txt").write_text("abcd")
     with pytest.raises(AdaPrunerError, match=r"another content of text\.txt"):
-        refuse_outdated([making(folder)], folder)
+        making(folder).refuse_outdated()
     (folder.parent / "text.txt").unlink()
-    refuse_outdated([making(folder)], folder)
+    making(folder).refuse_outdated()
     assert made(folder) == []
     (folder.parent / "text.txt").write_text("abc")
     assert made(folder, factor=5) == ["doubled", "total"]
-
-
-def test_runs_that_differ_in_one_option_share_the_rest(folder: Path) -> None:
-    runs = []
-    for ratio in (1, 2):
-        run = making(folder, ratio=ratio)
-        run.folder, run.shared = RunFolder(folder / f"ratio-{ratio}"), runs[0].shared if runs else {}
-        run.given = runs[0].given if runs else run.given
-        runs.append(run)
-    make_all(runs)
-    assert runs[0].given["calls"] == ["letters", "numbers", "doubled", "total", "total"]
-    assert [json.loads((folder / f"ratio-{ratio}/total.json").read_text()) for ratio in (1, 2)] == [18, 36]
-    assert (folder / "numbers.json").is_file()
 
 
 def test_what_another_run_holds_is_taken_over(folder: Path) -> None:
     made(folder)
     other = folder.with_name("other")
     run = making(other, others=(RunFolder(folder),), ratio=3)
-    make_all([run])
+    run.make_missing()
     assert run.given["calls"] == ["total"]
     assert value(other, "doubled") == [0, 6, 12]
 
@@ -250,12 +236,12 @@ def test_what_another_run_holds_is_taken_over(folder: Path) -> None:
 def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
     made(folder, factor=7)
     other = folder.with_name("other")
-    run = making(other)
-    run.taken = {"doubled.json": RunFolder(folder)}
-    make_all([run])
+    run = making(other, others=(RunFolder(folder),), ratio=3)
+    run.taken = {"doubled.json": making(folder, factor=7).record(GRAPH.nodes["doubled"])}  # type: ignore[arg-type]
+    run.make_missing()
     assert run.given["calls"] == ["total"]
-    assert value(other) == 7 * 9
-    assert run.record(GRAPH.nodes["total"]).key != making(other).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
+    assert value(other) == 3 * 7 * 9
+    assert run.record(GRAPH.nodes["total"]).key != making(other, ratio=3).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
 
 
 def test_what_an_interrupted_run_with_other_options_made_is_removed(folder: Path) -> None:
@@ -292,7 +278,7 @@ def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Pa
 
     @graph.kept("b.json", JSON)
     def second(first: int, copied: list[int], run: Making) -> list[str]:
-        return sorted(run.shared)
+        return sorted(run.values)
 
     @graph.kept("c.json", JSON, is_result=True)
     def third(second: list[str], weights_later: Callable[[], list[int]], copied: list[int]) -> int:
@@ -304,7 +290,7 @@ def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Pa
     ):
         run = making(folder / device, graph=graph, device=device)
         run.given = {**run.given, "run": run}
-        make_all([run])
+        run.make_missing()
         assert run.given["calls"] == calls
         assert value(folder / device, "b") == held
         assert value(folder / device, "c") == 6
@@ -312,7 +298,7 @@ def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Pa
             (folder / device / name).unlink()
         resumed = making(folder / device, graph=graph, device=device)
         resumed.given = {**resumed.given, "run": resumed}
-        make_all([resumed])
+        resumed.make_missing()
         assert value(folder / device, "b") == held
 
 
@@ -411,12 +397,6 @@ def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
         replace(partial_path, tmp_path / "compensated")
         assert [path.name for path in tmp_path.iterdir()] == ["compensated"]
         assert (tmp_path / "compensated" / "config.json").read_text() == content
-
-
-def test_near_ratios_have_folders_of_their_own(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert run.of_ratio(0.2).path.name == "ratio-0.2"
-    assert run.of_ratio(0.2).path != run.of_ratio(0.2000001).path
 
 
 def test_files_are_known_by_their_content(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneR
     with pytest.raises(AdaPrunerError, match="no metric 'param_frist': expected vectorize, param_first"):
         adapruner.score(statistics, structure, "param_frist")
     scores = adapruner.score(statistics, structure, point)
-    plan = adapruner.plan(structure, scores, 0.1, round_to=1, protect_first=1, protect_last=1)
+    plan = adapruner.PruningPlan.from_scores(structure, scores, 0.1, round_to=1, protect_first=1, protect_last=1)
     assert abs(plan.ratio - 0.1) < 0.005
     for block, own, numbers in zip(
         structure.blocks, plan.blocks, scores.split([block.groups for block in structure.blocks]), strict=True

@@ -38,7 +38,7 @@ def memory_of(model_config: LlamaConfig, by_layer: bool, device: str = "cpu", co
     model = empty_model(model_config)
     structure = build_structure(model)
     config = PruneConfig.from_options(model="x", **options)
-    budget = reference_budget(config, structure, config.ratio[0])
+    budget = reference_budget(config, structure, config.ratio)
     return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer)
 
 

@@ -283,8 +283,6 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
     for text, measured in result.result.final.perplexity.items():
         assert measured.perplexity == pytest.approx(resident.result.final.perplexity[text].perplexity, rel=1e-2)
     assert "layer by layer, the models write no text for it" in (result.output / "model" / "README.md").read_text()
-    with pytest.raises(AdaPrunerError, match="with all layers in memory"):
-        adapruner.plan_again(result.output, tmp_path / "faster", target_speed=1.2)
 
 
 @pytest.mark.parametrize(("ratio", "rate"), [(0.25, 0.005), (0.3, 0.01)])

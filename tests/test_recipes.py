@@ -85,7 +85,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
             made.append(config)
             raise AdaPrunerError("far enough")
 
-        monkeypatch.setattr("adapruner.run.api.make_run", stop)
+        monkeypatch.setattr("adapruner.run.api.making_of", stop)
         with pytest.raises(AdaPrunerError, match="far enough"):
             app(command, exit_on_error=False)
         return made[0]
@@ -141,7 +141,7 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
 ) -> None:
     config = PruneConfig.from_options(**read_recipe(recipe))
     structure = build_structure(empty_model(LLAMA_7B))
-    counts = kept_counts(structure, reference_budget(config, structure, config.ratio[0]))
+    counts = kept_counts(structure, reference_budget(config, structure, config.ratio))
     kept = {(block.layer, block.kind): count for block, count in zip(structure.blocks, counts, strict=True)}
     middle = structure.layers // 2
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
@@ -154,7 +154,7 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolve
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
     config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
-    assert (config.model, config.ratio, config.trials) == ("c/d", (0.3,), 9)
+    assert (config.model, config.ratio, config.trials) == ("c/d", 0.3, 9)
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
 
 

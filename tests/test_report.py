@@ -27,7 +27,7 @@ from adapruner import PruneConfig
 from adapruner.cli import app, main
 from adapruner.evaluation import Verdict
 from adapruner.graph import RunFolder
-from adapruner.report import write_reports
+from adapruner.report import write_report
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
@@ -173,7 +173,7 @@ def edited_search(run: RunFolder) -> Iterator[Any]:
 
 def page_of(run: RunFolder) -> Page:
     """The page of a run for one ratio, written now."""
-    [path] = write_reports(run)
+    path = write_report(run)
     return Page(path)
 
 
@@ -290,7 +290,7 @@ def test_a_change_of_a_few_items_is_no_gain(run: RunFolder, change: float, is_no
     with edited(run, "result.json") as result:
         dense, _, _, searched = result["models"]
         dense["tasks"], searched["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
-    html, shown = run.report.read_text() if write_reports(run) else "", page_of(run)
+    html, shown = write_report(run).read_text(), page_of(run)
     assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500".replace("-", "−")
     assert ("within noise" in shown.rows("loss-table")["acc piqa"][2]) == is_noise
     row = html.partition('id="task-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
@@ -507,19 +507,13 @@ def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -
 
 def test_a_point_of_another_ratio_takes_two_commands() -> None:
     alone = PruneConfig.from_options(model="owner/name", ratio=0.3)
-    config = alone.model_copy(update={"searched": {"ratio": (0.2,)}})
+    config = alone.model_copy(update={"searched": 0.2})
     both = command(config, Path("b"))
     searched, _, planned = both.rpartition("\n")
-    assert parsed(searched) == alone.model_copy(update={"ratio": (0.2,)})
+    assert parsed(searched) == alone.model_copy(update={"ratio": 0.2})
     _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
-    assert bound.arguments["ratio"] == 0.3
-    assert bound.arguments["output"] == Path("b")
-    target = config.model_copy(update={"target_memory": "1GB", "target_batch": 8})
-    searched_too, _, planned = command(target, Path("b")).rpartition("\n")
-    assert searched_too == searched
-    _, bound, _ = app.parse_args(shlex.split(planned)[1:], exit_on_error=False, print_error=False)
-    assert bound.arguments["target"].model_dump(exclude_unset=True) == {"target_memory": "1GB", "target_batch": 8}
-    assert "ratio" not in bound.arguments
+    assert bound.arguments["options"].model_dump(exclude_unset=True) == {"ratio": 0.3}
+    assert (bound.arguments["from_"], bound.arguments["output"]) == (Path("runs/searched"), Path("b"))
 
 
 def parsed(line: str) -> PruneConfig:
@@ -534,7 +528,7 @@ def parsed(line: str) -> PruneConfig:
 
 def test_nothing_of_the_run_is_touched(run: RunFolder) -> None:
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report}
-    write_reports(run)
+    write_report(run)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report} == before
 
 
@@ -565,7 +559,7 @@ def test_what_was_made_with_other_options_is_not_shown(run: RunFolder) -> None:
     assert "incomplete" in shown.text
     assert "What was removed" in shown.text
     assert config.evaluate[1] not in shown.text
-    run.save_config(config.model_copy(update={"ratio": (0.3,)}))
+    run.save_config(config.model_copy(update={"ratio": 0.3}))
     shown = page_of(run)
     assert "No trial has finished yet" in shown.text
     assert "What was removed" not in shown.text
@@ -586,11 +580,10 @@ def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.Monk
     pages = write_watched(run.path, watch=True)
     with run.locked():
         for _ in range(2):
-            [path] = next(pages)
-            shown = Page(path)
+            shown = Page(next(pages))
             assert "running" in shown.text
             assert shown.meta("refresh") == ["5"]
-    [[path]] = pages
+    [path] = pages
     last = Page(path)
     assert "incomplete" in last.text
     assert not last.meta("refresh")
@@ -603,25 +596,9 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     run.report.unlink()
     with pytest.raises(SystemExit, match="0"):
         main(["report", str(run.path), "--open", "--json"])
-    assert json.loads(capsys.readouterr().out)["reports"] == [str(run.report)]
+    assert json.loads(capsys.readouterr().out)["report"] == str(run.report)
     assert opened == [run.report.as_uri()]
     assert run.report.is_file()
-
-
-def test_every_ratio_has_a_page(run: RunFolder) -> None:
-    given = run.read_config().model_dump(exclude={"model", "searched", "ratio"})
-    given |= {"trials": 6, "level_rounds": 0, "tune_scales": False, "overwrite": True}
-    results = adapruner.prune_ratios(run.read_config().model, output=run.path, ratio=(0.06, 0.12), **given)
-    for result in results:
-        result.report.unlink()
-    assert write_reports(run) == [result.report for result in results]
-    for result in results:
-        shown = Page(result.report)
-        (ratio,) = result.result.config.ratio
-        assert f"pruned by {100 * ratio:.3g} %" in shown.text
-        assert result.plan.hash in shown.text
-        assert f"−{100 * result.result.removed_share:.1f} %" in shown.text
-        assert parsed(shown.texts["command"]) == result.result.config
 
 
 def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,12 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import adapruner
-from adapruner import AdaPrunerError
+from adapruner import AdaPrunerError, PruneConfig
+from adapruner.graph import RunFolder
 from adapruner.models import known_architectures, using_architecture
+from adapruner.option_rules import EFFORTS
 from adapruner.planning import PruningPlan
+from adapruner.run.options import resolve
 from run_helpers import (
     RUN_OPTIONS,
     assert_same_artifacts,
@@ -217,69 +219,48 @@ def test_relative_paths_mean_the_same_from_another_folder(
     shutil.copytree(model, elsewhere / "model")
     change_weights(elsewhere / "model")
     monkeypatch.chdir(elsewhere)
-    planned = adapruner.plan_again("../run", "again", 0.1)
-    assert planned.plan == finished.plan
+    assert adapruner.prune(from_="../run", output="again").plan == finished.plan
     weights = [load_file(folder / "model/model.safetensors") for folder in (run, elsewhere / "again")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_several_ratios_share_what_was_measured(finished: adapruner.PruneResult, run: Path, model_folder: Path) -> None:
-    stages = stages_done(run)
-    options = finished.result.config.model_dump(include=set(RUN_OPTIONS) | {"calibration"}) | {"ratio": (0.05, 0.1)}
-    results = adapruner.prune_ratios(str(model_folder), output=run, **options)
-    assert not MEASURING & {*stages_done(run)[len(stages) :]}
-    assert [result.result.config.ratio for result in results] == [(0.05,), (0.1,)]
-    assert [round(result.plan.ratio, 2) for result in results] == [0.05, 0.1]
-    assert all(result.result.search.ratio == result.result.config.ratio[0] for result in results)
-    # The ratio of the earlier run was not searched again.
-    assert results[1].result.search == finished.result.search
-    for result in results:
-        assert result.report.is_file()
-        assert adapruner.load(result.model_folder).num_parameters() > 0
-    with pytest.raises(AdaPrunerError, match="names 2 ratios"):
-        adapruner.prune(str(model_folder), output=run, **options)
-
-
-def test_a_folder_has_the_ratios_of_its_last_command(
-    finished: adapruner.PruneResult, again: Prune, run: Path, model_folder: Path
-) -> None:
-    """What a further ratio would leave of an earlier layout is moved; what would be lost is refused."""
-    single, options = names_of_results(run), finished.result.config.model_dump(include={*RUN_OPTIONS, "calibration"})
-    with pytest.raises(AdaPrunerError, match=r"\(ratio 0.1 → 0.05\): search.json, .*model, .* would be removed"):
-        adapruner.prune_ratios(str(model_folder), output=run, **options | {"ratio": (0.05, 0.06)})
-    (run / "model/README.md").write_text("edited")
-    adapruner.prune_ratios(str(model_folder), output=run, **options | {"ratio": (0.05, 0.1)})
-    several = {f"{folder}/{name}" for folder in ("ratio-0.05", "ratio-0.1") for name in single}
-    assert names_of_results(run) == several
-    assert (run / "ratio-0.1/model/README.md").read_text() == "edited"
-    with pytest.raises(AdaPrunerError, match=r"\(ratio 0.05 → 0.1\): ratio-0.05/search.json, .* would be removed"):
-        again()
-    assert names_of_results(run) == several
-    (run / "ratio-0.05/speed.json").touch()
-    (run / "ratio-0.05/keys/search.json.json").write_text("")
-    again(overwrite=True)
-    assert names_of_results(run) == single | {"ratio-0.05/speed.json"}
-
-
-def names_of_results(run: Path) -> set[str]:
-    """The files of a run that depend on its ratio."""
-    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    return {
-        name for name in names if re.match(r"(ratio-[^/]*/)?(search|plan|model|result|report|speed|compensated)", name)
-    }
-
-
-def test_plan_gives_another_ratio_without_measuring_or_searching(again: Prune, run: Path, tmp_path: Path) -> None:
+def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again: Prune, run: Path, tmp_path: Path) -> None:
     # Widths are levelled at each ratio: without that, more is removed of the same.
     earlier = again(level_rounds=0, overwrite=True)
-    assert exit_code(["plan", str(run), "--ratio", "0.05", "-o", str(tmp_path / "b")]) == 0
-    assert not (MEASURING | {"searching"}) & {*stages_done(tmp_path / "b")}
-    plan = PruningPlan.load(tmp_path / "b/plan.json")
-    assert abs(plan.ratio - 0.05) <= 0.005
-    for smaller, larger in zip(earlier.plan.blocks, plan.blocks, strict=True):
-        assert set(smaller.kept) <= set(larger.kept)
+    for start, ratio, name in ((run, 0.05, "b"), (tmp_path / "b", 0.15, "c")):
+        arguments = ["prune", "--from", str(start), "--ratio", str(ratio), "-o", str(tmp_path / name)]
+        assert exit_code(arguments) == 0
+        stages = stages_done(tmp_path / name)
+        assert not (MEASURING | {"searching"}) & {*stages}
+        assert exit_code(arguments) == 0
+        assert stages_done(tmp_path / name) == stages
+    plans = [PruningPlan.load(tmp_path / name / "plan.json") for name in ("b", "c")]
+    assert [plan.ratio for plan in plans] == pytest.approx([0.05, 0.15], abs=0.005)
+    for least, less, most in zip(plans[1].blocks, earlier.plan.blocks, plans[0].blocks, strict=True):
+        assert set(least.kept) <= set(less.kept) <= set(most.kept)
     dense = [(folder / "evaluation/perplexity-dense.json").read_bytes() for folder in (run, tmp_path / "b")]
     assert dense[0] == dense[1]
+    # The run is another one, and says which search it has.
+    config = RunFolder(tmp_path / "c").read_config()
+    assert (config.ratio, config.searched) == (0.15, 0.1)
+    assert "taken over for this one" in (tmp_path / "c/report.html").read_text()
+
+
+def test_other_options_of_a_run_are_searched_from_its_measurements(
+    finished: adapruner.PruneResult, tmp_path: Path
+) -> None:
+    other = adapruner.prune(from_=finished.output, output=tmp_path / "other", ratio=0.12, trials=10)
+    assert {"searching"} == {*stages_done(tmp_path / "other")} & (MEASURING | {"searching"})
+    assert other.result.config == finished.result.config.model_copy(update={"ratio": 0.12, "trials": 10})
+
+
+def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder: Path, tmp_path: Path) -> None:
+    earlier = RunFolder(tmp_path / "earlier")
+    given = {"model": str(model_folder), "effort": "quick", "seq_len": 16, "pool": 20}
+    earlier.path.mkdir()
+    earlier.save_config(PruneConfig.from_options(**EFFORTS["quick"] | given))
+    config = resolve({"effort": "thorough"}, None, RunFolder(tmp_path / "run"), None, None, earlier)
+    assert config == PruneConfig.from_options(**EFFORTS["thorough"] | given | {"effort": "thorough"})
 
 
 def test_a_folder_in_which_a_command_is_running_is_refused(again: Prune, run: Path) -> None:

@@ -54,7 +54,7 @@ def test_nothing_that_is_made_has_secrets(
     assert exit_code([*prune_command(folder, made / "run", text_file, QUICK, **recovery), "--json"]) == 0
     run = made / "run"
     for command in (
-        ["plan", str(run), "--ratio", "0.05", "-o", str(made / "plan")],
+        ["prune", "--from", str(run), "--ratio", "0.05", "-o", str(made / "other")],
         ["report", str(run)],
         ["inspect", str(folder)],
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner import PruneConfig
-from adapruner.cli import main
 from adapruner.costs import Latencies
 from adapruner.errors import AdaPrunerError
 from adapruner.graph import RunFolder
@@ -20,7 +17,7 @@ from adapruner.models import empty_model
 from adapruner.planning import Budget, BudgetError, Costs, Profile, Size, Speed, Target, kept_counts
 from adapruner.report import render_report
 from adapruner.report._command import command
-from adapruner.run.preview import estimate, preview_ratios
+from adapruner.run.preview import estimate, preview
 from adapruner.structure import Structure, build_structure
 from run_helpers import QUICK
 
@@ -169,10 +166,10 @@ def test_the_estimate_of_a_target_is_that_of_the_ratio_that_meets_it(
 ) -> None:
     target = {"target_size": str(int(0.87 * (model_folder / "model.safetensors").stat().st_size))}
     options = OPTIONS | {"calibration": str(text_file)}
-    (preview,) = preview_ratios(str(model_folder), output=tmp_path / "run", **options, **target)
+    previewed = preview(str(model_folder), output=tmp_path / "run", **options, **target)
     needed = estimate(model_folder, **options, **target).memory
-    assert needed == preview.memory == estimate(model_folder, ratio=preview.ratio, **options).memory
-    assert needed != estimate(model_folder, ratio=preview.ratio / 2, **options).memory
+    assert needed == previewed.memory == estimate(model_folder, ratio=previewed.ratio, **options).memory
+    assert needed != estimate(model_folder, ratio=previewed.ratio / 2, **options).memory
 
 
 def test_the_speed_of_another_machine_is_not_estimated(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,30 +217,6 @@ def test_a_run_meets_a_size(
     # Nor has its config: the ratio in it follows from the target.
     found = RunFolder(tmp_path / "run").read_config()
     assert adapruner.prune(output=tmp_path / "run", config=found).plan.hash == result.plan.hash
-    other = adapruner.plan_again(tmp_path / "run", tmp_path / "other", ratio=0.2)
-    assert other.result.target is None
-    assert other.plan.ratio == pytest.approx(0.2, abs=0.005)
-    # And another target that of the target: without measuring, and with the point that was found.
-    asked = int(0.8 * dense)
-    monkeypatch.delattr("adapruner.run.nodes.measured.measure_in_parts")
-    monkeypatch.delattr("adapruner.run.nodes.chosen.Search")
-    arguments = ["plan", str(tmp_path / "run"), "-o", str(tmp_path / "smaller"), "--target-size", str(asked)]
-    with contextlib.suppress(SystemExit):
-        main(arguments)
-    assert 0.99 * asked <= (tmp_path / "smaller/model/model.safetensors").stat().st_size <= asked
-    found = RunFolder(tmp_path / "smaller").read_config()
-    assert found.searched is not None
-    assert found.searched["target_size"] == str(int(0.87 * dense))
-    line = command(found, tmp_path / "smaller")
-    assert f"--target-size {int(0.87 * dense)}" in line
-    assert f"--target-size {asked}" in line.splitlines()[-1]
-
-
-@pytest.mark.parametrize("amount", [{}, {"ratio": 0.2, "target_size": "1MB"}])
-def test_a_plan_has_one_budget(amount: dict[str, Any], tmp_path: Path) -> None:
-    PruneConfig.from_options(model="m").save(tmp_path / "config.yaml")
-    with pytest.raises(AdaPrunerError, match="give one of `ratio`, `target_size`, `target_memory`, `target_speed`"):
-        adapruner.plan_again(tmp_path, tmp_path / "other", **amount)
 
 
 def test_a_run_meets_a_speed_that_was_measured_before(

@@ -24,15 +24,14 @@ _MODULES = {
         "planning": "PruningPlan",
         "progress": "StageCost",
         "result": "PruneResult RunResult",
-        "run.again": "plan_again",
-        "run.api": "prune prune_ratios",
+        "run.api": "prune",
         "search": "TriedPoint",
         "verbs._evaluate": "Evaluation evaluate",
         "verbs._export": "export",
         "verbs._inspect": "inspect",
         "verbs._model": "benchmark load load_tokenizer",
         "verbs._recover": "recover",
-        "verbs._steps": "compensate cut make_windows measure plan score",
+        "verbs._steps": "compensate cut make_windows measure score",
         "verbs._vocabulary": "PrunedVocabulary vocabulary",
     }.items()
     for name in names.split()
@@ -50,8 +49,7 @@ if TYPE_CHECKING:
     from adapruner.planning import PruningPlan as PruningPlan
     from adapruner.progress import StageCost as StageCost
     from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
-    from adapruner.run.again import plan_again as plan_again
-    from adapruner.run.api import prune as prune, prune_ratios as prune_ratios
+    from adapruner.run.api import prune as prune
     from adapruner.search import TriedPoint as TriedPoint
     from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
     from adapruner.verbs._export import export as export
@@ -63,7 +61,6 @@ if TYPE_CHECKING:
         cut as cut,
         make_windows as make_windows,
         measure as measure,
-        plan as plan,
         score as score,
     )
     from adapruner.verbs._vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary

@@ -24,7 +24,7 @@ from adapruner.option_rules import (
     searches_widths,
     tunes_scales_by_default,
 )
-from adapruner.option_values import ONE_OR_MORE, Count, Names, Ratios, Size, Tokens
+from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens
 from adapruner.plain_yaml import parse_options
 
 Alignment = Literal["data", "paper"]
@@ -162,9 +162,8 @@ class RecoveryOptions(_Options):
 class PruneOptions(_Options):
     """Options of pruning: the amount, the datasets and the search."""
 
-    ratio: Ratios = Field(
-        default=(0.2,),
-        description="Fraction of all parameters to remove, tied embeddings counted once; repeat it for several models.",
+    ratio: Fraction = Field(
+        default=0.2, description="Fraction of all parameters to remove, tied embeddings counted once."
     )
     effort: Effort = Field(
         default="standard",
@@ -360,7 +359,7 @@ class PruneOptions(_Options):
     @property
     def levels_widths(self) -> bool:
         """True if the widths are levelled after the search."""
-        rounds = level_rounds_of(self.level_rounds, max(self.ratio), self.target)
+        rounds = level_rounds_of(self.level_rounds, self.ratio, self.target)
         return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
@@ -384,11 +383,11 @@ class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
 
     Attributes:
-        searched: if the search was taken from an earlier run, the options for the amount that it removed.
+        searched: the ratio of the search, if that was taken from an earlier run.
     """
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
-    searched: dict[str, Any] | None = None
+    searched: float | None = None
 
     _conflicts = CONFLICTS_OF_PRUNING
 

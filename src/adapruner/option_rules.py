@@ -76,7 +76,6 @@ def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> i
     ratio is not known before.
 
     Args:
-        ratio: of several, the largest.
         target: a target that replaces the ratio, if any is given.
     """
     if level_rounds is not None:

@@ -15,12 +15,6 @@ def _check_fraction(value: float) -> float:
     return value
 
 
-def _ascending(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(set(values)) < max(len(values), 1):
-        raise ValueError("must be one or more different fractions")
-    return tuple(sorted(values))
-
-
 def size_in_bytes(value: Any) -> int:
     """Bytes of a size such as 400MB or 1.5GiB.
 
@@ -56,5 +50,4 @@ Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
 # One value stands for a tuple of one.
 ONE_OR_MORE = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
-Ratios = Annotated[tuple[Fraction, ...], ONE_OR_MORE, AfterValidator(_ascending)]
 Names = Annotated[tuple[str, ...], ONE_OR_MORE]

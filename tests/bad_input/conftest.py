@@ -81,7 +81,6 @@ def refused(run_cli: RunCli) -> Refused:
 OPTIONS: dict[str, str] = {
     "prune": "--pool 4 --samples 2 --trials 2 --objective-windows 4 --seq-len 16 --ratio 0.1 --round-to 1"
     " --protect-first 1 --protect-last 1 --compensation-windows 8 --self-windows 4 --level-rounds 0 --final-windows 4",
-    "plan": "--ratio 0.1",
     "recover": "--seq-len 16 --steps 1",
     "evaluate": "--seq-len 16 --limit 2",
     "benchmark": "--prompt 4 --new-tokens 2 --repetitions 1 --batch-size 1",
@@ -106,7 +105,7 @@ def command(tmp_path: Path, model_folder: Path, text_file: Path) -> Command:
         own = dict(zip(words[::2], words[1::2], strict=True))
         if verb in READS:
             own[READS[verb]] = str(text)
-        if verb in ("prune", "plan", "recover", "export"):
+        if verb in ("prune", "recover", "export"):
             own["-o"] = str(output)
         kept = [part for name, value in own.items() if name not in options for part in (name, value)]
         return [verb, str(model), *kept, *options]

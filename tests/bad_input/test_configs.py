@@ -125,14 +125,16 @@ def test_other_files_of_yaml(name: str, option: str, command: Command, refused: 
 
 # Both read a config by the same way: the cases take turns.
 @pytest.mark.parametrize(
-    ("content", "verb"), list(zip(BROKEN.values(), itertools.cycle(("prune", "plan")), strict=False)), ids=BROKEN.keys()
+    ("content", "is_earlier"),
+    list(zip(BROKEN.values(), itertools.cycle((False, True)), strict=False)),
+    ids=BROKEN.keys(),
 )
-def test_configs_of_runs(content: bytes, verb: str, refused: Refused, tmp_path: Path, command: Command) -> None:
+def test_configs_of_runs(content: bytes, is_earlier: bool, refused: Refused, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "output"
     run.mkdir()
     (run / "config.yaml").write_bytes(content)
     (run / "search.json").write_text("{}")
-    arguments = command("plan", model=run, output=tmp_path / "b") if verb == "plan" else command("prune")
+    arguments = ["prune", "--from", str(run), "-o", str(tmp_path / "b")] if is_earlier else command("prune")
     refused(arguments, f"{run}/config.yaml is not the config of a run")
     assert (run / "config.yaml").read_bytes() == content
 
@@ -160,15 +162,6 @@ def test_many_errors_are_cut_short() -> None:
     message = refusal(PruneConfig, model="m", **{f"no_{number}": "x" * 1000 for number in range(100)})
     assert message.count("is not an option") == 8
     assert message.endswith("; and 92 more")
-
-
-def test_one_ratio_or_several(tmp_path: Path) -> None:
-    for given, ratios in ((0.2, (0.2,)), ("0.2", (0.2,)), ([0.3, 0.1], (0.1, 0.3))):
-        config = PruneConfig.from_options(model="m", ratio=given)
-        assert config.ratio == ratios
-        config.save(tmp_path / "config.yaml")
-        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["ratio"] == [*ratios]
-        assert PruneConfig.load(tmp_path / "config.yaml") == config
 
 
 def test_the_alias_bombs_are_bombs() -> None:

@@ -80,7 +80,7 @@ def test_numbers_of_options(
 @pytest.mark.parametrize("value", NUMBERS, ids=lambda text: text[:20])
 @pytest.mark.parametrize(
     ("verb", "option"),
-    [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names] + [("plan", "--ratio")],
+    [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names],
 )
 def test_numbers_of_other_verbs(verb: str, option: str, value: str, refused: Refused, command: Command) -> None:
     refused(command(verb, option, value))
@@ -220,7 +220,6 @@ def test_options_that_are_refused(
     [
         ["prun"],
         ["prune"],
-        ["plan"],
         ["recover"],
         ["evaluate"],
         ["benchmark"],

@@ -35,8 +35,8 @@ def test_spaces_and_letters_of_every_alphabet_will_do(
         code, output, errors = run_cli(arguments)
         assert code == 0, errors
         assert json.loads(output)
-    plan = ["plan", str(outputs["prune"]), "--ratio", "0.05", "-o", str(home / "ein anderes")]
-    assert run_cli(plan)[0] == 0
+    other = ["prune", "--from", str(outputs["prune"]), "--ratio", "0.05", "-o", str(home / "ein anderes")]
+    assert run_cli(other)[0] == 0
     assert (outputs["prune"] / "model" / "config.json").is_file()
 
 
@@ -78,19 +78,17 @@ def test_an_output_that_is_the_model(verb: str, refused: Refused, command: Comma
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_nothing_to_plan_from(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
+def test_no_earlier_run(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
-    shutil.copytree(finished.output, tmp_path / "unsearched")
-    (tmp_path / "unsearched" / "search.json").unlink()
-    plan = ["--ratio", "0.05", "-o"]
+    others = ["--ratio", "0.05", "-o"]
     for run in ("nowhere", "loop", "file", "file/below", "x" * 5000):
-        refused(["plan", str(tmp_path / run), *plan, str(tmp_path / "b")])
-    refused(["plan", str(tmp_path), *plan, str(tmp_path / "b")], "holds no run")
-    refused(["plan", str(tmp_path / "unsearched"), *plan, str(tmp_path / "b")], "has no finished search")
+        refused(["prune", "--from", str(tmp_path / run), *others, str(tmp_path / "b")])
+    refused(["prune", "--from", str(tmp_path), *others, str(tmp_path / "b")], "holds no run")
     assert not (tmp_path / "b").exists()
     itself = str(finished.output)
-    refused(["plan", itself, *plan, itself, "--overwrite"], "is the earlier run itself")
+    refused(["prune", "--from", itself, *others, itself, "--overwrite"], "is the earlier run itself")
+    refused(["prune", "--from", itself], "name the folder of the new run: --output")
     assert finished.model_folder.is_dir()
 
 

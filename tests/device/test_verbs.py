@@ -23,22 +23,15 @@ from device.results import only_json
 
 @pytest.fixture(scope="module")
 def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ratios on the GPU."""
+    """A finished run on the GPU."""
     output = tmp_path_factory.mktemp("runs") / "a"
-    ratios = ["--ratio", 0.1, "--ratio", 0.2]
-    others = {name: value for name, value in SMALL_RUN.items() if name != "ratio"}
-    outcome = device.run(*pruning(family("llama"), text_file, output, others), *ratios)
-    assert len(only_json(outcome)) == 2
+    assert only_json(device.run(*pruning(family("llama"), text_file, output, SMALL_RUN)))
     return output
 
 
-def model_of(run: Path) -> Path:
-    return next(iter(sorted(run.glob("*/model"))))
-
-
 @pytest.mark.device_matrix
-def test_plan(device: Device, run: Path, tmp_path: Path) -> None:
-    outcome = device.run("plan", run, "--ratio", 0.15, "-o", tmp_path / "b", "--json")
+def test_another_ratio(device: Device, run: Path, tmp_path: Path) -> None:
+    outcome = device.run("prune", "--from", run, "--ratio", 0.15, "-o", tmp_path / "b", "--json")
     assert only_json(outcome)
     assert not {"measuring", "searching"} & {stage.name for stage in outcome.stages}
     assert adapruner.load(tmp_path / "b/model").num_parameters() > 0
@@ -69,7 +62,7 @@ def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> No
     scores = []
     for place in ("cuda", "cpu"):
         outcome = device.run(
-            *("evaluate", model_of(run), "--tasks", "boolq", "--limit", 8, "--json", "--device", place),
+            *("evaluate", run / "model", "--tasks", "boolq", "--limit", 8, "--json", "--device", place),
             environment={"ADAPRUNER_DATA": str(tmp_path)},
         )
         scores.append(only_json(outcome)["tasks"][0]["metrics"])
@@ -79,7 +72,7 @@ def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> No
 @pytest.mark.device_matrix
 def test_benchmark(device: Device, run: Path, family: Callable[..., Path]) -> None:
     outcome = device.run(
-        *("benchmark", model_of(run), "--against", family("llama"), "--json"),
+        *("benchmark", run / "model", "--against", family("llama"), "--json"),
         *("--batch-size", 1, "--batch-size", 2, "--prompt", 8, "--new-tokens", 3, "--repetitions", 2),
     )
     for speed in only_json(outcome).values():
@@ -93,7 +86,7 @@ def test_load_generates_on_the_gpu(device: Device, run: Path, tmp_path: Path) ->
     program = tmp_path / "program.py"
     program.write_text(
         "import adapruner, torch, json\n"
-        f"model = adapruner.load({str(model_of(run))!r})\n"
+        f"model = adapruner.load({str(run / 'model')!r})\n"
         "tokens = model.generate(torch.tensor([[3, 4]], device=model.device), max_new_tokens=4, do_sample=False)\n"
         "print(json.dumps([str(model.device), str(tokens.device), tokens.shape[1]]))\n"
     )

@@ -28,7 +28,7 @@ from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
 from adapruner.cli.installation import doctor, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
-from adapruner.cli.runs import plan, prune, report
+from adapruner.cli.runs import prune, report
 from adapruner.cli.structure import inspect
 from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
 from adapruner.interrupts import end_by_interrupt, handling_interrupts
@@ -47,7 +47,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, report, plan, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, doctor):
+for verb in (prune, report, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, doctor):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False

@@ -43,7 +43,6 @@ RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
 
 if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
-    TargetOptions = config.PruneOptions
 else:
     _group_of = {field: _GROUPS[name] for name, fields in OPTION_GROUPS.items() for field in fields}
     _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
@@ -63,7 +62,6 @@ else:
     }
     # The same fields, each with its panel and its help.
     PruneOptions = create_model("PruneOptions", __base__=config.PruneOptions, **_fields)
-    TargetOptions = create_model("TargetOptions", **{name: _fields[name] for name in config.TARGET_OPTIONS})
 
 
 def given(options: BaseModel | None) -> dict[str, Any]:

@@ -74,26 +74,23 @@ def _finite(content: Any) -> Any:
     return finite
 
 
-def result_lines(results: Iterable[PruneResult]) -> Iterator[RenderableType]:
-    """The tables of a run, and the path of its model, for every ratio."""
-    for result in results:
-        yield from result.tables()
-        yield f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
+def result_lines(result: PruneResult) -> Iterator[RenderableType]:
+    """The tables of a run, and the path of its model."""
+    yield from result.tables()
+    yield f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
 
 
-def preview_lines(previews: Iterable[Preview]) -> Iterator[RenderableType]:
-    """The artifacts that a run would make, with sizes and memory, for every ratio."""
+def preview_lines(preview: Preview) -> Iterator[RenderableType]:
+    """The artifacts that a run would make, with sizes and memory."""
     from adapruner.cli import with_options
 
-    for preview in previews:
-        before, after = preview.parameters_before, preview.parameters_after
-        kept = f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
-        yield f"{preview.folder}: {kept}"
-        yield f"to make: {', '.join(preview.missing) or 'nothing'}"
-        yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
-        if preview.memory:
-            yield with_options(memory_line(preview.memory, preview.device))
-            yield where(preview.device, preview.layer_wise)
+    before, after = preview.parameters_before, preview.parameters_after
+    yield f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
+    yield f"to make: {', '.join(preview.missing) or 'nothing'}"
+    yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
+    if preview.memory:
+        yield with_options(memory_line(preview.memory, preview.device))
+        yield where(preview.device, preview.layer_wise)
 
 
 def where(device: str, layer_wise: bool) -> str:

@@ -132,7 +132,6 @@ class Graph:
         self.given, self.unkeyed = frozenset(given) | frozenset(unkeyed), frozenset(unkeyed)
         self.nodes: dict[str, Node[Any]] = {}
         self._reaches: dict[str, Reach] = {}
-        self._needed: dict[str, frozenset[str]] = {}
 
     def in_memory(self, make: Callable[..., T]) -> InMemory[T]:
         """Declares a node in memory; see `InMemory`."""
@@ -246,18 +245,6 @@ class Graph:
             if each not in at_hand and not parameter.endswith(LATER) and not isinstance(self.nodes.get(each), Kept)
         ]
         return frozenset(needed).union(*below)
-
-    def depends_on(self, name: str, others: Collection[str]) -> bool:
-        """True if a node needs one of some options or nodes, directly or not."""
-        return not self._all_needed(name).isdisjoint(others)
-
-    def _all_needed(self, name: str) -> frozenset[str]:
-        """A node, and all options, leaves and nodes that it needs, directly or not."""
-        if name not in self._needed:
-            node = self.nodes.get(name)
-            below = [self._all_needed(needed) for needed in node.needs.values()] if node else []
-            self._needed[name] = frozenset({name}).union(*below)
-        return self._needed[name]
 
 
 def _named(

@@ -29,7 +29,7 @@ _SECONDS_BETWEEN_BEATS = 5
 
 
 class RunFolder:
-    """A folder with the artifacts of a run; of a run for several ratios, each ratio has a folder in it."""
+    """A folder with the artifacts of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,24 +52,6 @@ class RunFolder:
         run = cls(Path(tempfile.mkdtemp(prefix="adapruner-")))
         weakref.finalize(run, shutil.rmtree, run.path, ignore_errors=True)
         return run
-
-    @property
-    def parent(self) -> RunFolder:
-        """The run of which this is one of several ratios."""
-        return RunFolder(self.path.parent)
-
-    def at_ratio(self, ratio: float, config: PruneConfig) -> RunFolder:
-        """The folder with the artifacts of one ratio."""
-        return self if len(config.ratio) == 1 else self.of_ratio(ratio)
-
-    def of_ratio(self, ratio: float) -> RunFolder:
-        """The folder with the artifacts of one of several ratios."""
-        return RunFolder(self.path / f"ratio-{ratio!r}")
-
-    @property
-    def with_ratios(self) -> list[RunFolder]:
-        """This folder, and those of several ratios in it."""
-        return [self, *map(RunFolder, sorted(self.path.glob("ratio-*")))]
 
     def read_config(self) -> PruneConfig:
         """The options of the run.
@@ -229,12 +211,8 @@ class RunFolder:
         """The folder of an unfinished artifact; another key has another folder."""
         return self.path / "unfinished" / f"{_flat(name)}-{key[:16]}"
 
-    def take_over(self, name: str, source: RunFolder, made_from: Record | None = None) -> None:
-        """Copies an artifact of another run; large files are linked where the file system can.
-
-        Args:
-            made_from: what the record says here, where that is something else.
-        """
+    def take_over(self, name: str, source: RunFolder) -> None:
+        """Copies an artifact of another run; large files are linked where the file system can."""
         record = source.record(name)
         assert record is not None
         assert record.files is not None
@@ -247,7 +225,7 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             link_or_copy(source.path / file, target)
-        self._save(name, (made_from or record).model_copy(update={"files": record.files}))
+        self._save(name, record)
 
     def _record(self, name: str) -> Path:
         return self._keys / f"{_flat(name)}.json"

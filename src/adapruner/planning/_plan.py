@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from adapruner.config import HeadGranularity
+from adapruner.config import HeadGranularity, Layout, RatioOf
 from adapruner.errors import AdaPrunerError, first_problem, reason
+from adapruner.planning._budget import default_budget, kept_counts
 from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
 from adapruner.tables import Column, Table
 
@@ -135,6 +136,34 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
             removed_parameters=structure.removed_parameters(counts),
             blocks=blocks,
         )
+
+    @staticmethod
+    def from_scores(
+        structure: Structure,
+        scores: Tensor,
+        ratio: float = 0.2,
+        *,
+        layout: Layout = "per-layer",
+        ratio_of: RatioOf = "parameters",
+        round_to: int = 32,
+        protect_first: int | None = None,
+        protect_last: int | None = None,
+        head_share: float | None = None,
+    ) -> PruningPlan:
+        """The plan that keeps in every block the groups with the highest scores.
+
+        For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
+
+        Args:
+            scores: [groups], in the order of `structure.blocks`.
+            ratio: fraction of all parameters to remove; of a multimodal model, of those of its decoder.
+            layout, ratio_of, round_to, protect_first, protect_last, head_share: as in `PruneOptions`.
+
+        Raises:
+            AdaPrunerError: the ratio cannot be reached; the message has the arithmetic.
+        """
+        budget = default_budget(structure, ratio, layout, ratio_of, round_to, protect_first, protect_last, head_share)
+        return make_plan(structure, scores, kept_counts(structure, budget))
 
     def save(self, path: Path) -> None:
         """Writes the plan as JSON."""

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from itertools import chain
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from adapruner.calibration import SELF_GENERATED, parse_source
-from adapruner.config import TARGET_OPTIONS, PruneConfig, PruneOptions
+from adapruner.config import PruneConfig, PruneOptions
 from adapruner.report._contents import Contents
 
-# The folder of the search, if a run took its point from another run.
+# The folder of the search, if a run took it from another run.
 _SEARCHED = "runs/searched"
 
 
 def command(config: PruneConfig, output: Path) -> str:
     """The command line, one option a line, with the options that differ from their defaults; two commands if the run
-    took the best point of a search at another ratio.
-
-    Args:
-        config: the options, with one ratio.
-    """
-    (ratio,) = config.ratio
+    took the search of another one, at another ratio."""
     if config.searched is not None:
-        amounts = PruneOptions().model_dump(include={"ratio", *TARGET_OPTIONS}) | config.searched
-        searched = PruneConfig(**config.model_dump() | amounts | {"searched": None})
-        target = PruneOptions(**{name: getattr(config, name) for name in TARGET_OPTIONS})
-        amount = _options(target) if config.target else [("--ratio", str(ratio))]
-        again = shlex.join(("adapruner", "plan", _SEARCHED, *chain.from_iterable(amount), "-o", str(output)))
-        return f"{command(searched, Path(_SEARCHED))}\n{again}"
+        searched = config.model_copy(update={"ratio": config.searched, "searched": None})
+        again = ("adapruner", "prune", "--from", _SEARCHED, "--ratio", str(config.ratio), "-o", str(output))
+        return f"{command(searched, Path(_SEARCHED))}\n{shlex.join(again)}"
     options = _options(PruneOptions(**config.model_dump(exclude={"model", "searched"})))
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
 

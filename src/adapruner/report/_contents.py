@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of a run folder for one ratio, finished or not.
+    """The content of a run folder, finished or not.
 
     Attributes:
         path: the folder with its artifacts.
         state: `running` while a command is running in it.
         stage: the current stage of a running command.
-        config: the options, with only this ratio.
+        config: the options.
         history: the trials so far.
         plan: which groups are kept; None before the search has ended, as are `search` and `levelled`.
         result: None before the run is finished.
@@ -76,56 +76,49 @@ class Contents:
 
 
 def read_contents(run: RunFolder, config: PruneConfig) -> Contents:
-    """Reads the content of a run folder for one ratio.
+    """Reads the content of a run folder.
 
     Args:
-        config: the options of the run, with only this ratio.
+        config: the options of the run.
 
     Raises:
         AdaPrunerError: something in the folder cannot be read.
     """
-    made = _Artifacts(run, run.at_ratio(config.ratio[0], run.read_config()), config)
+    made = _Artifacts(run, config)
     try:
         return _read(made)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise AdaPrunerError(f"cannot read the run in {made.folder.path}: {reason(error)}") from error
+        raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
 class _Artifacts:
-    """The artifacts of one ratio of a run that agree with its options and with each other; others are left from earlier
-    options. The model and the texts that they were made from are not checked.
-
-    Attributes:
-        run: the folder of artifacts that do not depend on the ratio.
-        folder: the folder of artifacts that do.
-    """
+    """The artifacts of a run that agree with its options and with each other; others are left from earlier options. The
+    model and the texts that they were made from are not checked."""
 
     run: RunFolder
-    folder: RunFolder
     config: PruneConfig
     _records: dict[str, Record | None] = field(default_factory=dict)
 
     def record(self, name: str) -> Record | None:
         """The record of an artifact that was made, or is being made, with these options, as were its inputs."""
         if name not in self._records:
-            record = self.folder.record(name) or self.run.record(name)
+            record = self.run.record(name)
             self._records[name] = record if record and self._is_current(record) else None
         return self._records[name]
 
     @property
     def keys(self) -> set[str]:
         """The keys of all artifacts that are made or being made."""
-        names = {*self.run.recorded, *self.folder.recorded}
-        return {record.key for record in map(self.record, names) if record}
+        return {record.key for record in map(self.record, self.run.recorded) if record}
 
     def path(self, name: str) -> Path | None:
         """The path of an artifact that is finished, and was not removed."""
         record = self.record(name)
         if record is None or record.files is None:
             return None
-        folder = self.folder if self.folder.record(name) else self.run
-        return folder.path / name if (folder.path / name).exists() else None
+        path = self.run.path / name
+        return path if path.exists() else None
 
     def read(self, name: str, of: type[T]) -> T | None:
         """The content of a JSON file; None if it is not finished."""
@@ -133,16 +126,19 @@ class _Artifacts:
         return _read_json(path, of) if path else None
 
     def _is_current(self, record: Record) -> bool:
-        # `adapruner plan` copies no input that only the search needs: an input without a record decides nothing.
-        inputs = [name for name in record.inputs if self.folder.record(name) or self.run.record(name)]
+        # A search that was taken from another run removes what that removed.
+        is_taken = record.name == "search.json" and self.config.searched is not None
+        config = self.config.model_copy(update={"ratio": self.config.searched}) if is_taken else self.config
+        # An input without a record decides nothing.
+        inputs = [name for name in record.inputs if self.run.record(name)]
         records = {name: self.record(name) for name in inputs}
-        return record.has_options_of(self.config) and all(
+        return record.has_options_of(config) and all(
             record.inputs[name] == (made.key if made else None) for name, made in records.items()
         )
 
 
 def _read(made: _Artifacts) -> Contents:
-    run, folder, config = made.run, made.folder, made.config
+    run, config = made.run, made.config
     plan_path, model_path = made.path("plan.json"), made.path("recovered") or made.path("model")
     plan = PruningPlan.load(plan_path) if plan_path else None
     search, result = made.read("search.json", SearchResult), made.read("result.json", RunResult)
@@ -152,7 +148,7 @@ def _read(made: _Artifacts) -> Contents:
     is_running = result is None and run.is_running()
     models = result.models if result else tuple(_models(made, plan))
     return Contents(
-        path=folder.path,
+        path=run.path,
         state="finished" if result else "running" if is_running else "stopped",
         stage=_current_stage(run.log) if is_running else None,
         config=config,
@@ -165,7 +161,7 @@ def _read(made: _Artifacts) -> Contents:
         samples=_samples(made, search.best.samples) if search else {},
         stages=result.stages if result else Reporter(run.log).finished_stages(made.keys),
         weight_bytes=sum(file.stat().st_size for file in model_path.glob("*.safetensors")) if model_path else 0,
-        speed=_speed(folder, models),
+        speed=_speed(run, models),
     )
 
 
@@ -195,10 +191,10 @@ def _models(made: _Artifacts, plan: PruningPlan | None) -> list[ModelNumbers]:
     return models
 
 
-def _speed(folder: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
+def _speed(run: RunFolder, models: tuple[ModelNumbers, ...]) -> tuple[Speed, Speed] | None:
     """The speed of the dense and the final model, which are identified by their numbers of parameters: the speed of an
     earlier pruned model is not shown."""
-    measured = _read_json(folder.speed, dict[str, Speed]) if folder.speed.is_file() else {}
+    measured = _read_json(run.speed, dict[str, Speed]) if run.speed.is_file() else {}
     by_size = {speed.parameters: speed for speed in measured.values()}
     pair = [by_size.get(model.parameters) for model in (models[0], models[-1])] if len(models) > 1 else []
     dense, final = pair or (None, None)

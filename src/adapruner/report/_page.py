@@ -38,8 +38,8 @@ _TEMPLATES.filters |= {
 }
 
 
-def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
-    """Writes `report.html` of a run, finished or not, for every ratio.
+def write_report(run: RunFolder, refresh: int | None = None) -> Path:
+    """Writes `report.html` of a run, finished or not.
 
     Args:
         refresh: seconds after which the page reloads, while the run is in progress.
@@ -47,23 +47,15 @@ def write_reports(run: RunFolder, refresh: int | None = None) -> list[Path]:
     Raises:
         AdaPrunerError: the folder holds no run, or cannot be written.
     """
-    config, written = run.read_config(), []
-    for ratio in config.ratio:
-        report = run.at_ratio(ratio, config).report
-        page = render_report(run, config.model_copy(update={"ratio": (ratio,)}), refresh)
-        # The run itself may be writing the page too.
-        with being_written(report, ".other") as partial:
-            partial.write_text(page, encoding="utf-8")
-        written.append(report)
-    return written
+    page = render_report(run, run.read_config(), refresh)
+    # The run itself may be writing the page too.
+    with being_written(run.report, ".other") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return run.report
 
 
 def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = None) -> str:
-    """The page of one ratio, as text.
-
-    Args:
-        config: the options of the run, with only this ratio.
-    """
+    """The page of a run with these options, as text."""
     contents = read_contents(run, config)
     search, dense, final, plan, result = contents.search, contents.dense, contents.final, contents.plan, contents.result
     names = titles(config, search.best_fixed_name if search else None)

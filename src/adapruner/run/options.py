@@ -32,17 +32,18 @@ def resolve(
     run: RunFolder,
     recipe: str | Path | None,
     config: PruneOptions | None,
+    earlier: RunFolder | None = None,
 ) -> PruneConfig:
     """The config of a run. A model and text in memory are written to its folder.
 
     Args:
-        options: by name; they override those of the recipe and the config.
+        options: by name; they override those of the recipe and the config, and these those of the earlier run.
         tokenizer: of a model in memory.
 
     Raises:
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
-    resolved = _with_absolute_paths(_in_files(_given_options(recipe, config, options), tokenizer, run))
+    resolved = _with_absolute_paths(_in_files(_given_options(earlier, recipe, config, options), tokenizer, run))
     if not resolved.for_:
         return resolved
     set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
@@ -52,6 +53,20 @@ def resolve(
 def run_folder(output: str | Path | None) -> RunFolder:
     """The folder that a user names, or a temporary one."""
     return RunFolder.temporary() if output is None else RunFolder(given_path(output))
+
+
+def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
+    """The folder of an earlier run that a user names.
+
+    Raises:
+        AdaPrunerError: it is the folder of the run itself.
+    """
+    if folder is None:
+        return None
+    earlier = RunFolder(given_path(folder))
+    if earlier.path.resolve() == run.path.resolve():
+        raise AdaPrunerError(f"{run.path} is the earlier run itself: choose another `output`")
+    return earlier
 
 
 def register_extensions(config: PruneConfig) -> None:
@@ -65,18 +80,23 @@ def register_extensions(config: PruneConfig) -> None:
 
 
 def _given_options(
-    recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
+    earlier: RunFolder | None, recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The options of a recipe and a config, overridden by those that are given by name; a model or text may be in
-    memory.
+    """The options of an earlier run, a recipe and a config, overridden by those that are given by name; a model or text
+    may be in memory.
 
     Raises:
         AdaPrunerError: an option is invalid.
     """
-    base = read_recipe(recipe) if recipe else {}
+    base = _options_of(earlier) if earlier else {}
+    if recipe:
+        base = override(base, read_recipe(recipe))
     if config:
         # Where there is a target, the ratio beside it says nothing.
-        base = override(base, config.model_dump(exclude_unset=True, exclude={"ratio"} if config.target else set()))
+        base = override(
+            base,
+            config.model_dump(exclude_unset=True, exclude={"searched", "ratio"} if config.target else {"searched"}),
+        )
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
@@ -96,6 +116,14 @@ def _given_options(
     named = {name: type(value).__name__ for name, value in own.items() if name in _IN_FILES and value is not None}
     PruneConfig.from_options(**given | named)
     return given
+
+
+def _options_of(earlier: RunFolder) -> dict[str, Any]:
+    """The options of an earlier run that differ from their defaults, without those that its effort set."""
+    config = earlier.read_config()
+    options = config.model_dump(exclude_defaults=True, exclude={"searched"})
+    by_effort = EFFORTS[config.effort]
+    return {name: value for name, value in options.items() if name not in by_effort or value != by_effort[name]}
 
 
 def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:

@@ -18,19 +18,18 @@ from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
 from adapruner.planning import Budget, kept_counts
 from adapruner.progress import Reporter
-from adapruner.run.makings import check, makings_of
+from adapruner.run.making import check, making_of
 from adapruner.run.nodes import amount, inputs, measured, models, placed
-from adapruner.run.options import register_extensions, resolve
+from adapruner.run.options import earlier_run, register_extensions, resolve
 from adapruner.structure import count_parameters
 
 _FLOAT32, _MIB = 4, 2**20
 
 
 class Preview(BaseModel, frozen=True):
-    """A preview of a run for one ratio.
+    """A preview of a run.
 
     Attributes:
-        folder: of the ratio.
         missing: the artifacts that would be made, in this order.
         parameters_before, parameters_after: of the given and of the pruned model; what the search chooses comes within
             0.5 percentage points of the latter.
@@ -41,7 +40,6 @@ class Preview(BaseModel, frozen=True):
     """
 
     ratio: float
-    folder: str
     missing: list[str]
     parameters_before: int
     parameters_after: int
@@ -52,31 +50,33 @@ class Preview(BaseModel, frozen=True):
     memory: Memory | None
 
 
-def preview_ratios(
-    model: str | None, *, output: str | Path, recipe: str | Path | None = None, overwrite: bool = False, **options: Any
-) -> list[Preview]:
-    """A preview of `prune_ratios` with the same arguments, all of them names, after the same checks; writes nothing.
+def preview(
+    model: str | None,
+    *,
+    output: str | Path,
+    recipe: str | Path | None = None,
+    from_: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Preview:
+    """A preview of `prune` with the same arguments, all of them names, after the same checks, from shapes and text: no
+    weights are read, and nothing is written.
 
     Raises:
         AdaPrunerError: what the run would be refused for.
     """
     run = RunFolder(given_path(output))
     run.check_usable()
-    config = resolve({"model": model, **options}, None, run, recipe, None)
-    makings = makings_of(config, run, Reporter())
-    check(makings, overwrite)
-    return [_preview(making) for making in makings]
-
-
-def _preview(making: Making) -> Preview:
-    """The missing artifacts of one ratio of a run, from shapes and text: no weights are read."""
+    earlier = earlier_run(from_, run)
+    config = resolve({"model": model, **options}, None, run, recipe, None, earlier)
+    making = making_of(config, run, Reporter(), earlier)
+    check(making, overwrite)
     missing, placement, structure = making.missing(), making.value(placed.placement), making.value(inputs.structure)
     budget, empty = making.value(amount.starting_budget), making.value(inputs.empty)
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
     will_measure = measured.moments in missing
     return Preview(
         ratio=making.value(amount.starting_ratio),
-        folder=str(making.folder.path),
         missing=[node.path for node in missing],
         parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
@@ -130,23 +130,23 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
     run, reporter = RunFolder.temporary(), Reporter()
 
-    def making_of(config: PruneConfig) -> tuple[Making, Placement]:
-        making = makings_of(config, run, reporter, known=known)[0]
+    def placed_making(config: PruneConfig) -> tuple[Making, Placement]:
+        making = making_of(config, run, reporter, known=known)
         if stated is None:
             return making, making.value(placed.placement)
-        empty, structure, budget = map(making.value, ("empty", "structure", "largest_budget"))
+        empty, structure, budget = map(making.value, ("empty", "structure", "starting_budget"))
         streamable = is_streamable(making.value(inputs.location), empty.config)
         about = config, empty, structure, budget, gpus, streamable, stated
         return making, choose_placement(*about)
 
     refusal = ""
     try:
-        making, placement = making_of(config)
+        making, placement = placed_making(config)
     except AdaPrunerError as error:
         # Refused for another reason than memory, it is refused again.
-        making, placement = making_of(config.model_copy(update={"ignore_memory": True}))
+        making, placement = placed_making(config.model_copy(update={"ignore_memory": True}))
         refusal = str(error)
-    needed = _memory(making, making.value(placed.largest_budget), placement)
+    needed = _memory(making, making.value(amount.starting_budget), placement)
     return Estimate(placement, needed, None if known and stated is None else not refusal, refusal)
 
 

@@ -14,12 +14,12 @@ from adapruner.run.options import register_extensions
 _SECONDS_BETWEEN_REPORTS = 5
 
 
-def write_reports(output: str | Path, watch: bool = False) -> Iterator[list[Path]]:
-    """Writes the report of a run, finished or not, one for each ratio; yields their paths each time.
+def write_reports(output: str | Path, watch: bool = False) -> Iterator[Path]:
+    """Writes the report of a run, finished or not; yields its path each time.
 
     Args:
         output: the run folder.
-        watch: write them every few seconds while the run is in progress, and once more when it has ended.
+        watch: write it every few seconds while the run is in progress, and once more when it has ended.
 
     Raises:
         AdaPrunerError: the folder holds no run, or cannot be written.
@@ -27,6 +27,6 @@ def write_reports(output: str | Path, watch: bool = False) -> Iterator[list[Path
     run = RunFolder(given_path(output))
     register_extensions(run.read_config())
     while watch and run.is_running():
-        yield report.write_reports(run, _SECONDS_BETWEEN_REPORTS)
+        yield report.write_report(run, _SECONDS_BETWEEN_REPORTS)
         time.sleep(_SECONDS_BETWEEN_REPORTS)
-    yield report.write_reports(run)
+    yield report.write_report(run)

@@ -1,4 +1,4 @@
-"""The steps of a run, one by one and in memory: measure, score, plan, cut, compensate."""
+"""The steps of a run, one by one and in memory: measure, score, cut, compensate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner import measurement
 from adapruner.calibration import draw_windows
-from adapruner.config import Layout, PruneConfig, RatioOf, Terms
+from adapruner.config import Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement import Statistics, measure_moments
 from adapruner.models import architecture_of, in_fastest_dtype
-from adapruner.planning import PruningPlan, kept_counts, make_plan, reference_budget
+from adapruner.planning import PruningPlan
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, CompensationForm, prune_model, refit_sequentially
 
@@ -71,6 +71,7 @@ def score(
     Returns:
         [groups], float64, in the order of `structure.blocks`; larger is more important. Scores of your own have this
         shape: `scores.split([block.groups for block in structure.blocks])` gives the scores of each block.
+        `PruningPlan.from_scores` makes a plan of them.
 
     Raises:
         AdaPrunerError: there is no such metric, or a term needs statistics that were not measured.
@@ -81,44 +82,6 @@ def score(
         metric = LLM_PRUNER_METRICS[metric]
     point = metric if isinstance(metric, MetricPoint) else MetricPoint(weights=dict(metric))
     return score_groups(statistics, structure, point)
-
-
-def plan(
-    structure: Structure,
-    scores: Tensor,
-    ratio: float = 0.2,
-    *,
-    round_to: int = 32,
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    head_share: float | None = None,
-    layout: Layout = "per-layer",
-    ratio_of: RatioOf = "parameters",
-) -> PruningPlan:
-    """The groups to keep at a ratio: in every block the groups with the highest scores.
-
-    For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
-
-    Args:
-        scores: [groups], in the order of `structure.blocks`.
-        ratio: fraction of all parameters to remove; of a multimodal model, of those of its decoder.
-        round_to, protect_first, protect_last, head_share, layout, ratio_of: as in `PruneOptions`.
-
-    Raises:
-        AdaPrunerError: the ratio cannot be reached; the message has the arithmetic.
-    """
-    config = PruneConfig.from_options(
-        model=structure.model_type,
-        ratio=ratio,
-        round_to=round_to,
-        protect_first=protect_first,
-        protect_last=protect_last,
-        head_share=head_share,
-        layout=layout,
-        ratio_of=ratio_of,
-        space="paper" if ratio_of == "groups" else "extended",
-    )
-    return make_plan(structure, scores, kept_counts(structure, reference_budget(config, structure, ratio)))
 
 
 def cut(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:

@@ -7,6 +7,6 @@ from adapruner.graph import Graph
 
 GRAPH = Graph(
     PruneConfig,
-    given=("reporter", "run_folder", "largest_ratio_asked", "stage_costs"),
+    given=("reporter", "run_folder", "stage_costs"),
     unkeyed=("config",),
 )

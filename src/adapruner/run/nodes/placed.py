@@ -23,16 +23,9 @@ from adapruner.models import (
 from adapruner.planning import Budget
 from adapruner.progress import Reporter
 from adapruner.recovery import check_trainer_options
-from adapruner.run.nodes.amount import BudgetAt
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
 from adapruner.structure import Structure
-
-
-@GRAPH.leaf()
-def largest_budget(budget_at: BudgetAt, ratio_of_target: float | None, largest_ratio_asked: float) -> Budget:
-    """The budget of the largest of several ratios: the placement of the model is the same for all."""
-    return budget_at(largest_ratio_asked if ratio_of_target is None else ratio_of_target)
 
 
 @GRAPH.leaf()
@@ -47,7 +40,7 @@ def placement(
     location: ModelLocation,
     empty: PreTrainedModel,
     structure: Structure,
-    largest_budget: Budget,
+    starting_budget: Budget,
     device: str,
     layer_wise: bool | None,
     target_speed: float | None,
@@ -59,7 +52,7 @@ def placement(
     if layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
-    about = config, empty, structure, largest_budget, usable_devices(device), streamable
+    about = config, empty, structure, starting_budget, usable_devices(device), streamable
     chosen = choose_placement(*about)
     if target_speed and not chosen.on_one_device:
         where = "in memory one at a time" if chosen.layer_wise else "on several devices"
@@ -74,14 +67,14 @@ def memory_for_moments(
     config: PruneConfig,
     empty: PreTrainedModel,
     structure: Structure,
-    largest_budget: Budget,
+    starting_budget: Budget,
     placement: Placement,
 ) -> dict[torch.device, int]:
     """Bytes that second moments may occupy on each device; none where the memory of the run cannot be told."""
     if is_pruned(empty.config):
         return {}
     devices = placement.devices
-    needed = estimate_memory(config, empty, structure, largest_budget, devices, placement.layer_wise)
+    needed = estimate_memory(config, empty, structure, starting_budget, devices, placement.layer_wise)
     return room_for_moments(devices[0], needed)
 
 
