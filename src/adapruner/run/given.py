@@ -1,13 +1,12 @@
-"""A model, text or windows in memory, written to files: a run reads all of its inputs from files, so that it can be
-resumed, joined and repeated."""
+"""A model or text in memory is saved to the run folder first: a run reads files alone, so that it can be resumed and
+repeated."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import WINDOWS, text_rows
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint import made_beside, save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
-from adapruner.files import being_written
-from adapruner.models import FILE_FIELDS, architecture_of, whole_state
+from adapruner.files import replace
+from adapruner.models import architecture_of
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
@@ -69,73 +68,57 @@ def check_prunable(model: PreTrainedModel) -> None:
     architecture_of(model.config)
 
 
-def write_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> Path:
-    """Writes a model in memory below a folder, under a name that says its content, unless it is there; returns where.
-
-    The model is not changed, but for what `save_pretrained` notes in its config. The cost is one copy on the disk, in
-    the dtype of the weights.
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> str:
+    """Saves a model in memory below a folder; returns the path. The model is not changed, but for what
+    `save_pretrained` notes in its config.
 
     Raises:
         AdaPrunerError: it cannot be written.
     """
     name = Path(str(model.name_or_path)).name or model.config.model_type
-    place = folder / f"{name}-{_hash_of_model(model, tokenizer)}"
-    if not place.is_dir():
-        save_checkpoint(model, tokenizer, place)
-    return place
+    return _save(folder, name, "", partial(save_checkpoint, model, tokenizer))
 
 
-def _hash_of_model(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
-    settings = model.generation_config.to_dict() if model.generation_config else {}
-    both = [
-        {name: value for name, value in fields.items() if name not in FILE_FIELDS}
-        for fields in (model.config.to_dict(), settings)
-    ]
-    digest = hashlib.sha256(json.dumps(both, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(whole_state(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    with tempfile.TemporaryDirectory() as written:
-        tokenizer.save_pretrained(written)
-        for file in sorted(Path(written).rglob("*")):
-            digest.update(file.read_bytes() if file.is_file() else b"")
-    return digest.hexdigest()[:12]
-
-
-def is_in_memory(data: TextData | None) -> bool:
-    """True if it is text or windows, and not the name of a dataset."""
-    return data is not None and not isinstance(data, str | Path)
-
-
-def write_text(data: TextData, folder: Path, use: str) -> str:
-    """The name of a dataset; text or windows in memory are written below a folder first, under a name that says their
-    content.
+def save_text(data: TextData, folder: Path, use: str) -> str:
+    """Saves documents or windows in memory below a folder; returns the path. The same text for two uses is one file,
+    whose parts are kept apart.
 
     Args:
-        use: what they are for, for messages. The name does not depend on it: the same text for two uses is one dataset,
-            whose parts are kept apart.
+        use: what they are for, for messages.
 
     Raises:
-        AdaPrunerError: it holds something else than text or windows, or nothing; or it cannot be written.
+        AdaPrunerError: they hold something else than text or windows, or nothing; or they cannot be written.
     """
-    if isinstance(data, str | Path):
-        return str(data)
-    if isinstance(data, Tensor):
-        return str(_write_windows(data, folder, use))
-    digest, count = hashlib.sha256(), 0
-    unnamed = folder / f".{use}-{os.getpid()}.jsonl"
-    with being_written(unnamed) as partial, partial.open("w", encoding="utf-8") as file:
-        for row in text_rows(_rows(data, use), use):
-            count += 1
-            line = json.dumps(row) + "\n"
-            digest.update(line.encode())
-            file.write(line)
-    if not count:
-        unnamed.unlink()
-        raise AdaPrunerError(f"`{use}` holds no text")
-    path = folder / f"text-{digest.hexdigest()[:12]}.jsonl"
-    os.replace(unnamed, path)
+    if not isinstance(data, Tensor):
+        return _save(folder, "text", ".jsonl", partial(_write_rows, data, use))
+    if data.dtype != torch.int64 or data.dim() != 2 or not len(data):
+        raise AdaPrunerError(
+            f"`{use}` is a tensor of {data.dtype} and shape {list(data.shape)}: windows are tokens, int64, of shape"
+            " [windows, tokens]"
+        )
+    return _save(folder, "windows", ".safetensors", partial(save_file, {WINDOWS: data.detach().cpu().contiguous()}))
+
+
+def _save(folder: Path, name: str, suffix: str, write: Callable[[Path], object]) -> str:
+    """Writes a file or folder under a name that has a hash of its content, unless it exists; returns the path."""
+    with made_beside(folder / name) as made:
+        write(made)
+        files = sorted(made.rglob("*")) if made.is_dir() else [made]
+        digest = hashlib.sha256(
+            b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files if file.is_file())
+        )
+        path = folder / f"{name}-{digest.hexdigest()[:12]}{suffix}"
+        if not path.exists():
+            replace(made, path)
     return str(path)
+
+
+def _write_rows(data: Any, use: str, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in text_rows(_rows(data, use), use):
+            file.write(json.dumps(row) + "\n")
+    if not path.stat().st_size:
+        raise AdaPrunerError(f"`{use}` holds no text")
 
 
 def _rows(data: Any, use: str) -> Iterator[dict[str, Any]]:
@@ -150,16 +133,3 @@ def _rows(data: Any, use: str) -> Iterator[dict[str, Any]]:
                 " tensor of windows"
             )
         yield {"text": item} if isinstance(item, str) else dict(item)
-
-
-def _write_windows(windows: Tensor, folder: Path, use: str) -> Path:
-    if windows.dtype != torch.int64 or windows.dim() != 2 or not len(windows):
-        raise AdaPrunerError(
-            f"`{use}` is a tensor of {windows.dtype} and shape {list(windows.shape)}: windows are tokens, int64, of"
-            " shape [windows, tokens]"
-        )
-    content = windows.detach().cpu().contiguous()
-    path = folder / f"windows-{hashlib.sha256(content.numpy().tobytes()).hexdigest()[:12]}.safetensors"
-    with being_written(path, f"-{os.getpid()}") as partial:
-        save_file({WINDOWS: content}, partial)
-    return path

@@ -20,10 +20,10 @@ from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
 from adapruner.recipe import override, read_recipe
 from adapruner.run.engines import options_for
-from adapruner.run.given import check_prunable, check_tokenizer, is_in_memory, write_model, write_text
+from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
 
-# The options whose values may be in memory.
-_IN_FILES = ("model", "calibration", "objective", "recover")
+# The options whose values may be in memory, in the order in which they are saved.
+_MAY_BE_IN_MEMORY = ("calibration", "objective", "recover", "model")
 
 
 def resolve(
@@ -113,7 +113,9 @@ def _given_options(
     if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
         given.setdefault("seq_len", windows.shape[1])
     # Other mistakes are told before anything is written.
-    named = {name: type(value).__name__ for name, value in own.items() if name in _IN_FILES and value is not None}
+    named = {
+        name: type(value).__name__ for name, value in own.items() if name in _MAY_BE_IN_MEMORY and value is not None
+    }
     PruneConfig.from_options(**given | named)
     return given
 
@@ -128,19 +130,21 @@ def _options_of(earlier: RunFolder) -> dict[str, Any]:
 
 def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
     """The options, with a model and text that are in memory in files of the run folder."""
-    options: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in given.items()}
-    model: Any = options["model"]
-    loaded = not isinstance(model, str)
-    if loaded:
-        check_prunable(model)
+    options: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    if not isinstance(options["model"], str):
+        check_prunable(options["model"])
         tokenizer = check_tokenizer(tokenizer)
     elif tokenizer is not None:
         raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
-    texts = {name: options[name] for name in ("calibration", "objective", "recover") if is_in_memory(options.get(name))}
-    if texts or loaded:
+    in_memory = [name for name in _MAY_BE_IN_MEMORY if not isinstance(options.get(name), str | None)]
+    if in_memory:
         run.check_usable()
-    options |= {name: write_text(data, run.given, name) for name, data in texts.items()}
-    return options | ({"model": str(write_model(model, tokenizer, run.given))} if tokenizer else {})
+    for name in in_memory:
+        value = options[name]
+        options[name] = (
+            save_text(value, run.given, name) if name != "model" else save_model(value, tokenizer, run.given)
+        )
+    return options
 
 
 def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
