@@ -7,7 +7,7 @@ import json
 import os
 import pkgutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from multiprocessing import current_process, get_context
@@ -252,12 +252,15 @@ def _contents(run: Path) -> dict[str, object]:
     return contents
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which can be written as GGUF."""
+RIVER = ("the river runs through the old town, past the mill and the market",) * 9
+
+
+def byte_tokenizer(texts: Iterable[str] = RIVER, size: int = 300) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most so many tokens, which can be written as GGUF."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[*special.values()])
-    backend.train_from_iterator(["the river runs through the old town, past the mill and the market"] * 9, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[*special.values()])
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)

@@ -22,8 +22,7 @@ import yaml
 from examples.tiny import OPTIONS as SMALL_RUN
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 import adapruner
 from adapruner import PruneConfig, PruneOptions
@@ -31,7 +30,7 @@ from adapruner.cli import app, main
 from adapruner.importance import TERMS
 from adapruner.models import Architecture, ModelLocation, known_architectures
 from adapruner.run.nodes import GRAPH
-from run_helpers import flags
+from run_helpers import byte_tokenizer, flags
 from tiny_wrappers import tiny_wrapper_config
 
 ROOT = Path(__file__).parents[1]
@@ -85,14 +84,7 @@ def paragraphs(seed: int, count: int = 200) -> list[str]:
 
 
 def write_models(folder: Path) -> None:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=[*special.values()])
-    backend.train_from_iterator(paragraphs(0), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer = byte_tokenizer(paragraphs(0), 340)
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -103,7 +95,7 @@ def write_models(folder: Path) -> None:
         "head_dim": 8,
         "tie_word_embeddings": True,
     }
-    numbers = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in special}
+    numbers = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     for name, family in MODELS.items():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **sizes, **numbers)

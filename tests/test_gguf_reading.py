@@ -17,8 +17,7 @@ import transformers
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings, strategies as st
 from packaging.version import Version
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import adapruner
 from adapruner.card import base_licence
@@ -27,17 +26,13 @@ from adapruner.errors import AdaPrunerError
 from adapruner.gguf import write_gguf
 from adapruner.models import find_model, load_config, load_model, load_tokenizer
 from adapruner.models._gguf import check_header, refuse_what_is_not_read, without_tokens
+from run_helpers import byte_tokenizer
 
 
 @pytest.fixture
 def file(make_model: object, tmp_path: Path) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {text: number for number, text in enumerate(["<s>", "</s>", *alphabet, "te", "so"])}
-    # Two merges: transformers before 5.18 reads a list of one as a text.
-    backend = Tokenizer(models.BPE(vocabulary, [("t", "e"), ("s", "o")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    model: PreTrainedModel = make_model("llama", vocab_size=len(vocabulary), attention_bias=False, mlp_bias=False)
+    tokenizer = byte_tokenizer()
+    model: PreTrainedModel = make_model("llama", vocab_size=len(tokenizer), attention_bias=False, mlp_bias=False)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
     return tmp_path / "model.gguf"
 

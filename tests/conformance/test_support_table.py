@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import check_gguf, write_gguf
 from adapruner.models import known_architectures
+from run_helpers import byte_tokenizer
 from tiny_families import cut_to
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
@@ -35,33 +35,24 @@ LAYOUTS: dict[str, Callable[[str, int], int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate([*alphabet, "</s>"])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="</s>")
-
-
 @pytest.mark.parametrize("family", known_architectures())
 def test_the_table_says_what_works(
     family: str,
     make_model: Callable[..., PreTrainedModel],
     windows: torch.Tensor,
-    byte_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    cells = []
+    cells, tokenizer = [], byte_tokenizer()
     for number, (layout, lost) in enumerate(LAYOUTS.items()):
         # Of layers that differ, the numbers in the config have two digits.
         layers = 12 if layout == "per layer" else 6
         dense = make_model(family, vocab_size=300, num_hidden_layers=layers, **AS_RELEASED.get(family, {}))
         pruned = cut_to(dense, lambda block, lost=lost: block.groups - lost(block.kind, block.layer))
         folder = tmp_path / f"{number}"
-        save_checkpoint(pruned, byte_tokenizer, folder)
+        save_checkpoint(pruned, tokenizer, folder)
         stock = loads_in_transformers(pruned, folder, windows)
         cells.append(
-            (stock, writes_gguf(pruned, byte_tokenizer, tmp_path / f"{number}.gguf"), loads_in_vllm(family, folder))
+            (stock, writes_gguf(pruned, tokenizer, tmp_path / f"{number}.gguf"), loads_in_vllm(family, folder))
         )
     equal, fewer_heads, different = cells
     assert different[0] == "no"
