@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import _losses, compute_prefix, log_probabilities, losses_by_batch, losses_in_step
+from adapruner.evaluation import _losses, compute_prefix, losses_by_batch, losses_in_step
 from adapruner.families import open_model
 from adapruner.families.tiny import random_model
 from adapruner.measurement import measure, measure_moments
@@ -156,16 +156,13 @@ def test_several_pruned_models_are_run_with_one_reading(
         plans.append(make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts))
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     read = noting_reads(streamed)
-    references = log_probabilities(model, windows)
-    for of_dense in (None, references):
-        read.clear()
-        models = [(prune_on_reading(streamed, structure, p, compensation), kept_layers(structure, p)) for p in plans]
-        losses = losses_in_step(streamed, models, windows, of_dense)
-        # The first layer is also read to see what layers are called with.
-        assert read == [0, *range(structure.layers)]
-        for plan, own in zip(plans, losses, strict=True):
-            expected = losses_by_batch(prune_model(model, structure, plan, compensation), windows, of_dense)
-            torch.testing.assert_close(torch.cat(own), torch.cat(list(expected)), rtol=1e-4, atol=1e-6)
+    models = [(prune_on_reading(streamed, structure, p, compensation), kept_layers(structure, p)) for p in plans]
+    losses = losses_in_step(streamed, models, windows)
+    # The first layer is also read to see what layers are called with.
+    assert read == [0, *range(structure.layers)]
+    for plan, own in zip(plans, losses, strict=True):
+        expected = losses_by_batch(prune_model(model, structure, plan, compensation), windows)
+        torch.testing.assert_close(torch.cat(own), torch.cat(list(expected)), rtol=1e-4, atol=1e-6)
 
 
 def test_many_batches_are_evaluated_with_one_reading(
@@ -175,11 +172,10 @@ def test_many_batches_are_evaluated_with_one_reading(
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 2 * windows.shape[1])
     read = noting_reads(streamed)
-    references = [of_batch.roll(1, -1) for of_batch in log_probabilities(model, windows)]
     with_one_reading = [0, *range(len(decoder_layers(model)))]
     for tokens, readings in ((6 * windows.shape[1], 1), (4 * windows.shape[1], 2)):
         monkeypatch.setattr(_losses, "_TOKENS_PER_READING", tokens)
-        for given in ({}, {"context": 5}, {"references": references}):
+        for given in ({}, {"context": 5}):
             read.clear()
             losses = list(losses_by_batch(streamed, windows, **given))
             assert read == readings * with_one_reading

@@ -57,7 +57,6 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int, keep_al
 def losses_by_batch(
     model: PreTrainedModel,
     windows: Tensor,
-    references: Sequence[Tensor] | None = None,
     context: int = 1,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
@@ -66,21 +65,17 @@ def losses_by_batch(
     batches pass through the layers of a streamed model together, so that a layer is read once for all of them.
 
     Args:
-        references: the predictions of another model for the same windows, see `log_probabilities`. The loss is then the
-            Kullback-Leibler divergence from that model to this one, instead of the negative log-likelihood of the text.
         context: tokens at the beginning of a window that are not predicted, at least 1.
         prefix: of a model whose first layers are the same, and are not computed again.
         prefix_layers: the number of equal layers.
     """
     batches = _batches(windows, model)
-    targets: Sequence[Tensor | None] = references or [None] * len(batches)
     if is_streamed(model) and prefix is None:
         every_layer = range(len(decoder_layers(model)))
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
-            read = slice(first, first + at_once)
-            together = torch.cat(list(batches[read]))
-            yield from losses_in_step(model, [(model, every_layer)], together, targets[read], context=context)[0]
+            together = torch.cat(list(batches[first : first + at_once]))
+            yield from losses_in_step(model, [(model, every_layer)], together, context=context)[0]
         return
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     for number, batch in enumerate(batches):
@@ -88,7 +83,7 @@ def losses_by_batch(
             if prefix and known:
                 state, call = prefix.states[number][known], prefix.calls[number][0]
                 skipping.enter_context(skipping_layers(model, known, state, call))
-            losses = _losses_of_batch(model, batch, targets[number], context)
+            losses = _losses_of_batch(model, batch, None, context)
         yield losses
 
 
@@ -165,7 +160,6 @@ def losses_in_step(
     dense: PreTrainedModel,
     models: Sequence[tuple[PreTrainedModel, Sequence[int]]],
     windows: Tensor,
-    references: Sequence[Tensor | None] | None = None,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
     context: int = 1,
@@ -175,7 +169,7 @@ def losses_in_step(
 
     Args:
         models: each with the numbers of the dense layers from which its layers are cut.
-        references, context: see `losses_by_batch`.
+        context: see `losses_by_batch`.
         prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
     batches = _batches(windows, dense)
@@ -196,7 +190,7 @@ def losses_in_step(
                             for number, (_, calls) in enumerate(model_batches):
                                 model_states[number] = calls[index].run(module, model_states[number])
     return [
-        losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], references, context)
+        losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], context=context)
         for (model, _), model_states, model_batches in zip(models, states, entered, strict=True)
     ]
 
@@ -206,17 +200,19 @@ def losses_after_layers(
     windows: Tensor,
     states: Sequence[Tensor],
     calls: Sequence[Sequence[LayerCall]],
-    references: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor] | None = None,
     context: int = 1,
 ) -> list[Tensor]:
     """The losses of `losses_by_batch`, all at once.
 
     Args:
         states, calls: of every batch, the hidden state after the last layer, and the calls of the layers.
-        references, context: see `losses_by_batch`.
+        references: the predictions of another model for the same windows, see `log_probabilities`. The loss is then the
+            Kullback-Leibler divergence from that model to this one, instead of the negative log-likelihood of the text.
+        context: see `losses_by_batch`.
     """
     batches, losses = _batches(windows, model), list[Tensor]()
-    targets = references or [None] * len(batches)
+    targets: Sequence[Tensor | None] = references or [None] * len(batches)
     for batch, state, (call, *_), target in zip(batches, states, calls, targets, strict=True):
         with torch.inference_mode(), skipping_layers(model, len(decoder_layers(model)), state, call):
             losses.append(_losses_of_batch(model, batch, target, context))

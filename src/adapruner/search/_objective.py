@@ -106,7 +106,7 @@ class Objective:
             (prune_on_reading(self.model, self.structure, plan, self.compensation), kept_layers(self.structure, plan))
             for plan in plans
         ]
-        return losses_in_step(self.model, models, self.windows, self.references, self.prefix, _first_cut(plans))
+        return losses_in_step(self.model, models, self.windows, self.prefix, _first_cut(plans))
 
 
 def _first_cut(plans: Sequence[PruningPlan]) -> int:
