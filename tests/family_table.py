@@ -11,6 +11,7 @@ import copy
 import inspect
 import logging
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -47,7 +48,6 @@ MULTIMODAL_COLUMNS = ("heads", "channels", "experts", "whole", "layouts", "image
 # Largest distance of the pruned from the masked logits, relative to the change by masking; and the smallest change,
 # relative to the logits.
 TOLERANCE, LEAST_EFFECT = 1e-3, 1e-2
-LONGEST_REASON = 80
 
 
 class Row(NamedTuple):
@@ -71,7 +71,7 @@ def multimodal_row(model_type: str) -> Row:
         try:
             dense = tiny_wrapper(model_type)
         except Exception as error:  # anything that a class raises over sizes for which it was not made
-            return Row(model_type, refusal=short(f"not tried: no small one can be built: {reason(error)}"))
+            return Row(model_type, refusal=f"not tried, because no small one can be built: {reason(error)}")
         dense.save_pretrained(folder)
         try:
             location = find_model(folder)
@@ -82,7 +82,7 @@ def multimodal_row(model_type: str) -> Row:
             for layout in architecture.layouts:
                 prune_and_load(decoder, structure, layout, Path(folder, layout), dense, inputs)
         except (AdaPrunerError, AssertionError) as error:
-            return Row(model_type, refusal=short(str(error).replace(folder, "")))
+            return Row(model_type, refusal=str(error).replace(f" '{folder}'", ""))
     whole = architecture.removable_whole(decoder.config)
     cells = [*kinds_of(structure), ", ".join(name for name in architecture.whole if name in whole)]
     return Row(model_type, (*cells, ", ".join(architecture.layouts), image), pictured=inputs is not None)
@@ -132,10 +132,10 @@ def prune_and_load(
         assert difference <= TOLERANCE * effect, f"with {name}, the loaded model differs by {difference / effect:.2g}"
 
 
-def short(why: str) -> str:
-    """The beginning of a reason as the content of a cell; `adapruner inspect` prints all of it."""
-    line = " ".join(why.split()).replace("|", "/")
-    return f"{line[:LONGEST_REASON]}…" if len(line) > LONGEST_REASON else line
+def short(why: str, family: str) -> str:
+    """A refusal without its details and the name of the family; stderr has all of it."""
+    line = re.sub(rf"{re.escape(family)}\w*", "…", " ".join(why.split())).replace("|", "/")
+    return re.split(r": | \(|;", line)[0]
 
 
 def kinds_of(structure: Structure) -> list[str]:
@@ -155,7 +155,7 @@ def row(model_type: str) -> Row:
         try:
             structure, architecture = adapruner.inspect(folder), describe(folder)
         except AdaPrunerError as refusal:
-            return Row(model_type, refusal=short(str(refusal).replace(folder, "")))
+            return Row(model_type, refusal=str(refusal))
     in_experts = "yes" if architecture.experts and architecture.experts.channels else ""
     cells = (*kinds_of(structure), in_experts, ", ".join(architecture.whole), ", ".join(architecture.layouts))
     return Row(model_type, cells)
@@ -199,7 +199,7 @@ def markdown(rows: Sequence[Row], columns: tuple[str, ...]) -> str:
     """A table in which families with the same cells share a row, the most frequent first, and a table of refusals."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for family, cells, refusal, _ in rows:
-        groups.setdefault(cells or (refusal,), []).append(f"`{family}`")
+        groups.setdefault(cells or (short(refusal, family),), []).append(f"`{family}`")
     lines = [
         (*cells, ", ".join(families))
         for cells, families in sorted(groups.items(), key=lambda group: -len(group[1]))
@@ -211,7 +211,8 @@ def markdown(rows: Sequence[Row], columns: tuple[str, ...]) -> str:
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table in Markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ("---",) * len(columns), *rows))
+    heading, *lines = (f"| {' | '.join(line)} |\n" for line in (columns, *rows))
+    return "".join([heading, "|", "---|" * len(columns), "\n", *lines])
 
 
 if __name__ == "__main__":
