@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ import pytest
 from rich.console import Console
 
 import adapruner
-from adapruner.cli import app, main
+from adapruner.cli import main
 from adapruner.cli._options import OPTION_GROUPS
 from adapruner.cli.runs import _default_output
 from adapruner.config import PruneConfig, PruneOptions
@@ -68,39 +67,6 @@ def test_no_colour_where_none_is_wanted() -> None:
         coloured, plain = (in_a_shell(*arguments, **terminal, **extra) for extra in ({}, {"NO_COLOR": "1"}))
         assert colour.search(coloured.stdout + coloured.stderr)
         assert not colour.search(plain.stdout + plain.stderr)
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_all_options(shell: str, tmp_path: Path) -> None:
-    script = tmp_path / "script"
-    run("--install-completion", "--shell", shell, "--output", str(script))
-    text = script.read_text()
-    for name in PruneOptions.model_fields:
-        option = name.strip("_").replace("_", "-")
-        assert f"--{option}" in text or f"-l {option}" in text or f"-l '{option}'" in text, option
-    if shutil.which(shell):
-        subprocess.run([shell, "-n", str(script)], check=True)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize(
-    ("words", "offered"),
-    [
-        ("adapruner pru", {"prune"}),
-        ("adapruner prune MODEL --rat", {"--ratio", "--ratio-of"}),
-        ("adapruner prune MODEL --space ", {"extended", "paper"}),
-        ("adapruner recipes co", {"copy"}),
-    ],
-)
-def test_bash_completes(words: str, offered: set[str], tmp_path: Path) -> None:
-    script = tmp_path / "script"
-    script.write_text(app.generate_completion(shell="bash"))
-    program = (
-        f'source {script}; read -ra COMP_WORDS <<< "{words}"; [[ "{words}" == *" " ]] && COMP_WORDS+=("");'
-        ' COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _adapruner; printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout
-    assert {line.strip() for line in shown.splitlines()} == offered
 
 
 def test_a_dry_run_says_what_the_run_then_makes(

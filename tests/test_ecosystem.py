@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -85,30 +84,6 @@ def test_adapters_are_trained_and_merged(save: Callable[[str], Path], windows: t
             AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True),
         ):
             assert torch.equal(loaded(windows).logits, merged(windows).logits)
-
-
-@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_torchao_loads_int8_weights(
-    layout: str,
-    make_model: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    windows: torch.Tensor,
-    tmp_path: Path,
-) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    pruned = cut_to(
-        make_model("llama"), lambda block: block.groups - (block.layer if layout == "per-layer" else 1) % block.groups
-    )
-    save_checkpoint(pruned, tokenizer, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        trust_remote_code=layout == "per-layer",
-        quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()),
-    )
-    assert type(loaded.model.layers[1].mlp.down_proj.weight).__name__ != "Parameter"
-    with torch.no_grad():
-        expected, logits = pruned(windows).logits, loaded(windows).logits
-    assert 0 < (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_a_stock_class_refuses_a_per_layer_folder(save: Callable[[str], Path]) -> None:

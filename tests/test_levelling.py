@@ -289,17 +289,6 @@ def test_layer_by_layer_the_same_is_levelled(
     assert read == [0, 1, 2, 3, 2, 3]
 
 
-def test_of_all_first_changes_none_takes_more_heads_than_it_gives_back(
-    deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
-) -> None:
-    candidate = with_budget(candidate, heads=(3, 2, 2, 3))
-    probe = Probe(objective, text[400:], log_probabilities(deaf, text[400:]), candidate)
-    costs = [cost for _, (cost, _) in _levelling.channel_costs(probe, range(4), None)]
-    changes = _levelling.paying_changes(probe, range(4), sum(costs) / len(costs), None)
-    assert {change for _, change in changes} == {-1, 1}
-    assert all(sum(change for _, change in changes[:first]) >= 0 for first in range(len(changes)))
-
-
 @pytest.mark.parametrize("parts", [(1,), (1, 2, 4)])
 def test_of_the_changes_that_pay_the_best_part_is_taken(
     deaf: PreTrainedModel,

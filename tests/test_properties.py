@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic.fields import FieldInfo
 from transformers import LlamaConfig
 
 from adapruner.calibration import parse_source
-from adapruner.config import PruneConfig, RecoverConfig, RecoveryOptions
+from adapruner.config import PruneConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
 from adapruner.models import empty_model
 from adapruner.planning import RATIO_TOLERANCE, BlockPlan, Budget, Profile, PruningPlan, kept_counts
-from adapruner.recipe import read_recipe
 from adapruner.structure import build_structure
 
 # Files are written again and again into the same folder, which is meant.
@@ -74,15 +72,6 @@ def test_options_are_valid_or_refused(options: dict[str, Any]) -> None:
     assert all(math.isfinite(number) for number in numbers if isinstance(number, int | float))
 
 
-@given(values_of(RecoverConfig))
-def test_options_of_a_recovery_are_valid_or_refused(options: dict[str, Any]) -> None:
-    try:
-        config = RecoverConfig.from_options(**{"model": "m", "data": "d"} | options)
-    except AdaPrunerError:
-        return
-    assert RecoverConfig.from_options(**config.model_dump()) == config
-
-
 def values_in_range(field: FieldInfo) -> st.SearchStrategy[Any]:
     """What an option takes, as far as its type and its bounds say."""
     kinds = [field.annotation, *get_args(field.annotation)]
@@ -126,22 +115,6 @@ def test_a_config_survives_its_file(
         return
     config.save(tmp_path / "config.yaml")
     assert PruneConfig.load(tmp_path / "config.yaml") == config
-
-
-YAML_TEXT = (
-    st.text(max_size=60)
-    | st.text(alphabet="{}[]&*!|>-:?#%@,'\"\\ \n\tab01.~<", max_size=60)
-    | OPTIONS.map(lambda options: yaml.safe_dump(options, allow_unicode=True))
-)
-
-
-@given(YAML_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=60))
-def test_files_of_options_are_valid_or_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "options.yaml"
-    path.write_bytes(content)
-    for read in (PruneConfig.load, read_recipe):
-        message = refusal(read, path)
-        assert message is None or str(path) in message
 
 
 def refusal(read: Callable[[Path], Any], path: Path) -> str | None:
@@ -194,13 +167,6 @@ def check_loaded(path: Path) -> None:
         assert sorted(set(block.kept)) == list(block.kept)
         assert all(0 <= number < block.groups for number in block.kept)
     assert len(plan.explain().rows) > 0
-
-
-@given(ANYTHING.map(json.dumps) | st.text(max_size=60) | st.binary(max_size=60))
-def test_plans_out_of_anything(tmp_path: Path, content: str | bytes) -> None:
-    path = tmp_path / "plan.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    check_loaded(path)
 
 
 def test_a_layer_that_no_model_has_is_refused(tmp_path: Path) -> None:
