@@ -105,29 +105,6 @@ def test_unclear_blends_are_refused(
     assert not working_folder(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--steps", "3", "--epochs", "1"], "each say how long the training is: give one"),
-        (["--epochs", "1", "--tokens", "2M"], "each say how long the training is: give one"),
-        (["--tokens", "2X"], "is not a number of tokens: expected one such as 300k, 2M or 1_000_000"),
-        (["--tokens", "0"], "is not a number of tokens"),
-        (["--epochs", "0"], "--epochs 0"),
-    ],
-)
-def test_unclear_lengths_are_refused(
-    options: list[str],
-    message: str,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(tmp_path / "a"), *options]
-    assert exit_code(command) == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("given", "tokens"), [("2M", 2_000_000), ("300k", 300_000), ("1_000_000", 10**6), (5, 5)])
 def test_numbers_of_tokens(given: str | int, tokens: int) -> None:
     assert RecoveryOptions(tokens=given).tokens == str(tokens)

@@ -159,6 +159,9 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--recipe no-such-recipe", ""),
     ],
     "recover": [
+        ("--tokens 2X", "is not a number of tokens: expected one such as 300k, 2M or 1_000_000"),
+        ("--tokens 0", "is not a number of tokens"),
+        ("--steps 3 --epochs 1", "each say how long the training is: give one"),
         ("--teacher-top 8", "add --teacher"),
         ("--label-weight 1 --teacher MODEL", "nothing is learnt from a teacher"),
         ("--label-weight 2 --teacher MODEL", ""),
