@@ -37,7 +37,7 @@ from adapruner.models import find_model, in_fastest_dtype, load_model, load_toke
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.progress import Reporter
 from adapruner.run.making import making_of
-from adapruner.search import PaperSpace, build_subset_family, plan_candidate
+from adapruner.search import PaperSpace, at_budget, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model, refit_sequentially
 
@@ -160,7 +160,7 @@ class Comparison:
         config = searched.result.config.model_copy(update=allocation(name, ratio) | {"ratio": ratio})
         folder = RunFolder(searched.output)
         making = making_of(config, folder, Reporter(quiet=True))
-        candidate = making.value("at_ratio")(searched.result.search.best)
+        candidate = at_budget(self.structure, searched.result.search.best, making.value("starting_budget"))
         return plan_candidate(self.structure, making.value("statistics"), candidate)
 
     def folder(self, seed: int, name: str) -> Path:

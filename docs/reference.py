@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapruner.cli import app
-from adapruner.cli._options import OPTION_GROUPS, PruneOptions
+from adapruner.cli._options import OPTION_GROUPS, PruneOptions, SizeLimit
 from adapruner.config import RecoveryOptions
 
 FOLDER = Path(__file__).parent / "reference"
@@ -33,7 +33,8 @@ do.
 
 ## Pruning
 
-Of `adapruner prune`, and of `adapruner inspect --cost`: the fields of `PruneOptions`.
+Of `adapruner prune`, and but for those of a size of `adapruner inspect --cost`: the fields of `PruneOptions` and
+`SizeLimit`.
 
 """
 _TRAINING = """
@@ -94,7 +95,7 @@ def pages() -> dict[str, str]:
 
 def options_page() -> str:
     """A table of the options of each group."""
-    fields = PruneOptions.model_fields
+    fields = PruneOptions.model_fields | SizeLimit.model_fields
     groups = {name: {field: fields[field] for field in names} for name, names in OPTION_GROUPS.items()}
     tables = [f"### {name}\n\n{_table(group)}\n" for name, group in groups.items() if "recovery" not in group]
     return _OPTIONS + "\n".join(tables) + _TRAINING + _table(RecoveryOptions.model_fields) + "\n"
@@ -165,6 +166,7 @@ def _description(command: App) -> str:
 def _parameters(name: str, command: App) -> str:
     rows = ["| argument or option | default | |", "|---|---|---|"]
     listed = PruneOptions.model_fields if name in ("prune", "inspect") else {}
+    listed = listed | SizeLimit.model_fields if name == "prune" else listed
     listed = RecoveryOptions.model_fields if name == "recover" else listed
     for argument in command.assemble_argument_collection(parse_docstring=True):
         names = [option for option in argument.names if not option.startswith("--no-")]

@@ -24,7 +24,7 @@ import adapruner
 from adapruner.cli import main
 from adapruner.cli._options import OPTION_GROUPS
 from adapruner.cli.runs import _default_output
-from adapruner.config import PruneConfig, PruneOptions
+from adapruner.config import PruneConfig, PruneOptions, SizeLimit
 from adapruner.progress import Reporter
 from adapruner.recipe import read_recipe, recipes
 
@@ -46,9 +46,8 @@ def in_a_shell(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 def test_every_option_of_a_run_is_in_one_group() -> None:
-    assert Counter(name for names in OPTION_GROUPS.values() for name in names) == Counter(
-        PruneOptions.model_fields.keys()
-    )
+    options = [*PruneOptions.model_fields, *SizeLimit.model_fields]
+    assert Counter(name for names in OPTION_GROUPS.values() for name in names) == Counter(options)
 
 
 def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> None:
@@ -108,8 +107,8 @@ def test_a_dry_run_says_what_the_run_then_makes(
         (None, "llama-7b-50", {}, "runs/llama-7b-0.6"),
         (None, "mine.yaml", {}, "runs/of-mine-0.4"),
         ("other", "mine.yaml", {"ratio": 0.5}, "runs/other-0.5"),
-        (None, "mine.yaml", {"target_size": "400MB"}, "runs/of-mine-400MB"),
-        ("smollm2", None, {"target_speed": 1.3}, "runs/smollm2-1.3x"),
+        (None, "mine.yaml", {"size": "400MB"}, "runs/of-mine-400MB"),
+        ("smollm2", None, {"memory": "1GiB", "batch": 4}, "runs/smollm2-1GiB"),
     ],
 )
 def test_the_default_run_folder(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,6 @@ from adapruner.search import (
     _levelling,
     _probe,
     level,
-    meet_budget,
     plan_candidate,
 )
 from adapruner.search._objective import scores_of
@@ -75,8 +73,7 @@ def levelled_to_ratio(
     progress: Callable[[int], None] | None = None,
     moves_heads: bool = False,
 ) -> Levelled:
-    meet = partial(meet_budget, objective.structure, None)
-    return level(objective, windows, candidate, rounds, meet, None, moves_heads, progress)
+    return level(objective, windows, candidate, rounds, None, moves_heads, progress)
 
 
 def test_candidates_of_one_plan_are_judged_once(
@@ -189,9 +186,8 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
 
 def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
     candidate = with_budget(candidate, allocation=Profile(1, 0))
-    meet = partial(meet_budget, objective.structure, None)
     costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
-    changed = _levelling.with_moved_channels(objective, candidate, costs, range(1, 4), meet)
+    changed = _levelling.with_moved_channels(objective, candidate, costs, range(1, 4))
     assert changed
     before, after = widths(objective, candidate), widths(objective, changed)
     assert before[0] == after[0] == 24
@@ -300,18 +296,17 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
     """All four together lose, because two of them are wrong."""
     monkeypatch.setattr(_levelling, "_DIVISORS", parts)
     candidate = with_budget(candidate, ratio=0.2)
-    meet = partial(meet_budget, objective.structure, None)
     best = _levelling.judge(objective, candidate)
     assert best
     changes = [(0, -1), (3, -1), (1, -1), (2, -1)]
-    judged, (moved,) = _levelling.move_heads(objective, best, changes, meet)
+    judged, (moved,) = _levelling.move_heads(objective, best, changes)
     if len(parts) == 1:
         assert (judged, moved.accepted, moved.changes) == (best, False, dict(changes))
     else:
         assert moved.accepted
         assert moved.changes in (dict(changes[:2]), dict(changes[:1]))
         assert judged.candidate.budget.heads[1:3] == (3, 3)
-    assert _levelling.move_heads(objective, best, [], meet) == (best, [])
+    assert _levelling.move_heads(objective, best, []) == (best, [])
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -337,22 +332,6 @@ def test_what_the_budget_cannot_do_without_stays_removed(
     without = with_budget(candidate, ratio=0.6, without_attention=(1, 2, 3))
     levelled = levelled_to_ratio(objective, text[400:404], without, 0)
     assert (levelled.candidate, levelled.kept) == (without, ())
-
-
-def test_what_is_tried_meets_the_target(objective: Objective, candidate: Candidate, text: Tensor) -> None:
-    """Here, an attention counts twice: a candidate that keeps it must lose more."""
-    without = with_budget(candidate, without_attention=(1,))
-
-    def meet(candidate: Candidate) -> Candidate:
-        ratio = 0.15 if candidate.budget.without_attention else 0.2
-        return with_budget(candidate, ratio=ratio)
-
-    gained = (losses_of(objective, without) - losses_of(objective, meet(candidate))).mean()
-    levelled = level(objective, text[400:], without, 0, meet)
-    assert levelled.kept[0].gain == pytest.approx(float(gained), abs=1e-4)
-    assert levelled.candidate.budget.ratio == 0.2
-    refused = level(objective, text[400:404], without, 1, lambda candidate: None)
-    assert refused == Levelled(candidate=without, moves=())
 
 
 def test_losses_that_are_not_finite_change_nothing(

@@ -19,7 +19,7 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Layout
 from adapruner.families import open_model
 from adapruner.models import architecture_of, find_model, find_wrapper
-from adapruner.run.nodes.amount import ratio_of_blocks
+from adapruner.run.nodes.amount import ratio_of_decoder
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
 from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
@@ -192,10 +192,10 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
 
 
 def test_a_ratio_is_of_all_parameters_or_of_the_decoder() -> None:
-    assert ratio_of_blocks.make(0.8, "parameters")(0.2) == 0.25
-    assert ratio_of_blocks.make(0.8, "decoder")(0.2) == 0.2
+    assert ratio_of_decoder.make(0.8, 0.2, "parameters") == 0.25
+    assert ratio_of_decoder.make(0.8, 0.2, "decoder") == 0.2
     with pytest.raises(AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, which alone is")):
-        ratio_of_blocks.make(0.8, "parameters")(0.8)
+        ratio_of_decoder.make(0.8, 0.8, "parameters")
 
 
 def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -14,6 +14,7 @@ from adapruner.errors import AdaPrunerError, describe_invalid, reason
 from adapruner.option_rules import (
     CONFLICTS_OF_PRUNING,
     CONFLICTS_OF_RECOVERY,
+    CONFLICTS_OF_SIZES,
     CONFLICTS_OF_TRAINING,
     LEVELLED_FROM,
     SCORING_WINDOWS,
@@ -36,25 +37,20 @@ ExportFormat = Literal["gguf", "decilm"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m"]
 HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
-Phase = Literal["prefill", "decode"]
 RatioOf = Literal["parameters", "decoder", "groups"]
 Reduction = Literal["sum", "mean", "max", "prod"]
 WholePart = Literal["attention", "feed-forward", "layer", "none"]
 ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
 Searched = Literal["joint", "calibration", "metric"]
 Space = Literal["paper", "extended"]
-TargetFormat = Literal[Dtype, "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_k_m"]
-TargetName = Literal["target_size", "target_memory", "target_speed"]
 Terms = Literal["all", "vector-wise"]
 TrainedWeights = Literal["lora", "ia3", "full"]
 
 
 # The options for the amount to remove; a run has one of them.
-TARGETS: tuple[TargetName, ...] = get_args(TargetName)
-BUDGETS = ("ratio", *TARGETS)
+BUDGETS = ("ratio", "size", "memory")
 # The options for the length of a training; it has at most one of them.
 TRAINING_BUDGETS = ("steps", "epochs", "tokens")
-TARGET_OPTIONS = (*TARGETS, "target_format", "target_phase", "target_batch", "target_context")
 
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
 _LARGEST_NUMBER = 2**32 - 1
@@ -170,33 +166,6 @@ class PruneOptions(_Options):
         description="Amount of text and of search: quick uses less text, thorough more, and searches after the starting"
         " points. Options that are given count.",
     )
-    target_size: Size | None = Field(
-        default=None, description="Size of the checkpoint instead of a ratio, as 400MB or 1.5GiB; see target_format."
-    )
-    target_memory: Size | None = Field(
-        default=None,
-        description="Memory of weights and KV cache instead of a ratio, at target_batch and target_context.",
-    )
-    target_speed: float | None = Field(
-        default=None,
-        gt=1,
-        description="How many times as fast as the dense model on this machine, instead of a ratio, as 1.3; see"
-        " target_phase.",
-    )
-    target_format: TargetFormat = Field(
-        default="auto",
-        description="Format of target_size and target_memory: a dtype of safetensors, or a type of GGUF; auto is the"
-        " dtype of the weights.",
-    )
-    target_phase: Phase = Field(
-        default="prefill", description="What target_speed is about: reading a prompt, or generating after it."
-    )
-    target_batch: Count = Field(default=1, description="Sequences at once, for target_memory and target_speed.")
-    target_context: int | None = Field(
-        default=None,
-        ge=1,
-        description="Tokens of each sequence, for target_memory (by default 2048) and target_speed (by default 128).",
-    )
     ratio_of: RatioOf = Field(
         default="parameters",
         description="What the ratio is a fraction of: all parameters; those of the decoder of a multimodal model; or"
@@ -244,7 +213,7 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Maximum number of rounds after the search that move heads and channels to layers where they are"
-        f" worth more; by default 2 if a target is to be met or at least {LEVELLED_FROM:.0%} are removed, otherwise 0,"
+        f" worth more; by default 2 if at least {LEVELLED_FROM:.0%} are removed, otherwise 0,"
         " as where the allocation is not searched.",
     )
     search: Searched = Field(
@@ -352,20 +321,32 @@ class PruneOptions(_Options):
         return self.calibration if self.objective is None else self.objective
 
     @property
-    def target(self) -> TargetName | None:
-        """The option that is given instead of a ratio; None if none is."""
-        return next((name for name in TARGETS if getattr(self, name) is not None), None)
-
-    @property
     def levels_widths(self) -> bool:
         """True if the widths are levelled after the search."""
-        rounds = level_rounds_of(self.level_rounds, self.ratio, self.target)
+        rounds = level_rounds_of(self.level_rounds, self.ratio)
         return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
     @property
     def tunes_scales(self) -> bool:
         """True if the scales of the final model are tuned, if that is possible."""
         return tunes_scales_by_default(self.tune_scales, self.compensation)
+
+
+class SizeLimit(_Options):
+    """A maximum size or memory of the pruned model, instead of a ratio."""
+
+    size: Size | None = Field(
+        default=None, description="Maximum size of the weights of the pruned model, as 400MB or 1.5GiB."
+    )
+    memory: Size | None = Field(default=None, description="Maximum memory of its weights and KV cache, as 12GB.")
+    context: Count = Field(default=2048, description="Tokens of each sequence in that cache.")
+    batch: Count = Field(default=1, description="Sequences in that cache.")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"] | None = Field(
+        default=None,
+        description="Count the weights as in a GGUF file of this type, for llama.cpp; by default as in the checkpoint.",
+    )
+
+    _conflicts = CONFLICTS_OF_SIZES
 
 
 class RecoverConfig(RecoveryOptions):

@@ -71,16 +71,11 @@ def trials_of(trials: int | None, space: str, search: str, starting_points: int)
     return SEARCH_TRIALS if searches(trials, space, search) else starting_points
 
 
-def level_rounds_of(level_rounds: int | None, ratio: float, target: object) -> int:
-    """The maximum number of rounds that level widths: by default 2 from `LEVELLED_FROM` on, and for a target, whose
-    ratio is not known before.
-
-    Args:
-        target: a target that replaces the ratio, if any is given.
-    """
+def level_rounds_of(level_rounds: int | None, ratio: float) -> int:
+    """The maximum number of rounds that level widths: by default 2 from `LEVELLED_FROM` on."""
     if level_rounds is not None:
         return level_rounds
-    return 2 if target or ratio >= LEVELLED_FROM else 0
+    return 2 if ratio >= LEVELLED_FROM else 0
 
 
 def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:
@@ -154,38 +149,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         "`ratio_of` groups leaves no allocation to search: set `space` paper",
     ),
     (
-        lambda target_size, target_memory, target_speed: (
-            sum(target is not None for target in (target_size, target_memory, target_speed)) > 1
-        ),
-        "`target_size`, `target_memory` and `target_speed` each say how much is removed: give one",
-    ),
-    (
-        lambda target_size, target_memory, target_format: (
-            target_format != "auto" and target_size is None and target_memory is None
-        ),
-        "`target_format` is the format of a size: add `target_size` or `target_memory`",
-    ),
-    (
-        lambda target_speed, target_phase: target_phase != "prefill" and target_speed is None,
-        "`target_phase` is the phase of a speed: add `target_speed`",
-    ),
-    (
-        lambda target_memory, target_speed, target_batch, target_context: (
-            (target_batch, target_context) != (1, None) and target_memory is None and target_speed is None
-        ),
-        "`target_batch` and `target_context` change neither a size nor a ratio: add `target_memory` or `target_speed`",
-    ),
-    (
-        lambda target_size, target_memory, target_speed, ratio_of: (
-            ratio_of == "groups" and (target_size or target_memory or target_speed)
-        ),
-        "`ratio_of` groups needs a ratio: remove the target or `ratio_of`",
-    ),
-    (
-        lambda target_speed, layer_wise: target_speed is not None and layer_wise,
-        "`target_speed` is measured with all layers in memory: remove `layer_wise`",
-    ),
-    (
         lambda sequential, compensation: sequential and compensation != "least-squares",
         "`sequential` needs `compensation` least-squares, not {compensation}",
     ),
@@ -200,6 +163,17 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
         lambda samples, pool: samples > pool,
         "`samples` {samples} is more than the {pool} of `pool`: lower one or raise the other",
+    ),
+)
+
+CONFLICTS_OF_SIZES: tuple[Conflict, ...] = (
+    (
+        lambda size, memory, gguf_type: gguf_type is not None and size is None and memory is None,
+        "`gguf_type` is the type of a file: add `size` or `memory`",
+    ),
+    (
+        lambda memory, context, batch: (context, batch) != (2048, 1) and memory is None,
+        "`context` and `batch` are those of a KV cache: add `memory`",
     ),
 )
 

@@ -20,7 +20,7 @@ def recipes() -> dict[str, str]:
 
 
 def override(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that override others. A ratio or target replaces the ratio or target of the base."""
+    """Options that override others. A ratio or size replaces the ratio or size of the base."""
     if any(options.get(name) is not None for name in BUDGETS):
         base = {name: value for name, value in base.items() if name not in BUDGETS}
     return {**base, **options}

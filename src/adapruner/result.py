@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from adapruner.graph import RunFolder
 from adapruner.models import find_model, load_tokenizer
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
 from adapruner.option_rules import fields_of, searches, searches_and_tunes
-from adapruner.planning import PruningPlan, TargetOutcome
+from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import RecoveryRecord
 from adapruner.search import Levelled, SearchResult
@@ -106,7 +106,6 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         device: of the last call that added numbers.
-        target: the target that replaced the ratio, and how well it was met.
         tuned_scales: True if the scales of the pruned model were tuned.
     """
 
@@ -121,7 +120,6 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     stages: dict[str, StageCost]
     versions: dict[str, str] = Field(default_factory=_versions)
     device: str = "cpu"
-    target: TargetOutcome | None = None
     tuned_scales: bool
 
     def model(self, role: Role) -> ModelNumbers:
@@ -201,9 +199,7 @@ class PruneResult:
         rich prints them."""
         result = self.result
         title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
-        numbers, *tables = tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
-        target = [target_sentence(result.target)] if result.target else []
-        return [replace(numbers, caption=[*numbers.caption, *target]), *tables]
+        return tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
 
 
 def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, str]) -> list[Table]:
@@ -278,12 +274,3 @@ def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
 def shown_name(model: str) -> str:
     """The name of a model; of a local one, without the folders above it."""
     return Path(model).name if Path(model).is_absolute() else model
-
-
-def target_sentence(target: TargetOutcome) -> str:
-    """A target and how well it was met."""
-    dense = "" if target.option == "target_speed" else f", dense {target.dense:,.2f}"
-    return (
-        f"{target.option.removeprefix('target_')}: asked {target.asked:,.2f} {target.unit}, predicted"
-        f" {target.predicted:,.2f}, reached {target.reached:,.2f}{dense}"
-    )

@@ -23,7 +23,7 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Most used": ("ratio", "calibration", "evaluate", "recover", "effort", "for_", "layout", "whole", "device"),
-    "A target instead of a ratio": config.TARGET_OPTIONS,
+    "A size instead of a ratio": tuple(config.SizeLimit.model_fields),
     "What is removed": (
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "round_to"),
@@ -43,6 +43,7 @@ RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
 
 if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
+    SizeLimit = config.SizeLimit
 else:
     _group_of = {field: _GROUPS[name] for name, fields in OPTION_GROUPS.items() for field in fields}
     _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
@@ -51,17 +52,22 @@ else:
         """The help of a field, with the options of the command line instead of the names of fields."""
         return re.sub(rf"\b(?:{_names})\b", lambda name: f"--{name[0].replace('_', '-')}", description or "")
 
-    _fields = {
-        name: (
-            Annotated[
-                field.annotation, Parameter(group=_group_of[name], help=_help(field.description), negative_iterable=())
-            ],
-            field,
-        )
-        for name, field in config.PruneOptions.model_fields.items()
-    }
-    # The same fields, each with its panel and its help.
-    PruneOptions = create_model("PruneOptions", __base__=config.PruneOptions, **_fields)
+    def _for_command_line(options: type[BaseModel]) -> type[BaseModel]:
+        """The same fields, each with its panel and its help."""
+        fields = {
+            name: (
+                Annotated[
+                    field.annotation,
+                    Parameter(group=_group_of[name], help=_help(field.description), negative_iterable=()),
+                ],
+                field,
+            )
+            for name, field in options.model_fields.items()
+        }
+        return create_model(options.__name__, __base__=options, **fields)
+
+    PruneOptions = _for_command_line(config.PruneOptions)
+    SizeLimit = _for_command_line(config.SizeLimit)
 
 
 def given(options: BaseModel | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from adapruner.cli._options import (
     Json,
     Model,
     PruneOptions,
+    SizeLimit,
     given,
 )
 from adapruner.cli._output import preview_lines, print_advice, print_note, print_output, result_lines, starting
@@ -31,6 +32,7 @@ def prune(
     from_: Annotated[Path | None, Parameter(name="--from", group=MOST_USED)] = None,
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
+    limit: Annotated[SizeLimit | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
@@ -39,6 +41,7 @@ def prune(
     ```console
     adapruner prune Qwen/Qwen3-0.6B --calibration c4 -o runs/a --dry-run
     adapruner prune Qwen/Qwen3-0.6B --ratio 0.2 --for llama.cpp -o runs/a
+    adapruner prune Qwen/Qwen3-8B --size 12GB --recover c4
     adapruner prune --from runs/a --ratio 0.3 -o runs/b
     ```
 
@@ -52,7 +55,7 @@ def prune(
         dry_run: Check the options and print the artifacts of the run, with sizes and memory; write nothing.
         overwrite: Rebuild artifacts of other options, another model or other text.
     """
-    chosen = given(options)
+    chosen = given(options) | given(limit)
     if output is None:
         if from_:
             raise AdaPrunerError("name the folder of the new run: `output`")
@@ -71,15 +74,14 @@ def prune(
 
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
-    """`runs/MODEL-RATIO`, with the last part of the name of the model."""
+    """`runs/MODEL-RATIO`, or with a size in place of the ratio; MODEL is the last part of the name of the model."""
     chosen = override(read_recipe(recipe) if recipe else {}, options)
     if not (model := model or chosen.get("model")):
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     name = Path(str(model)).resolve().name.removesuffix(".gguf")
-    budget = config.PruneOptions.from_options(**{key: chosen[key] for key in chosen if key in config.BUDGETS})
-    amount = getattr(budget, budget.target or "ratio")
-    unit = "x" if budget.target == "target_speed" else ""
-    return Path("runs", f"{name}-{amount:g}{unit}" if isinstance(amount, float) else f"{name}-{amount}")
+    limits = config.SizeLimit.from_options(**{key: chosen[key] for key in chosen if key in ("size", "memory")})
+    ratio = config.PruneOptions.from_options(**{key: chosen[key] for key in chosen if key == "ratio"}).ratio
+    return Path("runs", f"{name}-{limits.size or limits.memory or format(ratio, 'g')}")
 
 
 def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json = False) -> None:

@@ -6,11 +6,6 @@ from adapruner.gguf._check import (
     head_dim as head_dim,
     layer_counts as layer_counts,
 )
-from adapruner.gguf._size import gguf_tensor_bytes as gguf_tensor_bytes
+from adapruner.gguf._size import least_bytes_of_weight as least_bytes_of_weight
 from adapruner.gguf._types import StoredTypes as StoredTypes, read_stored_types as read_stored_types
-from adapruner.gguf._write import (
-    gguf_bytes as gguf_bytes,
-    gguf_header_bytes as gguf_header_bytes,
-    gguf_names as gguf_names,
-    write_gguf as write_gguf,
-)
+from adapruner.gguf._write import gguf_bytes as gguf_bytes, write_gguf as write_gguf

@@ -17,14 +17,28 @@ _WITHOUT_SUPERBLOCKS = {
 }
 
 
-def gguf_tensor_bytes(shapes: Mapping[str, Sequence[int]], gguf_type: GgufType) -> int:
+def gguf_tensor_bytes(
+    shapes: Mapping[str, Sequence[int]], gguf_type: GgufType, steps: Mapping[str, int] | None = None
+) -> int:
     """Bytes of all tensors of a file, each padded to the alignment.
 
     Args:
         shapes: of the tensors, by their names in llama.cpp.
+        steps: by a part of their names, matrices whose rows will be shortened, and by multiples of how many weights:
+            they are counted in the type that fits all such rows.
     """
     types = _q4_k_m(shapes) if gguf_type == "q4_k_m" else dict.fromkeys(shapes, GGMLQuantizationType[gguf_type.upper()])
+    for name in shapes:
+        for part, step in (steps or {}).items():
+            if part in name:
+                types[name] = stored_type((1, step), types[name])
     return sum(aligned(tensor_bytes(shape, types[name])) for name, shape in shapes.items())
+
+
+def least_bytes_of_weight(gguf_type: GgufType) -> float:
+    """Bytes of a weight in the smallest matrices of a file."""
+    weights, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[gguf_type.upper().removesuffix("_M")]]
+    return size / weights
 
 
 def tensor_bytes(shape: Sequence[int], matrix_type: GGMLQuantizationType) -> int:

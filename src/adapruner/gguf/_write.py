@@ -102,14 +102,12 @@ def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUF
     return writer
 
 
-def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType) -> int:
-    """Bytes of the file that `write_gguf` writes or llama.cpp quantizes; the model needs no weights."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model).items()}
-    return gguf_header_bytes(model, tokenizer) + gguf_tensor_bytes(shapes, gguf_type)
+def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType, round_to: int | None = None) -> int:
+    """Bytes of the file that `write_gguf` writes or llama.cpp quantizes; the model needs no weights.
 
-
-def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """Bytes before the tensors, in a file named model.gguf.
+    Args:
+        round_to: the model will be pruned to multiples of this number of channels: matrices that may then be stored in
+            a larger type are counted in it.
 
     Raises:
         AdaPrunerError: llama.cpp would compute other numbers than the model, or split text in another way than the
@@ -117,13 +115,20 @@ def gguf_header_bytes(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
     """
     check_gguf(model)
     tensors = _named_tensors(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    steps = None if round_to is None else {"ffn_down": round_to, "attn_output": head_dim(model.config)}
+    return _header_bytes(model, tokenizer, tensors) + gguf_tensor_bytes(shapes, gguf_type, steps)
+
+
+def _header_bytes(model: PreTrainedModel, tokenizer: Tokenizer, tensors: dict[str, Tensor]) -> int:
+    """Bytes before the tensors, in a file named model.gguf."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(_new_writer(model, tokenizer, "model")) as writer:
         writer.add_file_type(LlamaFileType.ALL_F32)
         _write_header(writer, path := Path(folder) / "model.gguf", tensors, GGMLQuantizationType.F32)
         return aligned(path.stat().st_size)
 
 
-def gguf_names(model: PreTrainedModel) -> dict[str, str]:
+def _tensor_names(model: PreTrainedModel) -> dict[str, str]:
     """The name in llama.cpp of every parameter of a model, by its path.
 
     Raises:
@@ -203,7 +208,7 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every tensor of the file by its name in llama.cpp, with the values that llama.cpp computes with; an output layer
     that shares the embedding has none."""
-    config, names = model.config, gguf_names(model)
+    config, names = model.config, _tensor_names(model)
     # llama.cpp expects no norm in front of an attention that was removed.
     without_attention = [index for index, (heads, _, _) in enumerate(layer_counts(config)) if not heads]
     unread = tuple(f"model.layers.{index}.input_layernorm." for index in without_attention)

@@ -73,12 +73,12 @@ class Making:
             return None
         if name in self.values:
             return self.values[name]
-        if isinstance(found, Kept) and (place := self._place_of(found)):
-            self.values[name] = found.form.load(place / found.path)
-        elif isinstance(found, Kept) and not found.is_early:
-            raise LookupError(f"{found.path} is not made yet")
-        else:
+        if not isinstance(found, Kept):
             self.values[name] = self._called(found)
+        elif place := self._place_of(found):
+            self.values[name] = found.form.load(place / found.path)
+        else:
+            raise LookupError(f"{found.path} is not made yet")
         return self.values[name]
 
     def record(self, node: Kept[Any]) -> Record:
@@ -157,7 +157,7 @@ class Making:
             if name in is_at_hand or node is None:
                 return is_at_hand.get(name, name not in OF_KEPT)
             if isinstance(node, Kept):
-                is_at_hand[name] = node.is_early or not self.is_wanted(node)
+                is_at_hand[name] = not self.is_wanted(node)
             else:
                 needed = [prepared(each) for parameter, each in node.needs.items() if not parameter.endswith(LATER)]
                 is_at_hand[name] = all(needed) and not (isinstance(node, InMemory) and node.is_costly)
@@ -181,13 +181,10 @@ class Making:
         """Makes and saves what a node stands for."""
         record = self.record(node)
         self.folder.begin(node.path, record)
-        if node.is_early:
-            value = self.value(node)
-        else:
-            # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
-            subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
-            with self.reporter.making(record.key, subject):
-                value = self._called(node, work=self.folder.work(node.path, record.key), key=record.key)
+        # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
+        subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
+        with self.reporter.making(record.key, subject):
+            value = self._called(node, work=self.folder.work(node.path, record.key), key=record.key)
         self._save(node, value)
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:

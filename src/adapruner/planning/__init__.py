@@ -1,15 +1,5 @@
 """From scores and a ratio to a pruning plan."""
 
-from adapruner.planning._amount import (
-    Amount as Amount,
-    Costs as Costs,
-    Memory as Memory,
-    Size as Size,
-    Speed as Speed,
-    Target as Target,
-    TargetOutcome as TargetOutcome,
-    requested_amount as requested_amount,
-)
 from adapruner.planning._budget import (
     MOST_CHANNELS as MOST_CHANNELS,
     RATIO_TOLERANCE as RATIO_TOLERANCE,
@@ -17,6 +7,7 @@ from adapruner.planning._budget import (
     BudgetError as BudgetError,
     Profile as Profile,
     UnreachableRatioError as UnreachableRatioError,
+    can_meet as can_meet,
     default_budget as default_budget,
     kept_counts as kept_counts,
     largest_channel_share as largest_channel_share,

@@ -188,6 +188,15 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
     return counts
 
 
+def can_meet(structure: Structure, budget: Budget) -> bool:
+    """True if the allocation of a budget can meet its ratio."""
+    try:
+        kept_counts(structure, budget)
+    except BudgetError:
+        return False
+    return True
+
+
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
     """The budget that the options of a config describe; see `default_budget`."""
     shares = config.protect_first, config.protect_last, config.head_share

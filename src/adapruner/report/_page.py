@@ -16,7 +16,7 @@ from adapruner.planning import Budget, PruningPlan
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
-from adapruner.result import PruneResult, shown_name, tables_of, target_sentence, titles
+from adapruner.result import PruneResult, shown_name, tables_of, titles
 from adapruner.structure import show_layers
 from adapruner.terminal import printable
 from adapruner.texts import assign_texts
@@ -34,7 +34,6 @@ _TEMPLATES.filters |= {
     "described": _charts.described,
     "duration": _charts.duration,
     "show_layers": show_layers,
-    "target_sentence": target_sentence,
 }
 
 

@@ -52,7 +52,7 @@ def prune(
         from_: folder of an earlier run. Its options are those to start from, and what it made is taken over as far as
             it depends on the same options; its search also if only the ratio differs.
         overwrite: rebuild what was made with other options, from another model or other text.
-        options: the fields of `PruneOptions`.
+        options: the fields of `PruneOptions`, and of `SizeLimit` instead of a ratio.
 
     Raises:
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration import absolute_blend, absolute_source, register_sources
-from adapruner.config import BUDGETS, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions
+from adapruner.config import BUDGETS, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions, SizeLimit
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
 from adapruner.graph import RunFolder
@@ -21,6 +21,7 @@ from adapruner.plugins import load_plugins
 from adapruner.recipe import override, read_recipe
 from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
+from adapruner.run.size import ratio_within
 
 # The options whose values may be in memory, in the order in which they are saved.
 _MAY_BE_IN_MEMORY = ("calibration", "objective", "recover", "model")
@@ -43,11 +44,16 @@ def resolve(
     Raises:
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
-    resolved = _with_absolute_paths(_in_files(_given_options(earlier, recipe, config, options), tokenizer, run))
-    if not resolved.for_:
-        return resolved
-    set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
-    return PruneConfig.from_options(**resolved.model_dump(exclude_unset=True) | set_for_engines)
+    given, limit = _given_options(earlier, recipe, config, options)
+    resolved = _with_absolute_paths(_in_files(given, tokenizer, run))
+    if resolved.for_:
+        set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
+        resolved = PruneConfig.from_options(**resolved.model_dump(exclude_unset=True) | set_for_engines)
+    if limit.gguf_type and not {"llama.cpp", "any"} & {*resolved.for_}:
+        raise AdaPrunerError("`gguf_type` is the type of a file for llama.cpp: add `for_` llama.cpp")
+    if limit.size or limit.memory:
+        resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved)})
+    return resolved
 
 
 def run_folder(output: str | Path | None) -> RunFolder:
@@ -81,9 +87,9 @@ def register_extensions(config: PruneConfig) -> None:
 
 def _given_options(
     earlier: RunFolder | None, recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of an earlier run, a recipe and a config, overridden by those that are given by name; a model or text
-    may be in memory.
+) -> tuple[dict[str, Any], SizeLimit]:
+    """The options of an earlier run, a recipe and a config, overridden by those that are given by name, and a size that
+    replaces the ratio; a model or text may be in memory.
 
     Raises:
         AdaPrunerError: an option is invalid.
@@ -92,10 +98,9 @@ def _given_options(
     if recipe:
         base = override(base, read_recipe(recipe))
     if config:
-        # Where there is a target, the ratio beside it says nothing.
         base = override(
             base,
-            config.model_dump(exclude_unset=True, exclude={"searched", "ratio"} if config.target else {"searched"}),
+            config.model_dump(exclude_unset=True, exclude={"searched"}),
         )
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
@@ -106,8 +111,10 @@ def _given_options(
         own["recovery"] = kept | own["recovery"]
     given = override(base, own)
     given = EFFORTS.get(str(given.get("effort")), {}) | given
-    if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1 and "ratio" in budgets:
-        raise AdaPrunerError(f"`ratio` and `{budgets[1]}` both say how much is removed: give one")
+    if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1:
+        raise AdaPrunerError(f"`{budgets[0]}` and `{budgets[1]}` both say how much is removed: give one")
+    of_limit = {name: given.pop(name) for name in SizeLimit.model_fields.keys() & given.keys()}
+    limit = SizeLimit.from_options(**of_limit)
     if "model" not in given:
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
@@ -117,7 +124,7 @@ def _given_options(
         name: type(value).__name__ for name, value in own.items() if name in _MAY_BE_IN_MEMORY and value is not None
     }
     PruneConfig.from_options(**given | named)
-    return given
+    return given, limit
 
 
 def _options_of(earlier: RunFolder) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def preview(
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
     will_measure = measured.moments in missing
     return Preview(
-        ratio=making.value(amount.starting_ratio),
+        ratio=making.value("ratio"),
         missing=[node.path for node in missing],
         parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
@@ -125,8 +125,6 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         raise AdaPrunerError("`memory` is that of GPUs: leave `device` out")
     known: dict[str, Any] = {}
     if memory or (config.device == "cuda" and not torch.cuda.is_available()):
-        if config.target_speed:
-            raise AdaPrunerError("`target_speed` is measured, and this machine has no `device` cuda: give a `ratio`")
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
     run, reporter = RunFolder.temporary(), Reporter()
 

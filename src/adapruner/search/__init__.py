@@ -11,7 +11,7 @@ from adapruner.search._levelling import (
 from adapruner.search._objective import (
     JUDGED_TOGETHER as JUDGED_TOGETHER,
     Objective as Objective,
-    meet_budget as meet_budget,
+    at_budget as at_budget,
     plan_candidate as plan_candidate,
 )
 from adapruner.search._result import SearchResult as SearchResult

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from adapruner.evaluation import log_probabilities
 from adapruner.models import Whole
-from adapruner.planning import kept_counts, weigh_channels
+from adapruner.planning import BudgetError, kept_counts, weigh_channels
 from adapruner.search._history import compare
 from adapruner.search._objective import Objective
 from adapruner.search._probe import Measured, Probe
@@ -36,8 +37,6 @@ _EXPONENT, _MOST_PER_ROUND = 0.4, 1.3
 # Channels that cost nothing, or less: measured costs are noisy.
 _LEAST_COST = 0.05
 
-# Gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
-Meet: TypeAlias = Callable[[Candidate], "Candidate | None"]
 # A layer, and the number of heads that it gains or, negative, loses.
 Change: TypeAlias = tuple[int, int]
 Progress: TypeAlias = Callable[[int], None]
@@ -124,7 +123,6 @@ def level(
     windows: Tensor,
     candidate: Candidate,
     rounds: int,
-    meet: Meet,
     layers: range | None = None,
     moves_heads: bool = True,
     progress: Progress | None = None,
@@ -152,7 +150,6 @@ def level(
         objective: decides what is accepted.
         windows: [windows, tokens], int64, to measure costs on.
         rounds: maximum number; the first round that gains nothing is the last.
-        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot.
         layers: layers that may be pruned; None for all.
         moves_heads: True to move heads too.
         progress: called with 1 after every measured block.
@@ -160,7 +157,7 @@ def level(
     best = judge(objective, candidate)
     if not best:
         return Levelled(candidate=candidate, moves=())
-    best, kept = keep_parts(objective, best, meet)
+    best, kept = keep_parts(objective, best)
     references = log_probabilities(objective.model, windows)
     layers = range(objective.structure.layers) if layers is None else layers
     moves: list[MovedHeads | MovedChannels] = []
@@ -170,8 +167,8 @@ def level(
         price = statistics.fmean(cost for cost, _ in costs.values()) if costs else 0.0
         paying = paying_changes(probe, layers, price, progress) if moves_heads and price > 0 else []
         del probe  # it holds a model
-        best, heads = move_heads(objective, best, paying, meet)
-        best, channels = move_channels(objective, best, costs, layers, meet)
+        best, heads = move_heads(objective, best, paying)
+        best, channels = move_channels(objective, best, costs, layers)
         moves += [*heads, *channels]
         if not any(move.accepted for move in [*heads, *channels]):
             break
@@ -179,18 +176,21 @@ def level(
 
 
 def judge(objective: Objective, candidate: Candidate | None) -> Judged | None:
-    """The candidate with its losses; None if there is no candidate or a loss is not finite."""
+    """The candidate with its losses; None if there is no candidate, its ratio cannot be met or a loss is not finite."""
     if not candidate:
         return None
-    losses = [loss for batch in objective(candidate) for loss in batch.tolist()]
+    try:
+        losses = [loss for batch in objective(candidate) for loss in batch.tolist()]
+    except BudgetError:
+        return None
     return Judged(candidate, losses) if all(map(math.isfinite, losses)) else None
 
 
-def keep_parts(objective: Objective, best: Judged, meet: Meet) -> tuple[Judged, list[KeptPart]]:
+def keep_parts(objective: Objective, best: Judged) -> tuple[Judged, list[KeptPart]]:
     """The candidate with the parts that are worth more than the widths that pay for them, and all that was tried."""
     tried: list[KeptPart] = []
     for layer, part in best.candidate.budget.removed_whole.items():
-        if judged := judge(objective, meet(best.candidate.with_budget(best.candidate.budget.keeping(layer)))):
+        if judged := judge(objective, best.candidate.with_budget(best.candidate.budget.keeping(layer))):
             tried.append(KeptPart.compared(best, judged, _CERTAIN, layer=layer, part=part))
             best = judged if tried[-1].accepted else best
     return best, tried
@@ -237,9 +237,7 @@ def paying_changes(probe: Probe, layers: range, price: float, progress: Progress
     return exchanged + more[len(fewer) :]
 
 
-def move_heads(
-    objective: Objective, best: Judged, paying: Sequence[Change], meet: Meet
-) -> tuple[Judged, list[MovedHeads]]:
+def move_heads(objective: Objective, best: Judged, paying: Sequence[Change]) -> tuple[Judged, list[MovedHeads]]:
     """The candidate with the number of paying changes that lowers the loss on the windows of the objective most, and
     all that was tried."""
     structure, candidate = objective.structure, best.candidate
@@ -249,7 +247,7 @@ def move_heads(
     for most in sorted({-(-len(paying) // divisor) for divisor in _DIVISORS} - {0}, reverse=True):
         changes = dict(paying[:most])
         heads = tuple(kept.get(layer, 0) + changes.get(layer, 0) for layer in range(structure.layers))
-        if judged := judge(objective, meet(candidate.with_budget(replace(candidate.budget, heads=heads)))):
+        if judged := judge(objective, candidate.with_budget(replace(candidate.budget, heads=heads))):
             tried.append((judged, MovedHeads.compared(best, judged, _CERTAIN, changes=changes)))
     if not tried:
         return best, []
@@ -290,11 +288,11 @@ def _measured(
 
 
 def move_channels(
-    objective: Objective, best: Judged, costs: dict[int, Measured], layers: range, meet: Meet
+    objective: Objective, best: Judged, costs: dict[int, Measured], layers: range
 ) -> tuple[Judged, list[MovedChannels]]:
     """The candidate with its widths changed according to their costs, if that lowers the loss on the windows of the
     objective, and all that was tried."""
-    judged = judge(objective, with_moved_channels(objective, best.candidate, costs, layers, meet))
+    judged = judge(objective, with_moved_channels(objective, best.candidate, costs, layers))
     if not judged:
         return best, []
     means, errors = ({layer: measured[i] for layer, measured in costs.items()} for i in (0, 1))
@@ -303,7 +301,7 @@ def move_channels(
 
 
 def with_moved_channels(
-    objective: Objective, candidate: Candidate, costs: dict[int, Measured], layers: range, meet: Meet
+    objective: Objective, candidate: Candidate, costs: dict[int, Measured], layers: range
 ) -> Candidate | None:
     """The candidate with the width of every layer changed according to its cost. None if the costs do not differ
     measurably, or the budget cannot be met with these widths."""
@@ -315,8 +313,11 @@ def with_moved_channels(
             shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * by_layer.get(block.layer, 1.0))
     if not by_layer or not any(shares):
         return None
-    met = meet(candidate.with_budget(weigh_channels(structure, budget, shares)))
-    return met if met and kept_counts(structure, met.budget) != counts else None
+    moved = candidate.with_budget(weigh_channels(structure, budget, shares))
+    with suppress(BudgetError):
+        if kept_counts(structure, moved.budget) != counts:
+            return moved
+    return None
 
 
 def factors(costs: dict[int, Measured]) -> dict[int, float]:

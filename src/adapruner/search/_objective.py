@@ -13,7 +13,15 @@ from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
 from adapruner.measurement import Statistics
 from adapruner.models import is_streamed
-from adapruner.planning import BudgetError, PruningPlan, Target, kept_counts, make_plan
+from adapruner.planning import (
+    MOST_CHANNELS,
+    Budget,
+    BudgetError,
+    PruningPlan,
+    kept_counts,
+    largest_channel_share,
+    make_plan,
+)
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
 from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
@@ -35,21 +43,15 @@ def plan_candidate(structure: Structure, statistics: Statistics, candidate: Cand
     return make_plan(structure, scores, kept_counts(structure, candidate.budget))
 
 
-def meet_budget(structure: Structure, target: Target | None, candidate: Candidate) -> Candidate | None:
-    """The candidate itself, or with a target the candidate at the ratio that meets it; None if its allocation
-    cannot."""
-    budget = candidate.budget
-
-    def counts_at(ratio: float) -> list[int]:
-        return kept_counts(structure, replace(budget, ratio=ratio))
-
-    try:
-        if target is None:
-            counts_at(budget.ratio)
-            return candidate
-        return candidate.with_budget(replace(budget, ratio=target.ratio(counts_at)))
-    except BudgetError:
-        return None
+def at_budget(structure: Structure, candidate: Candidate, budget: Budget) -> Candidate:
+    """A candidate at the ratio of a budget. If its allocation cannot meet that, or only by removing more than
+    `MOST_CHANNELS` of a layer: with the allocation of the budget."""
+    moved = candidate.with_budget(replace(candidate.budget, ratio=budget.ratio))
+    with suppress(BudgetError):
+        share = largest_channel_share(structure, kept_counts(structure, moved.budget))
+        if moved == candidate or share <= MOST_CHANNELS:
+            return moved
+    return candidate.with_budget(budget)
 
 
 def scores_of(structure: Structure, statistics: Statistics, candidate: Candidate) -> Tensor:

@@ -27,7 +27,7 @@ class SearchResult(History, frozen=True):
     """The outcome of a search, with all finished trials.
 
     Attributes:
-        ratio: of all parameters, to be removed; where trials meet a target, that of the starting allocation.
+        ratio: of all parameters, to be removed.
         trials: number of trials that were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.

@@ -211,9 +211,9 @@ class ExtendedSpace(SearchSpace):
 
     Attributes:
         fixed: options of the allocation that are not searched: `protect_first`, `protect_last` and `head_share`.
-        meet: gives a candidate the ratio that meets the budget or a target; None if its allocation cannot. The search
-            then uses the nearest allocation that can: without whole parts removed, with fewer protected layers, then
-            with more heads removed. Without this function, candidates are used unchanged.
+        can_meet: True for a budget whose allocation can meet its ratio. For another, the search uses the nearest
+            allocation that can: without whole parts removed, with fewer protected layers, then with more heads removed.
+            Without this function, candidates are used unchanged.
         experts: `none` without experts; `routing` if routing was measured, by which experts can be ranked as well; or
             `taylor` if they can be ranked by the Taylor terms alone.
         whole: for each part of a layer that may be removed whole, the layers in the order of removal. The number of
@@ -221,17 +221,17 @@ class ExtendedSpace(SearchSpace):
     """
 
     fixed: frozenset[str] = field(default_factory=frozenset)
-    meet: Callable[[Candidate], Candidate | None] | None = None
+    can_meet: Callable[[Budget], bool] | None = None
     experts: Literal["none", "routing", "taylor"] = "none"
     whole: Mapping[Whole, tuple[int, ...]] = field(default_factory=dict)
 
     def suggest(self, trial: BaseTrial) -> Candidate:
         """The nearest candidate whose budget can be met, if there is one."""
         candidate = super().suggest(trial)
-        if self.meet is None or self.searched != "joint" or FIXED_METRIC in trial.user_attrs:
+        if self.can_meet is None or self.searched != "joint" or FIXED_METRIC in trial.user_attrs:
             return candidate
-        nearest = map(candidate.with_budget, self._relaxed(candidate.budget))
-        return next(filter(None, map(self.meet, nearest)), candidate)
+        budgets = filter(self.can_meet, self._relaxed(candidate.budget))
+        return candidate.with_budget(next(budgets, candidate.budget))
 
     def _good_points(self) -> list[dict[str, Any]]:
         reference = self._reference_allocation()

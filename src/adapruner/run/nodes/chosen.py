@@ -7,7 +7,6 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,13 +33,11 @@ from adapruner.option_rules import (
     trials_of,
     windows_of,
 )
-from adapruner.planning import MOST_CHANNELS, Budget, PruningPlan, Target, kept_counts, largest_channel_share
+from adapruner.planning import Budget, PruningPlan, can_meet, kept_counts
 from adapruner.progress import Reporter
-from adapruner.run.nodes.amount import RatioOfBlocks
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
 from adapruner.search import (
-    Candidate,
     ExtendedSpace,
     Levelled,
     Objective,
@@ -50,10 +47,10 @@ from adapruner.search import (
     SearchResult,
     SearchSpace,
     StudyFile,
+    at_budget,
     build_subset_family,
     level,
     measurements,
-    meet_budget,
     plan_candidate,
     removal_orders,
     reused_layers,
@@ -119,15 +116,6 @@ def compensation_of(compensation: Any) -> Callable[[Mapping[int, InputMoments] |
     return lambda moments: None if compensation == "none" or moments is None else Compensation(compensation, moments)
 
 
-Meet = Callable[[Candidate], "Candidate | None"]
-
-
-@GRAPH.costly
-def meet(structure: Structure, target: Target | None) -> Meet:
-    """Gives a candidate the ratio that meets the target, if there is one; None if its allocation cannot."""
-    return partial(meet_budget, structure, target)
-
-
 # The search
 
 
@@ -170,7 +158,6 @@ def space_of_search(
     statistics: Statistics,
     starting_budget: Budget,
     removal_order: RemovalOrders | None,
-    meet: Meet,
     importance_terms: dict[str, Term],
     samples: int,
     seed: int,
@@ -193,7 +180,7 @@ def space_of_search(
     return ExtendedSpace(
         *common,
         fixed=frozenset(name for name, value in allocation.items() if value is not None),
-        meet=meet,
+        can_meet=partial(can_meet, structure),
         experts=_what_ranks_experts(structure, statistics),
         whole=removal_order.shortened(structure, starting_budget.ratio) if removal_order else {},
     )
@@ -271,37 +258,6 @@ def found(
 # The candidate at the ratio of the run
 
 
-AtRatio = Callable[[Candidate], Candidate]
-
-
-@GRAPH.costly
-def at_ratio(
-    structure: Structure,
-    statistics: Statistics,
-    meet: Meet,
-    starting_budget: Budget,
-    ratio_of_blocks: RatioOfBlocks,
-    starting_ratio: float,
-) -> AtRatio:
-    """A candidate at the ratio of the run, or at the one with which it meets the target. If its allocation cannot, or
-    only by removing more than `MOST_CHANNELS` of a layer: with the allocation that the search starts from."""
-
-    def moved(candidate: Candidate) -> Candidate:
-        wanted = ratio_of_blocks(starting_ratio)
-        there = candidate.model_copy(update={"budget": replace(candidate.budget, ratio=wanted)})
-        with contextlib.suppress(AdaPrunerError):
-            met = meet(there)
-            if met == candidate:
-                return candidate
-            if met is not None:
-                plan = plan_candidate(structure, statistics, met)
-                if largest_channel_share(structure, [len(block.kept) for block in plan.blocks]) <= MOST_CHANNELS:
-                    return met
-        return candidate.model_copy(update={"budget": starting_budget})
-
-    return moved
-
-
 @GRAPH.in_memory
 def levelled_blocks(structure: Structure, prunable_layers: range, head_share: float | None) -> list[Block]:
     """The blocks whose groups are moved between layers, if that pays; heads not where their share is given."""
@@ -317,9 +273,8 @@ def levelled_blocks(structure: Structure, prunable_layers: range, head_share: fl
     "levelled.json",
     json_form(Levelled),
     version=6,
-    is_wanted=lambda level_rounds, ratio, target_size, target_memory, target_speed, ratio_of, search, space, layout: (
-        level_rounds_of(level_rounds, ratio, target_size or target_memory or target_speed)
-        and searches_widths(ratio_of, search, space, layout)
+    is_wanted=lambda level_rounds, ratio, ratio_of, search, space, layout: (
+        level_rounds_of(level_rounds, ratio) and searches_widths(ratio_of, search, space, layout)
     ),
 )
 def levelled(
@@ -329,12 +284,10 @@ def levelled(
     moments: StoredMoments | None,
     windows: Windows,
     found: SearchResult,
-    at_ratio: AtRatio,
-    meet: Meet,
+    starting_budget: Budget,
     compensation_of: Any,
     level_rounds: int | None,
     ratio: float,
-    target: Target | None,
     prunable_layers: range,
     levelled_blocks: list[Block],
     head_share: float | None,
@@ -346,12 +299,13 @@ def levelled(
     """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
     measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
     layers that the options protect are."""
-    candidate, rounds = at_ratio(found.best), level_rounds_of(level_rounds, ratio, target)
+    candidate = at_budget(structure, found.best, starting_budget)
+    rounds = level_rounds_of(level_rounds, ratio)
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     compensation = compensation_of(moments and StoredMoments(moments.folder, memory_for_moments))
     objective = Objective(dense_fast, structure, statistics, windows["objective"], compensation)
     with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
-        return level(objective, text, candidate, rounds, meet, prunable_layers, head_share is None, advance)
+        return level(objective, text, candidate, rounds, prunable_layers, head_share is None, advance)
 
 
 @GRAPH.kept("plan.json", PLAN, version=2, is_result=True)
@@ -360,8 +314,8 @@ def plan(
     statistics: Statistics,
     found: SearchResult,
     levelled: Levelled | None,
-    at_ratio: AtRatio,
+    starting_budget: Budget,
 ) -> PruningPlan:
-    """The plan of the chosen candidate. Widths that were moved may cost something else."""
-    candidate = at_ratio(levelled.candidate if levelled else found.best)
-    return plan_candidate(structure, statistics, candidate)
+    """The plan of the chosen candidate."""
+    best = levelled.candidate if levelled else found.best
+    return plan_candidate(structure, statistics, at_budget(structure, best, starting_budget))

@@ -30,13 +30,13 @@ from adapruner.graph import Kept
 from adapruner.measurement import Statistics
 from adapruner.memory import Placement
 from adapruner.models import find_model, in_fastest_dtype, load_model
+from adapruner.planning import Budget
 from adapruner.progress import Reporter
 from adapruner.result import IS_WANTED, Role
-from adapruner.run.nodes.chosen import AtRatio
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
 from adapruner.run.nodes.models import scales_were_tuned
-from adapruner.search import SearchResult, plan_candidate
+from adapruner.search import SearchResult, at_budget, plan_candidate
 from adapruner.structure import Structure
 from adapruner.surgery import prune_model
 from adapruner.texts import Texts
@@ -67,11 +67,12 @@ def recovered_fast(recovered_model: PreTrainedModel) -> PreTrainedModel:
 
 @GRAPH.costly
 def best_fixed_model(
-    dense: PreTrainedModel, structure: Structure, statistics: Statistics, found: SearchResult, at_ratio: AtRatio
+    dense: PreTrainedModel, structure: Structure, statistics: Statistics, found: SearchResult, starting_budget: Budget
 ) -> PreTrainedModel:
     """The dense model cut by the best of LLM-Pruner's metrics as that is used elsewhere: without compensation, though
     its trial was compensated as all are."""
-    return prune_model(dense, structure, plan_candidate(structure, statistics, at_ratio(found.best_fixed)))
+    best_fixed = at_budget(structure, found.best_fixed, starting_budget)
+    return prune_model(dense, structure, plan_candidate(structure, statistics, best_fixed))
 
 
 @GRAPH.costly

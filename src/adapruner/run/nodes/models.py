@@ -1,4 +1,4 @@
-"""The pruned model, how well it meets a target, and its recovery."""
+"""The pruned model and its recovery."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration import BlendPart, has_written_part
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.config import RecoveryOptions
-from adapruner.costs import bytes_of_model, cache_bytes, dtype_in, is_gguf, timer
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.files import copy_folder
 from adapruner.graph import Form
@@ -29,11 +28,10 @@ from adapruner.models import (
     check_tokens,
     empty_model,
     find_model,
-    load_config,
     load_model,
 )
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
-from adapruner.planning import Memory, PruningPlan, Size, Speed, Target, TargetOutcome
+from adapruner.planning import PruningPlan
 from adapruner.progress import Reporter
 from adapruner.recovery import (
     Examples,
@@ -50,8 +48,7 @@ from adapruner.recovery import (
 )
 from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import TENSORS, Windows, json_form
-from adapruner.run.nodes.inputs import Precision
+from adapruner.run.nodes.forms import TENSORS, Windows
 from adapruner.structure import Structure
 from adapruner.surgery import prune_model, refit_sequentially
 from adapruner.texts import Texts
@@ -241,53 +238,6 @@ def scales_were_tuned(compensated: Path, model: Path) -> bool:
 @GRAPH.costly
 def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
     return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
-
-
-# How well it meets a target
-
-
-@GRAPH.kept(
-    "target.json",
-    json_form(TargetOutcome),
-    version=2,
-    is_wanted=lambda target_size, target_memory, target_speed: any((target_size, target_memory, target_speed)),
-)
-def outcome_of_target(
-    target: Target | None,
-    plan: PruningPlan,
-    pruned: Path,
-    dense_later: Callable[[], PreTrainedModel],
-    precision: Precision,
-    tokenizer: Tokenizer,
-    placement: Placement,
-    reporter: Reporter,
-) -> TargetOutcome | None:
-    """The target, and the size, memory or speed that the saved model reached."""
-    if target is None:
-        return None
-    amount = target.amount
-    if isinstance(amount, Speed):
-        models = {"dense": dense_later(), "pruned": load_model(find_model(str(pruned)), "auto", placement.device)}
-        with reporter.stage("timing"):
-            # Both are measured alternately.
-            time = timer(amount.phase, amount.batch, amount.context, is_reported=True)
-            seconds = time(models)
-        reached = target.dense * seconds["pruned"] / seconds["dense"]
-    else:
-        reached = float(_bytes_of_saved(amount, pruned, tokenizer, precision.weights))
-    return target.outcome([len(block.kept) for block in plan.blocks], reached)
-
-
-def _bytes_of_saved(amount: Size | Memory, model: Path, tokenizer: Tokenizer, weights: torch.dtype) -> int:
-    """Bytes of the file that was written or would be exported, and of the cache where the target is memory."""
-    dtype = dtype_in(amount.format, weights)
-    empty = empty_model(load_config(find_model(str(model))))
-    size = bytes_of_model(empty, tokenizer, amount.format, weights)
-    if not is_gguf(amount.format) and dtype == weights:
-        size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    if isinstance(amount, Memory):
-        size += sum(cache_bytes(empty, amount.batch, amount.context, dtype))
-    return size
 
 
 # Recovery

@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
 from adapruner.memory import Placement, choose_placement, estimate_memory, room_for_moments
 from adapruner.models import (
     ModelLocation,
@@ -43,7 +42,6 @@ def placement(
     starting_budget: Budget,
     device: str,
     layer_wise: bool | None,
-    target_speed: float | None,
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
     check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
@@ -53,13 +51,7 @@ def placement(
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)
     about = config, empty, structure, starting_budget, usable_devices(device), streamable
-    chosen = choose_placement(*about)
-    if target_speed and not chosen.on_one_device:
-        where = "in memory one at a time" if chosen.layer_wise else "on several devices"
-        raise AdaPrunerError(
-            f"`target_speed` is measured with all layers on one device, and here they are {where}: give a `ratio`"
-        )
-    return chosen
+    return choose_placement(*about)
 
 
 @GRAPH.leaf()

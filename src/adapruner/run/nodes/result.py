@@ -13,7 +13,7 @@ from adapruner.config import PruneConfig
 from adapruner.evaluation import Breakage, Perplexity, TaskScore
 from adapruner.graph import Form, RunFolder
 from adapruner.models import ModelLocation, describe_device, empty_model, find_model, load_config
-from adapruner.planning import PruningPlan, TargetOutcome
+from adapruner.planning import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery import read_record
 from adapruner.report import render_report
@@ -81,7 +81,6 @@ def result(
     compensated: Path,
     pruned: Path,
     recovered: Path | None,
-    outcome_of_target: TargetOutcome | None,
     perplexities: dict[Role, dict[str, Perplexity] | None],
     task_scores: dict[Role, dict[str, TaskScore] | None],
     breakages: dict[Role, Breakage | None],
@@ -116,7 +115,6 @@ def result(
         tuned_scales=tuned_scales,
         stages=stage_costs(),
         device=describe_device(main_device),
-        target=outcome_of_target,
     )
     folders: dict[Role, Path | None] = {"searched": pruned, "recovered": recovered}
     for role, folder in folders.items():
