@@ -11,12 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.cli import main
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.run.engines import options_for, serving_commands
-from run_helpers import QUICK
+from run_helpers import QUICK, exit_code, flags
 from tiny_families import tiny_config
 
 
@@ -64,18 +63,14 @@ def test_what_an_engine_does_not_load_is_refused(model_type: str, options: dict[
 
 @pytest.fixture(scope="module")
 def arguments(model_folder: Path, text_file: Path) -> list[str]:
-    left_out = ("protect_first", "protect_last", "tune_scales")
-    options = {name: value for name, value in QUICK.items() if name not in left_out}
-    named = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return ["prune", str(model_folder), "--calibration", str(text_file), "--no-tune-scales", *named]
+    options = {name: value for name, value in QUICK.items() if not name.startswith("protect_")}
+    return ["prune", str(model_folder), "--calibration", str(text_file), *flags(options)]
 
 
 def test_a_run_for_any_engine_is_a_stock_model(
     arguments: list[str], windows: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--for", "any", "--for", "vllm", "-o", str(tmp_path / "run")])
-    assert ended.value.code == 0
+    assert exit_code([*arguments, "--for", "any", "--for", "vllm", "-o", str(tmp_path / "run")]) == 0
     folder = tmp_path / "run" / "model"
     assert not list(folder.glob("*.py"))
     stock = AutoModelForCausalLM.from_pretrained(folder)
@@ -89,8 +84,7 @@ def test_a_run_for_any_engine_is_a_stock_model(
 def test_a_conflict_is_told_before_the_run(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")])
+    assert exit_code([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")]) == 2
     assert "--layout per-layer: vllm would need layers of equal widths; change it, or --for" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
