@@ -70,7 +70,7 @@ MODELS = {
     "smollm2": "llama",
 }
 # Options in the docs that are not of this package.
-OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--small", "--target", "--trust-remote-code"}
+OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--private", "--small", "--target", "--trust-remote-code"}
 # Where users look things up, and pages may be long; README is limited by its lines.
 LONG_PAGES = ("reference", "reliability.md")
 MOST_WORDS, MOST_LINES, FIRST_COMMAND, FRESH_CHECKOUT = 1500, 120, 250, 60
@@ -375,6 +375,7 @@ def test_printed_rows_are_those_of_the_code() -> None:
 def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The alias of the docs too, with its tokenizer."""
     monkeypatch.setattr(sys, "argv", ["inputs.py"])
+    monkeypatch.syspath_prepend(ROOT / "examples")
     names = runpy.run_path(str(ROOT / "examples" / "inputs.py"))
     tokens = names["tokenizer"](names["texts"][0], return_tensors="pt").input_ids
     assert names["model"](tokens).logits.isfinite().all()

@@ -52,15 +52,20 @@ Numbers = Mapping[Key, Number]
 
 
 def numbers_of(
-    perplexity: Mapping[str, Perplexity], breakage: Breakage | None = None, tasks: Mapping[str, TaskScore] | None = None
+    perplexity: Mapping[str, Perplexity],
+    breakage: Breakage | None = None,
+    tasks: Mapping[str, TaskScore] | None = None,
+    speed: Speed | None = None,
 ) -> dict[Key, Number]:
     """The numbers of a model, and the means over its tasks.
 
     Args:
         perplexity: by text.
         tasks: by task.
+        speed: of one sequence at a time.
     """
     numbers = [
+        *(_costs(speed) if speed else ()),
         *(number for text, measured in perplexity.items() for number in _on_text(text, measured)),
         *(_signs(breakage) if breakage else ()),
         *(_scores(tasks) if tasks else ()),
@@ -68,19 +73,12 @@ def numbers_of(
     return {(number.kind, number.metric, number.dataset): number for number in numbers}
 
 
-def speed_numbers(speed: Speed) -> dict[Key, Number]:
-    """Megabytes, parameters and the rates of one sequence at a time, in that order."""
-    protocol = (
-        "tokens per second: one sequence, a prompt, then new tokens with a cache; medians of repetitions, models one"
-        " after the other"
-    )
-    numbers = [
-        Number("cost", "MB", "", speed.weight_bytes / 1e6, 1),
-        Number("cost", "parameters", "", speed.parameters, 0),
-        Number("cost", "prompt tokens/s", "", speed.prefill[1].median, 1, None, protocol),
-        Number("cost", "new tokens/s", "", speed.decode[1].median, 1, None, protocol),
-    ]
-    return {(number.kind, number.metric, number.dataset): number for number in numbers}
+def _costs(speed: Speed) -> Iterator[Number]:
+    protocol = "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
+    yield Number("cost", "MB", "", speed.weight_bytes / 1e6, 1)
+    yield Number("cost", "parameters", "", speed.parameters, 0)
+    for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
+        yield Number("cost", metric, "", rates[1].median, 1, None, protocol)
 
 
 def _on_text(text: str, measured: Perplexity) -> Iterator[Number]:

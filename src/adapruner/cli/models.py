@@ -238,10 +238,10 @@ def vocabulary(
 
 
 def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
-    from adapruner.numbers import breakage_table, measured_table, model_table, numbers_of, speed_numbers, task_table
+    from adapruner.numbers import breakage_table, measured_table, model_table, numbers_of, task_table
 
     if len(results) > 1:
-        rows = {model: speed_numbers(result.speed) if result.speed else {} for model, result in results.items()}
+        rows = {}
         for model, result in results.items():
             texts = [perplexity.text for perplexity in result.perplexity]
             # One text may be measured in the windows of a protocol, and in others.
@@ -249,25 +249,19 @@ def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterato
                 text if texts.index(text) == number else f"{text} ({number + 1})": result.perplexity[number]
                 for number, text in enumerate(texts)
             }
-            rows[model] |= numbers_of(named)
+            rows[model] = numbers_of(named, speed=result.speed)
         yield model_table("", rows)
     else:
         for model, result in results.items():
             for perplexity in result.perplexity:
                 yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
-    judged = {model: result for model, result in results.items() if result.verdict}
-    if judged:
-        signs = {model: numbers_of({}, result.breakage) for model, result in judged.items()}
-        of_dense = next(numbers_of({}, result.dense) for result in judged.values())
-        verdicts = {model: result.verdict for model, result in judged.items() if result.verdict}
-        yield breakage_table({dense: of_dense} | signs, verdicts)
-    if any(result.tasks for result in results.values()):
-        yield task_table(
-            {
-                model: numbers_of({}, tasks={score.task: score for score in result.tasks})
-                for model, result in results.items()
-            }
-        )
+    if judged := {model: result for model, result in results.items() if result.verdict}:
+        signs = {dense: numbers_of({}, next(iter(judged.values())).dense)}
+        signs |= {model: numbers_of({}, result.breakage) for model, result in judged.items()}
+        yield breakage_table(signs, {model: str(result.verdict) for model, result in judged.items()})
+    scores = {model: numbers_of({}, None, {score.task: score for score in r.tasks}) for model, r in results.items()}
+    if any(scores.values()):
+        yield task_table(scores)
 
 
 def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> Table:

@@ -16,7 +16,6 @@ from adapruner.evaluation._losses import (
     losses_by_batch as losses_by_batch,
     losses_in_step as losses_in_step,
     may_overflow as may_overflow,
-    tokens_per_batch as tokens_per_batch,
     window_losses as window_losses,
 )
 from adapruner.evaluation._perplexity import (
