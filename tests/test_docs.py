@@ -70,7 +70,7 @@ MODELS = {
     "smollm2": "llama",
 }
 # Options in the docs that are not of this package.
-OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--private", "--small", "--target", "--trust-remote-code"}
+OF_OTHER_TOOLS = {"--no-deps", "--nproc-per-node", "--small", "--target", "--trust-remote-code"}
 # Where users look things up, and pages may be long; README is limited by its lines.
 LONG_PAGES = ("reference", "reliability.md")
 MOST_WORDS, MOST_LINES, FIRST_COMMAND, FRESH_CHECKOUT = 1500, 120, 250, 60

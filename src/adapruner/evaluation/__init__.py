@@ -30,7 +30,6 @@ from adapruner.evaluation._speed import (
     count_macs as count_macs,
     measure_speed as measure_speed,
     new_cache as new_cache,
-    seconds_in_turn as seconds_in_turn,
 )
 from adapruner.evaluation._tasks import (
     Tasks as Tasks,

@@ -96,23 +96,6 @@ def measure_speed(
     return speeds
 
 
-def seconds_in_turn(
-    models: Mapping[str, PreTrainedModel], batch_size: int, prompt: int, new_tokens: int, repetitions: int
-) -> dict[str, float]:
-    """The least seconds of each model for reading prompts or, if tokens are generated after them, for one new token of
-    every sequence. Models run in turn, after a run that does not count; other load on the machine only adds time.
-
-    Args:
-        new_tokens: 0 to measure the prompt.
-    """
-    _, *rounds = [
-        {name: _run(model, batch_size, prompt, new_tokens) for name, model in models.items()}
-        for _ in range(repetitions + 1)
-    ]
-    phase, tokens = (1, new_tokens) if new_tokens else (0, 1)
-    return {name: min(times[name][phase] for times in rounds) / tokens for name in models}
-
-
 def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
     """Multiply-accumulates of all matrix products: per token of a prompt, whose last prediction alone is computed, and
     for the token generated after it.
