@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +147,23 @@ def test_a_recipe_is_copied_and_read_again(tmp_path: Path, capsys: pytest.Captur
         with pytest.raises(SystemExit, match="2"):
             main(["recipes", "copy", name, str(tmp_path / "new" / f"{name}.yaml")])
     assert "replace it with --overwrite" in capsys.readouterr().err
+
+
+def test_env_names_what_users_install_and_no_tool_of_developers(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["env", *arguments])
+        return capsys.readouterr().out
+
+    content = json.loads(shown("--json"))
+    assert content["adapruner"] == adapruner.__version__
+    assert content["packages"]["torch"] == version("torch")
+    assert {"transformers", "lm-eval", "cyllama"} <= content["packages"].keys()
+    assert not {"pytest", "ruff", "adapruner"} & content["packages"].keys()
+    assert content["devices"][0].startswith("cpu, ")
+    table = shown()
+    assert content["devices"][0] in table
+    assert version("transformers") in table
 
 
 def test_the_level_of_the_logger_decides_what_is_shown(

@@ -15,7 +15,6 @@ import yaml
 from packaging.requirements import Requirement
 
 import adapruner
-from adapruner.doctor import EXTRAS, diagnose
 
 ROOT = Path(__file__).parents[1]
 # Of extras, never of what everybody installs.
@@ -59,15 +58,6 @@ def test_an_installation_without_extras_needs_no_tool_of_developers(wheel: Path)
     assert not always & OPTIONAL
     extras = {one.name for one in required} - always
     assert {"lm-eval", "mkdocs-material", "ruff", "hatchling"} <= extras
-
-
-def test_doctor_lists_what_the_extras_of_users_need(wheel: Path) -> None:
-    required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
-    of_extras = {extra: {one.name for one in required if f'"{extra}"' in str(one)} for extra in EXTRAS}
-    assert {extra: {package} for extra, package in EXTRAS.items()} == of_extras
-    named = set(metadata(wheel).get_all("Provides-Extra", []))
-    assert named - EXTRAS.keys() == {"dev", "docs"}
-    assert {*EXTRAS.values()} <= diagnose(device="cpu").packages.keys()
 
 
 def test_the_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:

@@ -93,14 +93,3 @@ def test_load_generates_on_the_gpu(device: Device, run: Path, tmp_path: Path) ->
     outcome = device.run(file=program)
     assert outcome.code == 0, outcome.stderr
     assert json.loads(outcome.stdout)[:2] == ["cuda:0", "cuda:0"]
-
-
-def test_doctor_compares_the_gpu_with_the_cpu(device: Device, family: Callable[..., Path]) -> None:
-    model = family("llama", max_position_embeddings=256)
-    found = only_json(device.run("doctor", model, "--benchmark", "--json"))
-    assert len(found["devices"]) == 2
-    comparison = found["comparison"]
-    assert comparison["same_groups"] == 1
-    assert comparison["cpu"]["plan"] == comparison["accelerator"]["plan"]
-    assert comparison["accelerator"]["device"].startswith("cuda")
-    assert comparison["accelerator"]["stages"].keys() >= comparison["cpu"]["estimated"].keys()

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from adapruner import __version__
 from adapruner.cli._options import Flag
 from adapruner.cli._output import CLOSED_OUTPUT, plain_console
-from adapruner.cli.installation import doctor, recipes
+from adapruner.cli.installation import env, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import prune, report
 from adapruner.cli.structure import inspect
@@ -47,7 +47,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, report, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, doctor):
+for verb in (prune, report, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, env):
     app.command(verb)
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False
