@@ -90,11 +90,10 @@ def tiny(family: str, layout: str) -> tuple[PreTrainedModel, AnyTokenizer]:
 
 
 def plan_for(structure: Structure, lost: dict[str, Callable[[int], float]]) -> PruningPlan:
-    """Random groups of every block; parts are removed only in families that can lose them."""
+    """Random groups of every block; whole attention is removed only in families that can lose it."""
     shares = [lost[block.kind](block.layer) if block.kind in lost else 0.0 for block in structure.blocks]
-    parts = {"heads": "attention", "channels": "feed-forward"}
     counts = [
-        block.groups if share == 1 and parts[block.kind] not in structure.whole else round(block.groups * (1 - share))
+        block.groups if share == 1 and not structure.is_removable(block) else round(block.groups * (1 - share))
         for block, share in zip(structure.blocks, shares, strict=True)
     ]
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))

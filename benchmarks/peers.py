@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, product
@@ -38,7 +38,9 @@ from transformers import PreTrainedModel
 from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import compute_prefix, losses_by_batch, measure_perplexity
 from adapruner.measurement import StoredMoments, factorize, measure_moments, projected_blocks, removal_errors
-from adapruner.models import Whole, find_model, in_fastest_dtype, load_model, load_tokenizer, without_parts
+from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
+from adapruner.models._layers import other_forwards
+from adapruner.models.modeling_pruned import Nothing
 from adapruner.planning import kept_counts, make_plan, weigh_channels
 from adapruner.structure import Block, Structure, build_structure, count_parameters
 from adapruner.surgery import Compensation, prune_model
@@ -46,8 +48,9 @@ from comparison import peer_budget
 
 Peer = Literal["SlimGPT", "OSSCAR", "MoDeGPT", "2SSP", "BlockPruner", "GRASPrune"]
 # The attention or feed-forward of a layer.
-Part = tuple[Whole, int]
-WHOLE: tuple[Whole, Whole] = ("attention", "feed-forward")
+Part = tuple[str, int]
+# Of each part, its module in a layer, and the number of values that it returns.
+PARTS = {"attention": ("self_attn", 2), "feed-forward": ("mlp", 0)}
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
 
 # OSSCAR's code: channels swapped at a time, and rounds of swaps.
@@ -129,9 +132,13 @@ class Setting:
 
     def without(self, gone: Collection[Part], scores: Tensor, counts: Sequence[int]) -> PreTrainedModel:
         """The model without some whole parts, and of the other blocks the groups of highest score ([groups])."""
-        parts = [(WHOLE[block.kind == "channels"], block.layer) for block in self.structure.blocks]
-        left = [0 if part in gone else count for part, count in zip(parts, counts, strict=True)]
-        return prune_model(self.dense, self.structure, make_plan(self.structure, scores, left))
+        blocks = zip(self.structure.blocks, counts, strict=True)
+        left = [0 if block.kind == "heads" and (block.part, block.layer) in gone else count for block, count in blocks]
+        pruned = prune_model(self.dense, self.structure, make_plan(self.structure, scores, left))
+        for part, layer in gone:
+            if part == "feed-forward":
+                pruned.model.layers[layer].mlp = Nothing(0)
+        return pruned
 
     def report(self, ratio: float, method: str, make: Callable[[], PreTrainedModel]) -> None:
         """Evaluates the model of a method, unless that was done."""
@@ -260,9 +267,12 @@ def two_stages(setting: Setting, ratio: float) -> PreTrainedModel:
     decoder layers and f and a the parameters of a feed-forward and an attention. First every layer keeps the same
     number of channels, those of the largest norm; then attentions are removed greedily. Nothing is compensated."""
     structure, (norms, _) = setting.structure, setting.activity
-    attention, feed_forward = (sum(structure.whole_parameters(each).values()) for each in WHOLE)
+    sizes = sizes_of_parts(structure)
+    attention, feed_forward = (sum(size for (name, _), size in sizes.items() if name == part) for part in PARTS)
     target, layers = ratio * structure.total_parameters, structure.layers
-    attentions = round(layers * (target / sum(structure.layer_parameters)) ** (feed_forward / attention / BALANCE))
+    attentions = round(
+        layers * (target / count_parameters(setting.dense.model.layers)) ** (feed_forward / attention / BALANCE)
+    )
     share = (target - attentions * attention / layers) / feed_forward
     counts = [each.groups if each.kind == "heads" else round(each.groups * (1 - share)) for each in structure.blocks]
     narrow = in_fastest_dtype(setting.without((), norms, counts))
@@ -277,7 +287,7 @@ def block_pruner(setting: Setting, ratio: float) -> PreTrainedModel:
     A part that would exceed the ratio by more than half an attention is passed over.
     """
     structure = setting.structure
-    parts = {(each, layer): size for each in WHOLE for layer, size in structure.whole_parameters(each).items()}
+    parts = sizes_of_parts(structure)
     target, slack = ratio * structure.total_parameters, min(parts.values()) / 2
     path = setting.output / f"order-{len(setting.judging)}.jsonl"
     known: list[Part] = list(map(tuple, read(path)))
@@ -298,21 +308,36 @@ def greedily(setting: Setting, model: PreTrainedModel, parts: Iterable[Part], go
     """Removes one part after another beside those that are gone, each time the one that leaves the lowest loss. 2SSP
     judges by one window of 2,048 tokens and BlockPruner by 256 samples of Alpaca, here both by the same windows."""
     removed, left = list(gone), [part for part in parts if part not in gone]
-    call = compute_prefix(model, setting.judging[:1], 0).calls[0][0]
     while left:
         losses: dict[Part, float] = {}
         with ExitStack() as removals:
-            for whole, layer in removed:
-                removals.enter_context(without_parts(model, whole, [layer], call))
+            for part in removed:
+                removals.enter_context(without_part(model, part))
             prefix = compute_prefix(model, setting.judging, setting.structure.layers)
-            for whole, layer in left:
-                with without_parts(model, whole, [layer], call):
-                    batches = losses_by_batch(model, setting.judging, prefix=prefix, prefix_layers=layer)
-                    losses[whole, layer] = float(torch.cat(list(batches)).mean())
+            for part in left:
+                with without_part(model, part):
+                    batches = losses_by_batch(model, setting.judging, prefix=prefix, prefix_layers=part[1])
+                    losses[part] = float(torch.cat(list(batches)).mean())
         best = min(left, key=losses.__getitem__)
         left.remove(best)
         removed.append(best)
         yield best
+
+
+def sizes_of_parts(structure: Structure) -> dict[Part, int]:
+    """The parameters of the attention and of the feed-forward of every layer."""
+    return {
+        (block.part, block.layer): block.groups * block.parameters_per_group + block.rest
+        for part in PARTS
+        for block in structure.blocks
+        if block.part == part
+    }
+
+
+def without_part(model: PreTrainedModel, part: Part) -> AbstractContextManager[None]:
+    """While it lasts, a part adds nothing to the hidden state."""
+    name, returned = PARTS[part[0]]
+    return other_forwards({model.model.layers[part[1]].get_submodule(name): Nothing(returned).forward})
 
 
 def grasprune(setting: Setting, ratio: float) -> PreTrainedModel:

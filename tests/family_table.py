@@ -43,8 +43,8 @@ from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
-COLUMNS = ("heads", "channels", "experts", "channels in experts", "whole", "layouts")
-MULTIMODAL_COLUMNS = ("heads", "channels", "experts", "whole", "layouts", "image")
+COLUMNS = ("heads", "channels", "experts", "channels in experts", "whole attention", "layouts")
+MULTIMODAL_COLUMNS = ("heads", "channels", "experts", "whole attention", "layouts", "image")
 # Largest distance of the pruned from the masked logits, relative to the change by masking; and the smallest change,
 # relative to the logits.
 TOLERANCE, LEAST_EFFECT = 1e-3, 1e-2
@@ -83,8 +83,7 @@ def multimodal_row(model_type: str) -> Row:
                 prune_and_load(decoder, structure, layout, Path(folder, layout), dense, inputs)
         except (AdaPrunerError, AssertionError) as error:
             return Row(model_type, refusal=str(error).replace(f" '{folder}'", ""))
-    whole = architecture.removable_whole(decoder.config)
-    cells = [*kinds_of(structure), ", ".join(name for name in architecture.whole if name in whole)]
+    cells = [*kinds_of(structure), "yes" if structure.attention_parameters else ""]
     return Row(model_type, (*cells, ", ".join(architecture.layouts), image), pictured=inputs is not None)
 
 
@@ -157,7 +156,12 @@ def row(model_type: str) -> Row:
         except AdaPrunerError as refusal:
             return Row(model_type, refusal=str(refusal))
     in_experts = "yes" if architecture.experts and architecture.experts.channels else ""
-    cells = (*kinds_of(structure), in_experts, ", ".join(architecture.whole), ", ".join(architecture.layouts))
+    cells = (
+        *kinds_of(structure),
+        in_experts,
+        "yes" * architecture.removable_attention,
+        ", ".join(architecture.layouts),
+    )
     return Row(model_type, cells)
 
 

@@ -30,7 +30,7 @@ from adapruner.progress import Reporter
 from adapruner.recipe import read_recipe, recipes
 
 RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4", "--final-windows", "0"]
-RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--whole", "none"]
+RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--no-remove-attention"]
 RUN += ["--level-rounds", "0", "--self-windows", "0"]
 
 
@@ -259,7 +259,7 @@ def test_a_misspelled_alias_is_named_before_the_hub_is_asked(capsys: pytest.Capt
 def test_bars_stand_below_each_other() -> None:
     """Whatever the name of the stage and its number of steps, within 80 columns."""
     places = set()
-    for name, total in (("cutting", 1), ("removing parts whole", 48), ("looking for breakage", 1024)):
+    for name, total in (("cutting", 1), ("ranking attention layers", 48), ("looking for breakage", 1024)):
         terminal = io.StringIO()
         reporter = Reporter()
         reporter.console = Console(file=terminal, force_terminal=True, width=80, color_system=None)

@@ -30,7 +30,7 @@ from tiny_families import tiny_config
         ("qwen2", ("mlx", "llama.cpp", "transformers"), {"layout": "per-layer"}),
         ("qwen3", ("llama.cpp",), {"layout": "uniform"}),
         ("qwen3", ("llama.cpp", "mlx"), {"layout": "uniform"}),
-        ("gemma3_text", ("mlx", "vllm"), {"layout": "uniform", "head_share": 0.0, "whole": ("none",)}),
+        ("gemma3_text", ("mlx", "vllm"), {"layout": "uniform", "head_share": 0.0}),
         ("gpt_neox", ("transformers",), {"layout": "per-layer"}),
     ],
 )
@@ -47,7 +47,6 @@ def test_several_engines_get_what_all_of_them_load(
     [
         ("llama", {"for_": "vllm", "layout": "per-layer"}, "layers of equal widths"),
         ("llama", {"for_": "any", "head_share": 0.5}, "any engine would need all heads of a llama"),
-        ("llama", {"for_": "sglang", "whole": "attention"}, "would need every attention"),
         ("llama", {"for_": "vllm", "compensation": "bias"}, "without added biases"),
         ("gpt2", {"for_": "mlx"}, "mlx-lm does not load a pruned gpt2"),
         ("gpt2", {"for_": "llama.cpp"}, "not 'gpt2'"),

@@ -350,12 +350,6 @@ def test_losses_that_are_not_finite_change_nothing(
         assert levelled_to_ratio(objective, text[400:404], without, 0) == Levelled(candidate=without, moves=())
 
 
-def test_a_layer_is_kept_as_a_whole() -> None:
-    budget = Budget(0.2, without_attention=(1, 4), without_feed_forward=(4, 6))
-    assert list(budget.removed_whole.items()) == [(1, "attention"), (4, "layer"), (6, "feed-forward")]
-    assert budget.keeping(4) == Budget(0.2, without_attention=(1,), without_feed_forward=(6,))
-
-
 def test_costs_that_noise_explains_move_nothing() -> None:
     assert _levelling.factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
     assert _levelling.factors({0: (1.0, 0.1)}) == {}

@@ -18,7 +18,7 @@ from adapruner import AdaPrunerError
 from adapruner.checkpoint import save_checkpoint
 from adapruner.config import Layout
 from adapruner.families import open_model
-from adapruner.models import architecture_of, find_model, find_wrapper
+from adapruner.models import find_model, find_wrapper
 from adapruner.run.nodes.amount import ratio_of_decoder
 from adapruner.structure import Structure, build_structure
 from adapruner.surgery import prune_model
@@ -125,18 +125,6 @@ def test_everything_but_the_decoder_is_kept_byte_for_byte(
     assert all(after[name].dtype == torch.float32 for name in after.keys() - others.keys())
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
         assert (tmp_path / "pruned" / name).read_text() == (tmp_path / "dense" / name).read_text()
-
-
-def test_layers_that_image_features_are_added_to_keep_their_numbers(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    whole = {}
-    for model_type in ("qwen3_vl", "gemma3"):
-        write(model_type, tmp_path / model_type, tokenizer)
-        config = open_model(find_model(str(tmp_path / model_type))).config
-        whole[model_type] = architecture_of(config).removable_whole(config)
-    assert whole["gemma3"] == {"attention", "feed-forward", "layer"}
-    assert whole["qwen3_vl"] == {"attention", "feed-forward"}
 
 
 def test_layers_are_read_one_by_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
         "levelling widths",
         "writing text",
         "looking for breakage",
-        "removing parts whole",
+        "ranking attention layers",
         "searching",
         "cutting",
         "compensating",
@@ -79,7 +79,9 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
 
 
 def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
-    files = "config.yaml windows.safetensors self.safetensors statistics.safetensors whole.json study.jsonl search.json"
+    files = (
+        "config.yaml windows.safetensors self.safetensors statistics.safetensors attention.json study.jsonl search.json"
+    )
     files += " levelled.json plan.json result.json report.html log.jsonl"
     folders = {"keys", "moments", "compensated", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
@@ -381,11 +383,10 @@ def test_advice_names_what_should_not_go_unseen(
     assert "not multiples of 8" in advice(widths=23)
 
 
-def test_a_part_that_the_family_cannot_lose_is_refused_before_anything_is_made(
+def test_attention_that_the_family_cannot_lose_is_refused_before_anything_is_made(
     make_model: Any, tokenizer: PreTrainedTokenizerFast, prune: Prune, tmp_path: Path
 ) -> None:
-    save_checkpoint(make_model("opt"), tokenizer, tmp_path / "opt")
-    message = r"`whole` feed-forward: .* opt cannot lose it; possible: attention, layer"
-    with pytest.raises(AdaPrunerError, match=message):
-        prune(model=str(tmp_path / "opt"), **OPTIONS, whole=["feed-forward"])
+    save_checkpoint(make_model("bloom"), tokenizer, tmp_path / "bloom")
+    with pytest.raises(AdaPrunerError, match=r"`remove_attention`: models of the family bloom cannot lose"):
+        prune(model=str(tmp_path / "bloom"), **OPTIONS, remove_attention=True)
     assert not (tmp_path / "run").exists()

@@ -156,7 +156,7 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
         (Budget(0.0001, Profile(0, 0)), "are more than that; raise `ratio`"),
         (Budget(0.0001, Profile(0, 0), round_to=8), "are more than that; lower `round_to` or raise `ratio`"),
         (
-            Budget(0.9, Profile(0, 0), without_feed_forward=(0, 1, 2, 3)),
+            Budget(0.9, Profile(0, 0)),
             r"a ratio of 0\.9 cannot be reached",
         ),
     ],

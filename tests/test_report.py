@@ -325,16 +325,14 @@ def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page
     assert len(page.drawn("layers", "whole")) == kept.count(0)
 
 
-@pytest.mark.parametrize("whole", [{"heads"}, {"heads", "channels"}])
-def test_what_is_removed_whole_stands_out(run: RunFolder, whole: set[str]) -> None:
+def test_attention_that_is_removed_whole_stands_out(run: RunFolder) -> None:
     with edited(run, "plan.json") as plan:
         for block in plan["blocks"]:
-            if block["layer"] == 1 and block["kind"] in whole:
+            if block["layer"] == 1 and block["kind"] == "heads":
                 block["kept"] = []
     shown = page_of(run)
-    assert len(shown.drawn("layers", "whole")) == len(whole)
-    assert shown.text.count("none left in layer 1") >= len(whole)
-    assert ("Whole layers removed: 1." in shown.text) == (len(whole) == 2)
+    assert len(shown.drawn("layers", "whole")) == 1
+    assert "none left in layer 1" in shown.text
 
 
 def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.PruneResult, page: Page) -> None:
@@ -569,7 +567,7 @@ def test_what_was_made_with_other_options_is_not_shown(run: RunFolder) -> None:
 
 
 def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
-    (run.path / "keys" / "whole.json.json").unlink()
+    (run.path / "keys" / "attention.json.json").unlink()
     assert "incomplete" not in page_of(run).text
 
 

@@ -36,7 +36,7 @@ from run_helpers import (
 
 Prune = Callable[..., adapruner.PruneResult]
 # What another ratio of a finished run does not do again.
-MEASURING = {"writing text", "reading activations", "measuring", "comparing removals", "removing parts whole"}
+MEASURING = {"writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"}
 
 
 @pytest.fixture
@@ -113,7 +113,9 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
     assert other.result.search.ratio == 0.05
     after, new = written(run), stages_done(run)[len(stages) :]
     dense = (*(f"evaluation/{what}-d" for what in ("perplexity", "written", "writing", "breakage")),)
-    kept = {name for name in before if name.startswith(("windows", "self", "moments", "statistics", "whole", *dense))}
+    kept = {
+        name for name in before if name.startswith(("windows", "self", "moments", "statistics", "attention", *dense))
+    }
     assert len(kept) > 10
     assert all(after[name] == before[name] for name in kept)
     assert after["search.json"] != before["search.json"]

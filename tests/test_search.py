@@ -410,7 +410,7 @@ def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: S
 
 def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFamily) -> None:
     without, with_heads = (
-        ExtendedSpace(subsets, 4, 0, Budget(0.5, Profile(1, 1), heads=heads), whole={"attention": (2, 1)})
+        ExtendedSpace(subsets, 4, 0, Budget(0.5, Profile(1, 1), heads=heads), attention_order=(2, 1))
         for heads in (0.0, 0.5)
     )
     assert len(with_heads.starting_points()) == len(without.starting_points()) + 1

@@ -160,13 +160,10 @@ def _loading(config: PreTrainedConfig, wrapper: Wrapper | None) -> dict[str, Any
 def _what_was_removed(plan: PruningPlan) -> str:
     """The kinds of removed parts, separated by commas."""
     removed = list[str]()
-    for kind, groups, blocks in (
-        ("heads", "attention heads", "whole attention layers"),
-        ("experts", "experts", "whole mixtures of experts"),
-        ("channels", "feed-forward channels", "whole feed-forward layers"),
-    ):
-        cut = [block for block in plan.blocks if block.kind == kind and len(block.kept) < block.groups]
-        removed += [groups] * any(block.kept for block in cut) + [blocks] * any(not block.kept for block in cut)
+    cut = [block for block in plan.blocks if len(block.kept) < block.groups]
+    for kind, groups in (("heads", "attention heads"), ("experts", "experts"), ("channels", "feed-forward channels")):
+        removed += [groups] * any(block.kind == kind and block.kept for block in cut)
+        removed += ["whole attention layers"] * any(block.kind == kind and not block.kept for block in cut)
     return ", ".join(removed)
 
 

@@ -39,7 +39,6 @@ HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
 RatioOf = Literal["parameters", "decoder", "groups"]
 Reduction = Literal["sum", "mean", "max", "prod"]
-WholePart = Literal["attention", "feed-forward", "layer", "none"]
 ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
 Searched = Literal["joint", "calibration", "metric"]
 Space = Literal["paper", "extended"]
@@ -232,8 +231,8 @@ class PruneOptions(_Options):
     )
     for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
         default=(),
-        description="Engine that will load the model: sets layout, head_share and whole, and refuses what the engine"
-        " cannot load; may be repeated; any is every engine.",
+        description="Engine that will load the model: sets layout and head_share, and refuses what the engine cannot"
+        " load; may be repeated; any is every engine.",
     )
     layout: Layout = Field(
         default="per-layer",
@@ -252,10 +251,10 @@ class PruneOptions(_Options):
     expert_granularity: ExpertGranularity = Field(
         default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
     )
-    whole: Annotated[tuple[WholePart, ...], ONE_OR_MORE] | None = Field(
+    remove_attention: bool | None = Field(
         default=None,
-        description="Part of a layer that may be removed entirely, if the search finds that better: attention,"
-        " feed-forward, layer, or none; may be repeated; by default attention, with layout uniform layer.",
+        description="Remove whole attention layers where the search finds that better; by default with layout"
+        " per-layer.",
     )
     head_share: float | None = Field(
         default=None,

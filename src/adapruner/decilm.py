@@ -1,4 +1,4 @@
-"""DeciLM (Nemotron-NAS) checkpoints: Llama with other widths in every layer, or without attention or feed-forward.
+"""DeciLM (Nemotron-NAS) checkpoints: Llama with other widths in every layer, or without attention.
 
 vLLM, SGLang, TensorRT-LLM and mlx-lm run them in classes of their own, with nothing padded.
 """
@@ -100,9 +100,7 @@ def write_decilm(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
     folder.mkdir()
     config, layers = model.config, layer_counts(model.config)
     absent = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for layer, (heads, _, width) in enumerate(layers):
-        absent |= set() if heads else {f"model.layers.{layer}.input_layernorm.weight"}
-        absent |= set() if width else {f"model.layers.{layer}.post_attention_layernorm.weight"}
+    absent |= {f"model.layers.{layer}.input_layernorm.weight" for layer, (heads, *_) in enumerate(layers) if not heads}
     state = {name: tensor for name, tensor in whole_state(model).items() if name not in absent}
     save_torch_state_dict(state, folder, max_shard_size=shard_size)
     if model.generation_config is not None:
@@ -143,8 +141,8 @@ def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str,
             "n_heads_in_group": heads // groups if heads else None,
         },
         "ffn": {
-            "no_op": not width,
+            "no_op": False,
             "replace_with_linear": False,
-            "ffn_mult": 3 * width / (2 * hidden) if width else None,
+            "ffn_mult": 3 * width / (2 * hidden),
         },
     }

@@ -24,9 +24,9 @@ SCORING_WINDOWS = (64, 160)
 SEARCH_TRIALS = 48
 # Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
-# Tokens of the pool on which parts are removed whole, and on which the costs of widths are measured. On fewer,
+# Tokens of the pool on which attention layers are ranked, and on which the costs of widths are measured. On fewer,
 # attention is removed that other text needs (research/experiments/whole-parts.md).
-TOKENS_FOR_WHOLE, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
+TOKENS_FOR_ATTENTION, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
 
 # Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
 LEVELLED_FROM = 0.3
@@ -83,9 +83,9 @@ def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool
     return ratio_of != "groups" and (search, space, layout) == ("joint", "extended", "per-layer")
 
 
-def may_remove_whole(space: str, search: str, whole: tuple[str, ...] | None) -> bool:
-    """True if the search may remove parts of layers whole."""
-    return space == "extended" and search == "joint" and whole != ("none",)
+def may_remove_attention(space: str, search: str, layout: str, remove_attention: bool | None) -> bool:
+    """True if the search may remove whole attention layers."""
+    return (space, search, layout) == ("extended", "joint", "per-layer") and remove_attention is not False
 
 
 def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
@@ -129,16 +129,12 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`",
     ),
     (
-        lambda layout, whole: layout == "uniform" and set(whole or ()) & {"attention", "feed-forward"},
-        "`layout` uniform prunes all layers equally: `whole` can only be layer or none",
+        lambda layout, remove_attention: layout == "uniform" and remove_attention,
+        "`layout` uniform prunes all layers equally: remove `remove_attention`",
     ),
     (
-        lambda space, whole: space == "paper" and set(whole or ()) - {"none"},
-        "`space` paper removes nothing whole: remove `whole`, or set `space` extended",
-    ),
-    (
-        lambda whole: "none" in (whole or ()) and len(whole) > 1,
-        "`whole` is either none or parts of a layer: remove one or the other",
+        lambda space, remove_attention: space == "paper" and remove_attention,
+        "`space` paper removes no whole attention: remove `remove_attention`, or set `space` extended",
     ),
     (
         lambda alignment, space: alignment == "paper" and space == "extended",

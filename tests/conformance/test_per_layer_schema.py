@@ -24,39 +24,35 @@ from tiny_families import cut_to, tiny_config
 
 LAYERS = 12
 ATTENTION = ("self_attn", "input_layernorm")
-# For each name in `skip`, the modules of a layer that do nothing then. Where the output is normalized too, that norm is
+# The modules of a layer that do nothing where attention is skipped. Where the output is normalized too, that norm is
 # one of them.
-LLAMA_LIKE = {"attention": ATTENTION, "mlp": ("mlp", "post_attention_layernorm")}
-SKIPS = {
-    **dict.fromkeys(("llama", "mistral", "qwen3", "gpt_oss"), LLAMA_LIKE),
-    "gemma3_text": {
-        "attention": (*ATTENTION, "post_attention_layernorm"),
-        "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    },
+SKIPPED = {
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gpt_oss"), ATTENTION),
+    "gemma3_text": (*ATTENTION, "post_attention_layernorm"),
 }
 
 
 def pruned(model_type: str) -> PreTrainedModel:
-    """Of twelve layers, the third has no attention, the fifth no feed-forward, the eleventh neither heads nor channels
-    less; of all others, every second has lost heads, and each another number of channels and experts."""
+    """Of twelve layers, the third has no attention, the eleventh neither heads nor channels less; of all others, every
+    second has lost heads, and each another number of channels and experts."""
     sizes = {"num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS}
     config = tiny_config(model_type)
     names = set(config.to_dict())
     config = tiny_config(model_type, **{name: size for name, size in sizes.items() if name in names})
     learn(config)
     dense = random_model(config)
-    wholes = {"attention": (2, "heads"), "feed-forward": (4, "channels")}
-    removed = {place for whole, place in wholes.items() if whole in build_structure(dense).whole}
+    can_lose_attention = build_structure(dense).removable_attention
 
     def kept(block: Block) -> int:
         lost = 2 * block.layer if block.kind == "channels" else block.layer % 2
-        return 0 if (block.layer, block.kind) in removed else block.groups - lost * (block.layer != 10)
+        is_removed = can_lose_attention and (block.layer, block.kind) == (2, "heads")
+        return 0 if is_removed else block.groups - lost * (block.layer != 10)
 
     return cut_to(dense, kept)
 
 
 class Skipped(nn.Module):
-    """Returns zeros in place of an attention or a feed-forward, and its input in place of a norm."""
+    """Returns zeros in place of an attention, and its input in place of a norm."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -65,8 +61,7 @@ class Skipped(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **inputs: object) -> object:
         if "norm" in self.name:
             return hidden_states
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing, None) if self.name == "self_attn" else nothing
+        return torch.zeros_like(hidden_states), None
 
 
 def load_as_stock(folder: Path) -> PreTrainedModel:
@@ -80,9 +75,8 @@ def load_as_stock(folder: Path) -> PreTrainedModel:
         layer_config = config.per_layer_config[index]
         layer_config._attn_implementation = "eager"
         layers[index] = type(dense_layer)(layer_config, index)
-        for part in layer_config.skip:
-            for name in SKIPS[config.model_type][part]:
-                layers[index].set_submodule(name, Skipped(name))
+        for name in SKIPPED[config.model_type] if layer_config.skip else ():
+            layers[index].set_submodule(name, Skipped(name))
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert all("norm" in name for name in unexpected), unexpected
@@ -90,7 +84,7 @@ def load_as_stock(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("model_type", SKIPS)
+@pytest.mark.parametrize("model_type", SKIPPED)
 def test_the_coming_loader_needs_no_code_of_ours(
     model_type: str, tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -98,7 +92,6 @@ def test_the_coming_loader_needs_no_code_of_ours(
     save_checkpoint(model, tokenizer, tmp_path / "model")
     layers = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
     assert layers["02"]["skip"] == ["attention"]
-    assert ("skip" in layers.get("04", {})) == (model_type != "gpt_oss")
     assert 0 not in [count for fields in layers.values() for count in fields.values() if isinstance(count, int)]
     config = AutoConfig.from_pretrained(tmp_path / "model")
     assert type(config).__module__.startswith("transformers.")
@@ -109,36 +102,34 @@ def test_the_coming_loader_needs_no_code_of_ours(
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", ["attention", "feed-forward"])
 @pytest.mark.parametrize("model_type", [*known_architectures(), "qwen3_moe", "gpt_oss"])
-def test_stock_classes_of_today_refuse_missing_parts(
-    model_type: str, part: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_stock_classes_of_today_refuse_missing_attention(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """They do not know `skip`, and would initialise what is missing at random. In two families they do so: there is no
     other count of an attention than the heads, which a config class that loads must be allowed to read."""
     config = tiny_config(model_type)
     learn(config)
     dense = random_model(config)
-    if part not in build_structure(dense).whole:
-        pytest.skip("cannot be removed whole")
-    removed = (2, "heads" if part == "attention" else "channels")
-    pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) == removed else block.groups)
+    if not build_structure(dense).removable_attention:
+        pytest.skip("cannot lose its attention")
+    pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) == (2, "heads") else block.groups)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     AutoConfig.from_pretrained(tmp_path / "model")
-    if model_type in ("gpt2", "gpt_neox") and part == "attention":
+    if model_type in ("gpt2", "gpt_neox"):
         pytest.skip("loads with random weights")
     with pytest.raises(RuntimeError, match=r"per-layer attribute|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
 
 
 def test_a_count_of_zero_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A part that a layer lacks is named in `skip`."""
+    """Attention that a layer lacks is named in `skip`."""
     save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     for layer in fields["per_layer_config"].values():
-        if "mlp" in layer.pop("skip", ()):
-            layer["intermediate_size"] = 0
+        if layer.pop("skip", ()):
+            layer["num_key_value_heads"] = 0
     path.write_text(json.dumps(fields), encoding="utf-8")
-    with pytest.raises(AdaPrunerError, match=r"intermediate_size of layer \d: 0, which no model has"):
+    with pytest.raises(AdaPrunerError, match=r"num_key_value_heads of layer \d: 0, which no model has"):
         adapruner.load(tmp_path / "model")

@@ -40,7 +40,7 @@ CASES = [
     Case("llama", "bfloat16", True, False, {}, {"train": "full", "label_weight": 1}),
     Case("llama", "float32", True, True, {"head_granularity": "query-head"}, {"label_weight": 0.5}),
     Case("phi3", "bfloat16", False, True, {"layout": "uniform"}, {"label_weight": 0.5}),
-    Case("phi3", "float16", True, True, {"whole": "attention", "ratio": 0.3}),
+    Case("phi3", "float16", True, True, {"remove_attention": True, "ratio": 0.3}),
     Case("gpt2", "float32", False, False, {"space": "paper"}, {}),
     Case("mixtral", "bfloat16", False, False, {"expert_granularity": "channel", "ratio": 0.1}, {}),
     Case("jamba", "float32", False, True, {}, {}),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.device_matrix
 
 # All stages of a run that hold tensors on the device.
 STAGES = (
-    *("loading", "writing text", "reading activations", "measuring", "comparing removals", "removing parts whole"),
+    *("loading", "writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"),
     *("searching", "levelling widths", "cutting", "compensating", "tuning scales", "recovering", "evaluating"),
     "looking for breakage",
 )

@@ -182,7 +182,7 @@ def test_all_weights_are_trained_though_an_attention_is_gone(
     launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     """The norm in front of it gets no gradient."""
-    options = SMALL_RUN | {"whole": "attention", "ratio": 0.3, "trials": 13}
+    options = SMALL_RUN | {"remove_attention": True, "ratio": 0.3, "trials": 13}
     only_json(two_devices.run(*pruning(family("llama"), text_file, tmp_path / "run", options)))
     plan = adapruner.PruningPlan.load(tmp_path / "run" / "plan.json")
     assert any(not block.kept for block in plan.blocks)

@@ -22,7 +22,9 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "calibration", "evaluate", "recover", "effort", "for_", "layout", "whole", "device"),
+    "Most used": (
+        *("ratio", "calibration", "evaluate", "recover", "effort", "for_", "layout", "remove_attention", "device"),
+    ),
     "A size instead of a ratio": tuple(config.SizeLimit.model_fields),
     "What is removed": (
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),

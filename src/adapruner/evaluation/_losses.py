@@ -71,11 +71,10 @@ def losses_by_batch(
     """
     batches = _batches(windows, model)
     if is_streamed(model) and prefix is None:
-        every_layer = range(len(decoder_layers(model)))
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             together = torch.cat(list(batches[first : first + at_once]))
-            yield from losses_in_step(model, [(model, every_layer)], together, context=context)[0]
+            yield from losses_in_step(model, [model], together, context=context)[0]
         return
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     for number, batch in enumerate(batches):
@@ -158,7 +157,7 @@ def may_overflow(model: PreTrainedModel) -> bool:
 
 def losses_in_step(
     dense: PreTrainedModel,
-    models: Sequence[tuple[PreTrainedModel, Sequence[int]]],
+    models: Sequence[PreTrainedModel],
     windows: Tensor,
     prefix: Prefix | None = None,
     prefix_layers: int = 0,
@@ -168,7 +167,6 @@ def losses_in_step(
     All models pass through the layers together, so that every layer of the dense model is read once.
 
     Args:
-        models: each with the numbers of the dense layers from which its layers are cut.
         context: see `losses_by_batch`.
         prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
@@ -176,22 +174,20 @@ def losses_in_step(
     known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     with torch.inference_mode():
         with loaded_layer(dense, 0):
-            entered = [enter_layers(model, batches) for model, _ in models]
+            entered = [enter_layers(model, batches) for model in models]
         states = [
             [prefix.states[number][known] if prefix else state for number, (state, _) in enumerate(model_batches)]
             for model_batches in entered
         ]
         for layer in range(known, len(decoder_layers(dense))):
             with loaded_layer(dense, layer):
-                for (model, kept), model_states, model_batches in zip(models, states, entered, strict=True):
-                    if layer in kept:
-                        index = kept.index(layer)
-                        with loaded_layer(model, index) as module:
-                            for number, (_, calls) in enumerate(model_batches):
-                                model_states[number] = calls[index].run(module, model_states[number])
+                for model, model_states, model_batches in zip(models, states, entered, strict=True):
+                    with loaded_layer(model, layer) as module:
+                        for number, (_, calls) in enumerate(model_batches):
+                            model_states[number] = calls[layer].run(module, model_states[number])
     return [
         losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], context=context)
-        for (model, _), model_states, model_batches in zip(models, states, entered, strict=True)
+        for model, model_states, model_batches in zip(models, states, entered, strict=True)
     ]
 
 

@@ -22,7 +22,6 @@ from adapruner.families.tiny import random_model, tiny_config
 from adapruner.models import (
     Architecture,
     ModelLocation,
-    Whole,
     Wrapper,
     decoder_layers,
     enter_layers,
@@ -75,11 +74,7 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
         proven = proven.changed(experts=experts.model_copy(update={"channels": None}))
-    # Also without the first layer alone: then all other layers have another number, on which they may depend.
-    if why_not_whole(model, proven, *proven.whole) or why_not_whole(model, proven, "layer"):
-        alone = [whole for whole in proven.whole if not why_not_whole(model, proven, whole)]
-        proven = proven.changed(whole=() if why_not_whole(model, proven, *alone) else tuple(alone))
-    return proven
+    return proven.changed(removable_attention=False) if failed_without_attention(model, proven) else proven
 
 
 def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[Layout]) -> None:
@@ -165,7 +160,7 @@ def failed_checks(
 
 def failed_parts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, str]:
     """The failing checks of what a description of a family allows, on a tiny model of a config: its layouts, and if
-    these pass, channels in experts and each part that is removed whole."""
+    these pass, channels in experts and whole attention layers."""
     model = random_model(tiny_config(config))
     failed = failed_checks(model, architecture)
     if wrong := {str(layout): failed[layout] for layout in architecture.layouts if layout in failed}:
@@ -177,21 +172,19 @@ def failed_parts(config: PreTrainedConfig, architecture: Architecture) -> dict[s
         }
     with using_architecture(architecture):
         structure = build_structure(model)
-    for whole in architecture.whole:
-        if structure.whole_parameters(whole) and (why := why_not_whole(model, architecture, whole)):
-            wrong[f"whole {whole}"] = why
+    if structure.attention_parameters and (why := failed_without_attention(model, architecture)):
+        wrong["whole attention"] = why
     return wrong
 
 
-def why_not_whole(model: PreTrainedModel, architecture: Architecture, *parts: Whole) -> str | None:
-    """The check that fails, with the reason, for a model without some parts: the attention of a layer, the feed-forward
-    of another, or a whole layer; None if all pass.
+def failed_without_attention(model: PreTrainedModel, architecture: Architecture) -> str | None:
+    """The check that fails, with the reason, for a model without the attention of a layer; None if all pass.
 
     Args:
         model: a random model of a stock class.
     """
     with using_architecture(architecture):
-        return _failure(model, partial(_counts_without, parts=parts))
+        return _failure(model, _counts_without_attention)
 
 
 def _failure(
@@ -207,17 +200,15 @@ def _failure(
     return None
 
 
-def _counts_without(structure: Structure, parts: Sequence[Whole]) -> list[int]:
-    """The groups that each block keeps when one layer loses each part: the first layer that can, as transformers reads
-    its cache. With several parts, each is removed from a different layer, if there are enough."""
-    kinds: dict[Whole, tuple[Kind, ...]] = {"attention": ("heads",), "feed-forward": ("channels",)}
-    removed: dict[int, tuple[Kind, ...]] = {}
-    for whole in parts:
-        layers = sorted(structure.whole_parameters(whole))
-        if not layers:
-            raise ConformanceError("there is none")
-        removed[next((layer for layer in layers if layer not in removed), layers[-1])] = kinds.get(whole, _KINDS)
-    return [0 if block.kind in removed.get(block.layer, ()) else block.groups for block in structure.blocks]
+def _counts_without_attention(structure: Structure) -> list[int]:
+    """The groups that each block keeps when the first layer that can lose its attention does: transformers reads the
+    length of the cache there."""
+    removable = structure.attention_parameters
+    if not removable:
+        raise ConformanceError("there is none")
+    return [
+        0 if block.kind == "heads" and block.layer == min(removable) else block.groups for block in structure.blocks
+    ]
 
 
 def _counts_of(structure: Structure, layout: Layout) -> list[int]:
@@ -276,8 +267,6 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
     """A copy of the model with the original sizes, in which the groups that the plan removes have no effect: no column
     reads them, no router chooses them. This is independent of the code that cuts."""
     model, never = copy.deepcopy(model), _NeverChosen()
-    for layer in structure.removed_layers([len(block.kept) for block in plan.blocks]):
-        decoder_layers(model)[layer].register_forward_hook(_put_through, with_kwargs=True)
     for block, planned in zip(structure.blocks, plan.blocks, strict=True):
         removed = torch.ones(block.groups, dtype=torch.bool)
         removed[list(planned.kept)] = False
@@ -290,15 +279,9 @@ def masked(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> I
             if not planned.kept and isinstance(bias, Tensor):
                 bias.data.zero_()
         else:
-            _mask_experts(model, block, removed & bool(planned.kept), never)
+            _mask_experts(model, block, removed, never)
     with never:
         yield model
-
-
-def _put_through(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """The input of a layer instead of its output."""
-    state = args[0] if args else kwargs["hidden_states"]
-    return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.models import architecture_of, removed_parts
+from adapruner.models import architecture_of, lacks_attention
 
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
@@ -55,9 +55,8 @@ def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
     """Query heads, key/value heads and feed-forward channels of every layer."""
     counts = []
     for layer in config.per_layer_config:
-        has_attention, has_feed_forward = (part not in removed_parts(layer) for part in ("attention", "mlp"))
-        heads = (layer.num_attention_heads, layer.num_key_value_heads) if has_attention else (0, 0)
-        counts.append((*heads, layer.intermediate_size if has_feed_forward else 0))
+        heads = (0, 0) if lacks_attention(layer) else (layer.num_attention_heads, layer.num_key_value_heads)
+        counts.append((*heads, layer.intermediate_size))
     return counts
 
 

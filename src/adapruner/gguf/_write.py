@@ -31,9 +31,6 @@ _ROTATE_NEIGHBOURS = ("llama", "deci")
 # The types of the exact file that llama.cpp's quantizer reads.
 _EXACT_TYPES: dict[torch.dtype, GgufType] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
-# The weights in a block of any quantization without superblocks.
-_FEW_CHANNELS = 32
-
 
 def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_type: GgufType = "f16") -> None:
     """Writes weights, hyperparameters and tokenizer into one file, which appears whole or not at all.
@@ -148,16 +145,10 @@ def _tensor_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """The counts of every layer in the file; where they are higher than those of the model, the weights are zeros.
-
-    llama.cpp reads the width of heads from the first layer, which therefore has at least one head; and `deci` skips the
-    attention of a layer without a feed-forward, which therefore has a few channels.
-    """
-    counts = []
-    for index, (heads, key_value_heads, channels) in enumerate(layer_counts(config)):
-        least_heads, least_channels = int(index == 0), _FEW_CHANNELS if heads else 0
-        counts.append((heads or least_heads, key_value_heads or least_heads, channels or least_channels))
-    return counts
+    """The counts of every layer in the file. llama.cpp reads the width of heads from the first layer: if that has no
+    attention, the file has one head of zeros."""
+    first, *others = layer_counts(config)
+    return [first if first[0] else (1, 1, first[2]), *others]
 
 
 def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
@@ -226,17 +217,12 @@ def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Tensors of zeros for removed parts that llama.cpp requires."""
-    hidden, width, shapes = config.hidden_size, head_dim(config), dict[str, tuple[int, ...]]()
-    counts = zip(layer_counts(config), _written_counts(config), strict=True)
-    for index, ((heads, _, channels), (written_heads, _, written_channels)) in enumerate(counts):
-        if heads != written_heads:
-            shapes |= {f"blk.{index}.attn_norm": (hidden,), f"blk.{index}.attn_output": (hidden, width)}
-            shapes |= {f"blk.{index}.attn_{name}": (width, hidden) for name in "qkv"}
-        if channels != written_channels:
-            shapes |= {f"blk.{index}.ffn_{name}": (written_channels, hidden) for name in ("gate", "up")}
-            shapes |= {f"blk.{index}.ffn_norm": (hidden,), f"blk.{index}.ffn_down": (hidden, written_channels)}
-    return {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    """Tensors of zeros for the attention that llama.cpp requires in the first layer."""
+    if layer_counts(config)[0][0]:
+        return {}
+    hidden, width = config.hidden_size, head_dim(config)
+    shapes = {"norm": (hidden,), "output": (hidden, width), **dict.fromkeys("qkv", (width, hidden))}
+    return {f"blk.0.attn_{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:

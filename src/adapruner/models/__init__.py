@@ -1,11 +1,10 @@
 """Models: their location, the architecture of their family, loading them, and their layers one at a time."""
 
 from adapruner.models._architecture import (
-    SKIPPED as SKIPPED,
+    ATTENTION as ATTENTION,
     Architecture as Architecture,
     ProjectionNames as ProjectionNames,
     RowKind as RowKind,
-    Whole as Whole,
     architecture_of as architecture_of,
     check_length as check_length,
     check_tokens as check_tokens,
@@ -14,10 +13,10 @@ from adapruner.models._architecture import (
     has_causal_model as has_causal_model,
     is_pruned as is_pruned,
     known_architectures as known_architectures,
+    lacks_attention as lacks_attention,
     new_model as new_model,
     register_architectures as register_architectures,
     remember_family as remember_family,
-    removed_parts as removed_parts,
     stock_config as stock_config,
     stock_fields as stock_fields,
     using_architecture as using_architecture,
@@ -69,7 +68,7 @@ from adapruner.models._layers import (
     stream_from_memory as stream_from_memory,
     stream_layers as stream_layers,
     whole_state as whole_state,
-    without_parts as without_parts,
+    without_attention as without_attention,
 )
 from adapruner.models._loading import (
     check_streamable as check_streamable,

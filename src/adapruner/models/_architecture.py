@@ -21,21 +21,12 @@ from transformers import (
 )
 
 from adapruner.errors import AdaPrunerError, first_problem, reason
-from adapruner.models.modeling_pruned import Family, Removable, register_family
+from adapruner.models.modeling_pruned import ATTENTION, Family, RemovableAttention, register_family
 from adapruner.plain_yaml import parse_yaml
-
-# The name in a config of the part of a layer that has the groups of a kind, if a layer lacks it.
-SKIPPED = {"heads": "attention", "channels": "mlp"}
-# A config field of the decoder inside a multimodal model, in memory only: other parts read or change the state after
-# layers with certain numbers.
-NUMBERS_LAYERS = "layers_are_numbered"
-
 
 # The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
 # after the other (only if every head has its own key and value); feed-forward channels.
 RowKind = Literal["query", "key", "value", "query-key-value", "channels"]
-
-Whole = Literal["attention", "feed-forward", "layer"]
 
 
 class ProjectionNames(BaseModel, extra="forbid", frozen=True):
@@ -143,9 +134,7 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
             one with fewer heads.
         fixed_channels: the config has no field for the number of channels.
         layouts: the layouts that pruned models can have.
-        whole: the parts of a layer that can be removed whole: its attention, its feed-forward, or the layer itself.
-        numbers_layers_if: config fields, with the value for which a layer depends on its number, so that no layer
-            before it can be removed.
+        removable_attention: the attention of a layer can be removed whole.
     """
 
     model_type: str
@@ -163,8 +152,7 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     fixed_attention_width: bool = False
     fixed_channels: bool = False
     layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
-    whole: tuple[Whole, ...] = ("attention", "feed-forward", "layer")
-    numbers_layers_if: dict[str, bool] = {}
+    removable_attention: bool = True
 
     def changed(self, **fields: Any) -> Architecture:
         """A copy with other fields; unlike `model_copy`, without the cached classes."""
@@ -176,8 +164,7 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
         attention, channels = self.attention, self.feed_forward
         attention_output = attention.output if attention and self.fixed_attention_width else None
         feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
-        parts = zip(SKIPPED.values(), (attention, channels), strict=True)
-        removable = tuple(Removable(name, part.module, part.returned) for name, part in parts if part)
+        removable = RemovableAttention(attention.module, attention.returned) if attention else None
         width = self.config_fields.channels
         return register_family(Family(self.model_type, self.layers, attention_output, feed_forward, width, removable))
 
@@ -190,11 +177,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     def projections(self) -> set[str]:
         """Paths, in a layer, of the projections that read heads or channels."""
         return {names.output for names in (self.attention, self.feed_forward) if names}
-
-    def field_of(self, part: str) -> str:
-        """The config field that counts the contents of a part, `attention` or `mlp`."""
-        names = self.config_fields
-        return (names.key_value_heads or names.heads) if part == "attention" else names.channels
 
     @property
     def layer_fields(self) -> set[str | None]:
@@ -220,11 +202,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
         """True if the output of a block is added to the hidden state without being scaled or normalised."""
         return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
-
-    def removable_whole(self, config: PreTrainedConfig) -> frozenset[Whole]:
-        """The parts of a layer of such a model that can be removed whole."""
-        is_numbered = _holds_any(config, self.numbers_layers_if | {NUMBERS_LAYERS: True})
-        return frozenset(self.whole) - ({"layer"} if is_numbered else set())
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
@@ -384,9 +361,9 @@ def stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return kept | ({"per_layer_config": layers} if layers else {})
 
 
-def removed_parts(layer_config: PreTrainedConfig) -> list[str]:
-    """The names of the parts that a layer lacks, `attention` or `mlp`."""
-    return list(getattr(layer_config, "skip", ()))
+def lacks_attention(layer_config: PreTrainedConfig) -> bool:
+    """True if the attention of a layer was removed whole."""
+    return ATTENTION in getattr(layer_config, "skip", ())
 
 
 def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:

@@ -13,7 +13,14 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import SKIPPED, Architecture, family_named, is_pruned, removed_parts, stock_config
+from adapruner.models._architecture import (
+    ATTENTION,
+    Architecture,
+    family_named,
+    is_pruned,
+    lacks_attention,
+    stock_config,
+)
 from adapruner.models._gguf import check_header, refuse_missing_weights, refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
@@ -164,11 +171,12 @@ def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> 
 
 
 def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
-    """Refuses values of `per_layer_config` that are neither counts nor lists of counts, nor names of removed parts."""
+    """Refuses values of `per_layer_config` that are neither counts nor lists of counts, nor say that a layer has no
+    attention."""
     for layer, counts in layers.items() if isinstance(layers, dict) else ():
         for name, count in counts.items() if isinstance(counts, dict) else ():
             numbers = count if isinstance(count, list) else [count]
-            if name == "skip" and set(map(str, numbers)) <= set(SKIPPED.values()):
+            if name == "skip" and numbers == [ATTENTION]:
                 continue
             if not all(number is None or (isinstance(number, int) and number <= _LARGEST_WIDTH) for number in numbers):
                 raise AdaPrunerError(
@@ -181,8 +189,8 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     """Refuses a config of a known family from which no model can be built.
 
     Raises:
-        AdaPrunerError: layers differ in fields that do not count groups, a layer lacks a part that it needs, or a count
-            is impossible.
+        AdaPrunerError: layers differ in fields that do not count groups, a layer lacks the attention that it needs, or
+            a count is impossible.
     """
     architecture = family_named(config.model_type)
     if architecture is None:
@@ -199,10 +207,9 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
         isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
     ):
         refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
-    for layer in range(config.num_hidden_layers) if is_pruned(config) else ():
-        for part in removed_parts(config.per_layer_config[layer]):
-            if part.replace("mlp", "feed-forward") not in architecture.whole:
-                refuse(f"says that layer {layer} has no {part}, without which no {config.model_type} works")
+    for layer in range(config.num_hidden_layers) if is_pruned(config) and not architecture.removable_attention else ():
+        if lacks_attention(config.per_layer_config[layer]):
+            refuse(f"says that layer {layer} has no attention, without which no {config.model_type} works")
     for name, count in _counts(config, architecture).items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
         if not isinstance(count, int) or not 1 <= count <= largest:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from adapruner.models._architecture import Whole, architecture_of
+from adapruner.models._architecture import architecture_of
 from adapruner.models.modeling_pruned import Nothing
 
 # Weights by name within a layer.
@@ -98,22 +98,13 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
 
 
 @contextlib.contextmanager
-def without_parts(model: PreTrainedModel, whole: Whole, layers: Iterable[int], call: LayerCall) -> Iterator[None]:
-    """While it lasts, the attention or the feed-forward of some layers adds nothing to the hidden state, or the layers
-    return it unchanged.
-
-    Args:
-        call: the call of any of the layers.
-    """
-    architecture = architecture_of(model.config)
-    names = {"attention": architecture.attention, "feed-forward": architecture.feed_forward}.get(whole)
-    modules = [decoder_layers(model)[layer] for layer in layers]
-    if names is None:
-        forwards = dict.fromkeys(modules, lambda state, *_, **__: call.output(state))
-    else:
-        nothing = Nothing(names.returned).forward
-        forwards = dict.fromkeys((layer.get_submodule(names.module) for layer in modules), nothing)
-    with other_forwards(forwards):
+def without_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[None]:
+    """While it lasts, the attention of some layers adds nothing to the hidden state."""
+    attention = architecture_of(model.config).attention
+    assert attention is not None
+    nothing = Nothing(attention.returned).forward
+    modules = [decoder_layers(model)[layer].get_submodule(attention.module) for layer in layers]
+    with other_forwards(dict.fromkeys(modules, nothing)):
         yield
 
 

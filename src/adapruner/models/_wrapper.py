@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from transformers import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_MAPPING,
     GenerationMixin,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -30,7 +28,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, IMAGE_PROCESSOR_NAME, PRO
 from transformers.utils.hub import cached_file
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import NUMBERS_LAYERS, architecture_of, is_pruned, new_model
+from adapruner.models._architecture import architecture_of, is_pruned, new_model
 from adapruner.models._stored import StoredTensor, is_of_multi_token_head, read_tensors, stored_tensors
 from adapruner.models.modeling_pruned import Wrapper as WrapperNames, pruned_config_class, register_wrapper
 
@@ -38,11 +36,6 @@ _ATTRIBUTE = "multimodal_wrapper"
 # They are copied; in older models, the template of chats is not that of the tokenizer.
 _PROCESSOR_FILES = {
     *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, "chat_template.json"),
-}
-# Arguments of a decoder that concern text.
-_TEXT_ARGUMENTS = {
-    *inspect.signature(LlamaForCausalLM.forward).parameters,
-    *("cache_position", "output_attentions", "output_hidden_states", "return_dict", "position_embeddings"),
 }
 
 
@@ -115,14 +108,14 @@ class Wrapper:
         if hasattr(decoder, "tie_word_embeddings"):
             stock.tie_word_embeddings = decoder.tie_word_embeddings
         if not is_pruned(decoder):
-            setattr(stock, self.text, _in_files(decoder))
+            setattr(stock, self.text, copy.deepcopy(decoder))
             return _model_class(stock), stock
         with torch.device("meta"):
             dense = new_model(getattr(self.config, self.text))
         family = architecture_of(decoder).pruned_class.family
         layers = dict(_renamed([family.layers], dense, self._dense()))[family.layers]
         made: Any = register_wrapper(family, WrapperNames(stock.model_type, self.text, layers))
-        fields = stock.to_dict() | {self.text: _in_files(decoder).to_dict()}
+        fields = stock.to_dict() | {self.text: decoder.to_dict()}
         return made, made.config_class.from_dict(fields)
 
     def holding(self, model: PreTrainedModel) -> Any:
@@ -153,7 +146,7 @@ class Wrapper:
     def with_decoder(self, decoder: PreTrainedConfig) -> Wrapper:
         """The same with another dense decoder inside."""
         config = copy.deepcopy(self.config)
-        setattr(config, self.text, _in_files(decoder))
+        setattr(config, self.text, copy.deepcopy(decoder))
         for name in {"vocab_size", "hidden_size"} & vars(config).keys():
             setattr(config, name, getattr(decoder, name))
         return replace(self, config=config)
@@ -258,8 +251,6 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTra
     text.dtype = text.dtype or wrapper.config.dtype
     if quantization := getattr(wrapper.config, "quantization_config", None):
         text.quantization_config = quantization
-    if inspect.signature(type(decoder).forward).parameters.keys() - _TEXT_ARGUMENTS:
-        setattr(text, NUMBERS_LAYERS, True)
     return text
 
 
@@ -299,13 +290,6 @@ def _empty(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype | None
         model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
     return model
-
-
-def _in_files(decoder: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of a decoder without the fields that it has in memory only."""
-    decoder = copy.deepcopy(decoder)
-    decoder.__dict__.pop(NUMBERS_LAYERS, None)
-    return decoder
 
 
 def _inner_decoder(model: Any) -> Any:

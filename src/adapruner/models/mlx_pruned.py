@@ -31,7 +31,7 @@ class ModelArgs:
         self.config = config
         # transformers pads the numbers of layers with zeros: "04" if a layer after the tenth differs.
         self.layers = {int(layer): dict(fields) for layer, fields in config["per_layer_config"].items()}
-        self.skipped = {layer: fields.pop("skip", []) for layer, fields in self.layers.items()}
+        self.without_attention = {layer for layer, fields in self.layers.items() if fields.pop("skip", [])}
         self.stock_class, self.stock_args = _get_classes(config)
         self.model_with = functools.cache(self._model_with)
 
@@ -64,9 +64,9 @@ class ModelArgs:
             projection = functools.reduce(lambda module, name: module[name], path.split("."), layer)
             if "bias" not in projection:
                 projection.bias = mx.zeros(projection.weight.shape[0])
-        skipped = self.skipped.get(index, ())
-        for name in [name for name, child in layer.children().items() if _part(name, child) in skipped]:
-            layer[name] = _Nothing()
+        if index in self.without_attention:
+            for name in [name for name, child in layer.children().items() if _is_attention(name, child)]:
+                layer[name] = _Nothing()
         return layer
 
     def _model_with(self, fields: str) -> nn.Module:
@@ -74,7 +74,7 @@ class ModelArgs:
 
 
 class _Nothing(nn.Module):
-    """Replaces an attention or a feed-forward: adds nothing to the hidden state."""
+    """Replaces an attention: adds nothing to the hidden state."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         for argument in (*args, *kwargs.values()):
@@ -85,11 +85,10 @@ class _Nothing(nn.Module):
         return mx.zeros_like(x)
 
 
-def _part(name: str, child: object) -> str | None:
-    """The name in `skip` of an attention or a feed-forward; None for norms."""
+def _is_attention(name: str, child: object) -> bool:
+    """True for the attention of a layer, and False for its norm, whose name may be similar."""
     modules = child.children().values() if isinstance(child, nn.Module) else ()
-    has_projections = any(isinstance(module, nn.Linear) for module in modules)
-    return ("attention" if re.search("att", name) else "mlp") if has_projections else None
+    return "att" in name and any(isinstance(module, nn.Linear) for module in modules)
 
 
 class _PerLayer:

@@ -1,12 +1,12 @@
-"""Causal language models whose layers differ in heads and feed-forward channels, or have no attention or feed-forward.
+"""Causal language models whose layers differ in heads and feed-forward channels, or have no attention.
 
 This file is standalone: a pruned checkpoint has a copy of it, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works without adapruner.
 
 A checkpoint keeps its `model_type` (`llama`, …) and lists the reduced sizes of each layer in the config key
-`per_layer_config`, which transformers 5 defines, and the parts that a layer lacks under its `skip`. Here the layers of
-the stock model are rebuilt, each from `config.per_layer_config[i]`. Projections named in `added_biases` (paths within a
-layer) have a bias that the family lacks.
+`per_layer_config`, which transformers 5 defines; a layer without attention has `"skip": ["attention"]`. Here the layers
+of the stock model are rebuilt, each from `config.per_layer_config[i]`. Projections named in `added_biases` (paths
+within a layer) have a bias that the family lacks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if is_torch_available():
     from transformers.pytorch_utils import Conv1D
 
     class Nothing(nn.Module):
-        """Replaces an attention or a feed-forward: adds nothing to the hidden state, and has no cache."""
+        """Replaces an attention: adds nothing to the hidden state, and has no cache."""
 
         def __init__(self, returned: int) -> None:
             super().__init__()
@@ -65,17 +65,19 @@ FILE_NAME = "modeling_pruned.py"
 MLX_FILE_NAME = "mlx_pruned.py"
 
 
-class Removable(NamedTuple):
-    """A module that a layer may lack.
+# The entry in the `skip` of a layer without attention.
+ATTENTION = "attention"
+
+
+class RemovableAttention(NamedTuple):
+    """The attention module, which a layer may lack.
 
     Attributes:
-        name: its name in the `skip` of a layer without it, `attention` or `mlp`.
         module: path in the layer.
         returned: number of values that it returns, the first of which is added to the hidden state; 0 if it returns a
             single tensor.
     """
 
-    name: str
     module: str
     returned: int
 
@@ -90,7 +92,7 @@ class Family(NamedTuple):
         feed_forward: feed-forward projections, in families whose config has no field for their width; the last one
             reads the channels.
         channels: config field for the width of the feed-forward projections.
-        removable: attention and feed-forward, if there are any.
+        attention: the attention, if the family has any.
     """
 
     model_type: str
@@ -98,7 +100,7 @@ class Family(NamedTuple):
     attention_output: str | None
     feed_forward: tuple[str, ...]
     channels: str
-    removable: tuple[Removable, ...] = ()
+    attention: RemovableAttention | None = None
 
 
 class Wrapper(NamedTuple):
@@ -245,16 +247,15 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
         # Layers of a family may have different modules.
         if path in modules:
             _resize(layer, path, bias=True)
-    for part in family.removable:
-        if part.name in layer_config.skip:
-            layer.set_submodule(part.module, Nothing(part.returned))
+    if ATTENTION in layer_config.skip:
+        layer.set_submodule(family.attention.module, Nothing(family.attention.returned))
     return layer
 
 
 def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
     """Gives layers with attention the first places in the cache among the layers of their type, where transformers
     reads the length of the cache. Layers without attention have no cache."""
-    attention = next((part for part in family.removable if part.name == "attention"), None)
+    attention = family.attention
     layers_by_type: dict[str | None, list[int]] = {}
     for index, layer in enumerate(layers):
         if attention and any(name == attention.module for name, _ in layer.named_modules()):

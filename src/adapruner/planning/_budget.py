@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias, get_args
 
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Whole
 from adapruner.structure import Block, Kind, Structure
 
 RATIO_TOLERANCE = 0.005
@@ -92,7 +91,6 @@ class Budget:
         ratio_of: `groups` makes the ratio a share of the channels (and, times `heads`, of the heads) of a layer of
             weight 1, rounded in each layer, as in the protocol of LLM-Pruner.
         without_attention: layers whose attention is removed whole, protected or not.
-        without_feed_forward: layers whose feed-forward is removed whole. A layer in both is removed.
     """
 
     ratio: float
@@ -101,38 +99,19 @@ class Budget:
     round_to: int = 1
     ratio_of: RatioOf = "parameters"
     without_attention: tuple[int, ...] = ()
-    without_feed_forward: tuple[int, ...] = ()
 
     @property
     def head_share(self) -> float:
         """Share of heads removed, relative to channels; 0 if their number is given."""
         return 0.0 if isinstance(self.heads, tuple) else self.heads
 
-    @property
-    def removed_whole(self) -> dict[int, Whole]:
-        """By layer, in ascending order, the part that is removed whole."""
-        parts: dict[int, Whole] = dict.fromkeys(self.without_attention, "attention")
-        for layer in self.without_feed_forward:
-            parts[layer] = "layer" if layer in self.without_attention else "feed-forward"
-        return dict(sorted(parts.items()))
-
-    def keeping(self, layer: int) -> Budget:
-        """The budget without whole parts removed from a layer."""
-        return replace(
-            self,
-            without_attention=tuple(number for number in self.without_attention if number != layer),
-            without_feed_forward=tuple(number for number in self.without_feed_forward if number != layer),
-        )
-
-    def removes_whole(self, block: Block) -> bool:
-        """True if no group of a block is kept."""
-        return block.layer in (self.without_attention if block.kind == "heads" else self.without_feed_forward)
-
     def given_count(self, block: Block) -> int | None:
         """Number of groups that a block keeps, if the budget fixes it; None if the weight of the block decides."""
-        if self.removes_whole(block):
+        if block.kind != "heads":
+            return None
+        if block.layer in self.without_attention:
             return 0
-        return self.heads[block.layer] if block.kind == "heads" and isinstance(self.heads, tuple) else None
+        return self.heads[block.layer] if isinstance(self.heads, tuple) else None
 
 
 def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]) -> Budget:
@@ -141,7 +120,7 @@ def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]
     The weights of channels are as large together as before, so that heads keep their part.
     """
     others = _layer_weights(structure, budget.allocation).others
-    layers = [block.layer for block in structure.blocks if _is_plain(block) and not budget.removes_whole(block)]
+    layers = [block.layer for block in structure.blocks if _is_plain(block)]
     factor = math.fsum(others[layer] for layer in layers) / (math.fsum(shares[layer] for layer in layers) or 1.0)
     return replace(budget, allocation=LayerWeights(tuple(factor * share for share in shares), others))
 
@@ -158,7 +137,9 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
         AdaPrunerError: the layout is uniform, but the layers differ in size.
     """
     weights = _block_weights(structure, budget)
-    _refuse_impossible_whole(structure, budget)
+    for layer in budget.without_attention:
+        if budget.allocation == "uniform" or layer not in structure.attention_parameters:
+            raise BudgetError(f"the attention of layer {layer} of this {structure.model_type} cannot be removed whole")
     given = {index: budget.given_count(block) for index, block in enumerate(structure.blocks)}
     kept = {index: structure.blocks[index].groups if count is None else count for index, count in given.items()}
 
@@ -241,11 +222,11 @@ def default_budget(
 
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
-    """The largest share of feed-forward channels removed from a layer, among the layers that keep some."""
+    """The largest share of feed-forward channels removed from a layer."""
     channels = (
         1 - count / block.groups
         for block, count in zip(structure.blocks, counts, strict=True)
-        if block.kind == "channels" and count
+        if block.kind == "channels"
     )
     return max(channels, default=0.0)
 
@@ -317,13 +298,6 @@ def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int
         counts[index] = min(max(unit * round(count / unit), least), block.groups)
         carried = count - counts[index]
     return counts
-
-
-def _refuse_impossible_whole(structure: Structure, budget: Budget) -> None:
-    for layer, part in budget.removed_whole.items():
-        is_allowed = part in structure.whole and (part == "layer" or budget.allocation != "uniform")
-        if not is_allowed or layer not in structure.whole_parameters(part):
-            raise BudgetError(f"the {part} of layer {layer} of this {structure.model_type} cannot be removed whole")
 
 
 def _refuse_missed_ratio(

@@ -25,8 +25,7 @@ _MOST_LAYERS = 1 << 16
 
 
 class BlockPlan(BaseModel, extra="forbid", frozen=True, strict=True):
-    """The numbers of the kept groups of one block, in ascending order; empty if the attention or feed-forward is
-    removed whole."""
+    """The numbers of the kept groups of one block, in ascending order; empty if the attention is removed whole."""
 
     layer: Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]
     kind: Kind

@@ -299,7 +299,7 @@ def _arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        # The norms of removed attention and feed-forward parts. Finding them means a walk over the graph in every step.
+        # The norms of removed attention. Finding them means a walk over the graph in every step.
         ddp_find_unused_parameters=any(isinstance(module, Nothing) for module in cast(nn.Module, model).modules()),
         disable_tqdm=True,
         seed=options.seed,

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from adapruner.config import PruneConfig
 from adapruner.files import being_written
 from adapruner.graph import RunFolder
-from adapruner.planning import Budget, PruningPlan
+from adapruner.planning import Budget
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents
@@ -74,7 +74,6 @@ def render_report(run: RunFolder, config: PruneConfig, refresh: int | None = Non
         next_commands=next_commands(contents) if result else {},
         model_tables=tables_of("Numbers of every model", contents.models, names),
         texts=_tables.texts({names[model.role]: model for model in contents.models}),
-        whole_layers=_whole_layers(plan) if plan else "",
         trials=_charts.trials(contents.history, best_trial),
         strips=_charts.strips(contents.history, best_trial),
         chosen=next((point for point in contents.history.points if point.number == best_trial), None),
@@ -103,9 +102,3 @@ def _used_texts(config: PruneConfig) -> dict[str, str]:
     for use, text in assign_texts(config, missing_ok=True).used:
         used.setdefault(use, []).append(str(text))
     return {use: ", ".join(texts) for use, texts in used.items()}
-
-
-def _whole_layers(plan: PruningPlan) -> str:
-    """The layers that were removed completely."""
-    layers = plan.by_layer.items()
-    return show_layers(layer for layer, blocks in layers if not any(block.kept for block in blocks.values()))

@@ -12,7 +12,7 @@ from adapruner.evaluation import Rate, Speed
 from adapruner.numbers import Numbers, difference, is_noise, shortened, signed, with_error
 from adapruner.report._contents import Contents
 from adapruner.result import ModelNumbers, Role
-from adapruner.search import KeptPart, Levelled, MovedChannels, SearchResult
+from adapruner.search import KeptAttention, Levelled, MovedChannels, SearchResult
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 # Prompts whose continuations are shown.
@@ -20,11 +20,6 @@ _SHOWN_TEXTS = 5
 _STEPS = {
     "starting point": "best starting point",
     "searched": "best point of the search",
-}
-_KEPT = {
-    "attention": "attention of layer {} kept",
-    "feed-forward": "feed-forward of layer {} kept",
-    "layer": "layer {} kept",
 }
 
 
@@ -192,8 +187,8 @@ def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
 def _levelling(levelled: Levelled) -> Iterator[_Rung]:
     rounds = Counter[str]()
     for change in (*levelled.kept, *levelled.moves):
-        if isinstance(change, KeptPart):
-            name = _KEPT[change.part].format(change.layer)
+        if isinstance(change, KeptAttention):
+            name = f"attention of layer {change.layer} kept"
         else:
             kind = "widths levelled" if isinstance(change, MovedChannels) else "heads moved"
             rounds[kind] += 1

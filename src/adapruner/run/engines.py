@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
-from adapruner.config import Layout, PruneOptions, ServingEngine, WholePart
+from adapruner.config import Layout, PruneOptions, ServingEngine
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf import LLAMA_LIKE, check_gguf
 from adapruner.models import architecture_of, empty_model
@@ -23,22 +23,20 @@ class Cuts:
 
     Attributes:
         heads: heads as well as channels and experts.
-        whole: parts of a layer.
         biases: biases may be added.
     """
 
     heads: bool = True
-    whole: frozenset[WholePart] = frozenset({"layer"})
     biases: bool = False
 
     def __and__(self, other: Cuts) -> Cuts:
-        return Cuts(self.heads and other.heads, self.whole & other.whole, self.biases and other.biases)
+        return Cuts(self.heads and other.heads, self.biases and other.biases)
 
 
 # By layout; a layout that is missing cannot be loaded.
 Loads = Mapping[Layout, Cuts]
 
-_ALL = Cuts(whole=frozenset({"attention", "feed-forward", "layer"}), biases=True)
+_ALL = Cuts(biases=True)
 # Families whose number of heads times their width may be less than the hidden size: vLLM's own classes read the width
 # from the config, as was tried with benchmarks/engines.py.
 _VLLM_READS_HEAD_WIDTH = (
@@ -79,10 +77,6 @@ def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any
         if wanted.head_share:
             refuse("head_share", f"all heads of a {config.model_type}")
         options["head_share"] = 0.0
-    if set(wanted.whole or ()) - cuts.whole - {"none"}:
-        refuse("whole", f"every {' and '.join(sorted(set(wanted.whole or ()) - cuts.whole))}")
-    if wanted.whole is None and ("layer" if layout == "uniform" else "attention") not in cuts.whole:
-        options["whole"] = ("layer",) if "layer" in cuts.whole else ("none",)
     if wanted.compensation.endswith("bias") and not cuts.biases:
         refuse("compensation", "a model without added biases")
     return options
@@ -97,17 +91,14 @@ def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
     family, architecture = config.model_type, architecture_of(config)
     if engine == "transformers":
         return dict.fromkeys(architecture.layouts, _ALL)
-    # llama.cpp and mlx-lm expect every sixth layer of a Gemma 3 to attend to everything.
-    whole = frozenset[WholePart]() if family == "gemma3_text" else Cuts.whole
     if engine == "llama.cpp":
         check_gguf(empty_model(config))
-        alike = Cuts(whole=whole, biases=family in LLAMA_LIKE)
+        alike = Cuts(biases=family in LLAMA_LIKE)
         return {"per-layer": _ALL, "uniform": alike} if family in LLAMA_LIKE else {"uniform": alike}
     if engine == "mlx":
         if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
             raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
-        differ = replace(_ALL, whole=_ALL.whole if whole else _ALL.whole - {"layer"})
-        return {"per-layer": differ, "uniform": Cuts(family in _MLX_READS_HEAD_WIDTH, whole)}
+        return {"per-layer": _ALL, "uniform": Cuts(family in _MLX_READS_HEAD_WIDTH)}
     if "uniform" not in architecture.layouts or architecture.fixed_channels:
         raise AdaPrunerError(f"{engine} would need a stock model, and no stock {family} has fewer channels")
     return {"uniform": Cuts(heads=engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH)}

@@ -1,8 +1,13 @@
 """The joint search over calibration samples, importance metrics and allocation."""
 
+from adapruner.search._attention_order import (
+    AttentionOrder as AttentionOrder,
+    attention_order as attention_order,
+    measurements as measurements,
+)
 from adapruner.search._history import History as History, TriedPoint as TriedPoint
 from adapruner.search._levelling import (
-    KeptPart as KeptPart,
+    KeptAttention as KeptAttention,
     Levelled as Levelled,
     MovedChannels as MovedChannels,
     MovedHeads as MovedHeads,
@@ -25,8 +30,3 @@ from adapruner.search._space import (
 from adapruner.search._study import Search as Search
 from adapruner.search._study_file import StudyFile as StudyFile
 from adapruner.search._subsets import SubsetFamily as SubsetFamily, build_subset_family as build_subset_family
-from adapruner.search._whole import (
-    RemovalOrders as RemovalOrders,
-    measurements as measurements,
-    removal_orders as removal_orders,
-)

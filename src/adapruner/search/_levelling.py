@@ -1,4 +1,4 @@
-"""Levelling: removed parts are tried again, and heads and channels move from layers where they cost little to layers
+"""Levelling: removed attention is tried again, and heads and channels move from layers where they cost little to layers
 where they cost much."""
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adapruner.evaluation import log_probabilities
-from adapruner.models import Whole
 from adapruner.planning import BudgetError, kept_counts, weigh_channels
 from adapruner.search._history import compare
 from adapruner.search._objective import Objective
@@ -72,11 +71,11 @@ class Tried(BaseModel, extra="forbid", frozen=True):
         return cls(gain=gain, gain_standard_error=known, accepted=gain > certain * (known or 0.0), **fields)
 
 
-class KeptPart(Tried, frozen=True):
-    """The gain of keeping a part that the search removed whole, at the same budget; two standard errors are needed."""
+class KeptAttention(Tried, frozen=True):
+    """The gain of keeping the attention of a layer that the search removed, at the same budget; two standard errors are
+    needed."""
 
     layer: int
-    part: Whole
 
 
 class MovedHeads(Tried, frozen=True):
@@ -110,12 +109,12 @@ class Levelled(BaseModel, extra="forbid", frozen=True):
     Attributes:
         candidate: that of the search if nothing was accepted.
         moves: the changes that were tried in all rounds, in this order.
-        kept: the parts that were tried again before them.
+        kept: the attention layers that were tried again before them.
     """
 
     candidate: Candidate
     moves: tuple[MovedHeads | MovedChannels, ...]
-    kept: tuple[KeptPart, ...] = ()
+    kept: tuple[KeptAttention, ...] = ()
 
 
 def level(
@@ -127,11 +126,11 @@ def level(
     moves_heads: bool = True,
     progress: Progress | None = None,
 ) -> Levelled:
-    """Keeps parts that are worth more than the widths that pay for them, then moves heads and channels between layers
+    """Keeps attention that is worth more than the widths that pay for it, then moves heads and channels between layers
     until no layer costs measurably more than another.
 
-    A search of few trials tries few numbers of whole parts. So each removed part is tried again, one after the
-    other, with narrower layers to make up for it.
+    A search of few trials tries few numbers of attention layers to remove. So each removed one is tried again, one
+    after the other, with narrower layers to make up for it.
 
     At the best allocation, the groups that would be removed next cost the same per parameter in every layer. In each
     round, that cost is measured layer by layer at the present widths: the pruned and compensated model, with this layer
@@ -157,7 +156,7 @@ def level(
     best = judge(objective, candidate)
     if not best:
         return Levelled(candidate=candidate, moves=())
-    best, kept = keep_parts(objective, best)
+    best, kept = keep_attention(objective, best)
     references = log_probabilities(objective.model, windows)
     layers = range(objective.structure.layers) if layers is None else layers
     moves: list[MovedHeads | MovedChannels] = []
@@ -186,12 +185,14 @@ def judge(objective: Objective, candidate: Candidate | None) -> Judged | None:
     return Judged(candidate, losses) if all(map(math.isfinite, losses)) else None
 
 
-def keep_parts(objective: Objective, best: Judged) -> tuple[Judged, list[KeptPart]]:
-    """The candidate with the parts that are worth more than the widths that pay for them, and all that was tried."""
-    tried: list[KeptPart] = []
-    for layer, part in best.candidate.budget.removed_whole.items():
-        if judged := judge(objective, best.candidate.with_budget(best.candidate.budget.keeping(layer))):
-            tried.append(KeptPart.compared(best, judged, _CERTAIN, layer=layer, part=part))
+def keep_attention(objective: Objective, best: Judged) -> tuple[Judged, list[KeptAttention]]:
+    """The candidate with the attention that is worth more than the widths that pay for it, and all that was tried."""
+    tried: list[KeptAttention] = []
+    for layer in best.candidate.budget.without_attention:
+        budget = best.candidate.budget
+        kept = replace(budget, without_attention=tuple(other for other in budget.without_attention if other != layer))
+        if judged := judge(objective, best.candidate.with_budget(kept)):
+            tried.append(KeptAttention.compared(best, judged, _CERTAIN, layer=layer))
             best = judged if tried[-1].accepted else best
     return best, tried
 
@@ -309,8 +310,7 @@ def with_moved_channels(
     counts, by_layer = kept_counts(structure, budget), factors(costs)
     shares = [0.0] * structure.layers
     for number, block in _levelled_blocks(objective, layers).items():
-        if not budget.removes_whole(block):
-            shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * by_layer.get(block.layer, 1.0))
+        shares[block.layer] = 1 - min(1.0, counts[number] / block.groups * by_layer.get(block.layer, 1.0))
     if not by_layer or not any(shares):
         return None
     moved = candidate.with_budget(weigh_channels(structure, budget, shares))

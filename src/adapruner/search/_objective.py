@@ -24,7 +24,7 @@ from adapruner.planning import (
 )
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
-from adapruner.surgery import Compensation, kept_layers, prune_model, prune_on_reading
+from adapruner.surgery import Compensation, prune_model, prune_on_reading
 
 # Candidates that are judged together, if that is cheaper.
 JUDGED_TOGETHER = 4
@@ -104,10 +104,7 @@ class Objective:
         return [losses[number] if number in plans else self(candidate) for number, candidate in enumerate(candidates)]
 
     def _in_step(self, plans: Sequence[PruningPlan]) -> list[list[Tensor]]:
-        models = [
-            (prune_on_reading(self.model, self.structure, plan, self.compensation), kept_layers(self.structure, plan))
-            for plan in plans
-        ]
+        models = [prune_on_reading(self.model, self.structure, plan, self.compensation) for plan in plans]
         return losses_in_step(self.model, models, self.windows, self.prefix, _first_cut(plans))
 
 

@@ -15,7 +15,7 @@ from adapruner.models import architecture_of, is_streamed, loaded_layer
 from adapruner.planning import kept_counts, make_plan
 from adapruner.search._objective import JUDGED_TOGETHER, Objective, scores_of
 from adapruner.search._space import Candidate
-from adapruner.surgery import kept_layers, prune_model, prune_on_reading
+from adapruner.surgery import prune_model, prune_on_reading
 
 # The mean over windows, and its standard error.
 Measured: TypeAlias = tuple[float, float]
@@ -37,9 +37,8 @@ class Probe:
         self._scores = scores_of(structure, objective.statistics, candidate)
         self.counts = kept_counts(structure, candidate.budget)
         plan = make_plan(structure, self._scores, self.counts)
-        self._layers = kept_layers(structure, plan)
         self._model = prune_model(objective.model, structure, plan, objective.compensation)
-        self._prefix = compute_prefix(self._model, windows, len(self._layers))
+        self._prefix = compute_prefix(self._model, windows, structure.layers)
         self._before = self._divergences([states[-1] for states in self._prefix.states])
 
     def _divergences(self, states: list[Tensor]) -> Tensor:
@@ -71,14 +70,14 @@ class Probe:
         """By the number of the change, the hidden states of every batch after the last layer."""
         blocks = [self.objective.structure.blocks[number] for number, _ in changes]
         states: dict[int, list[Tensor]] = {}
-        for index, of_dense in enumerate(self._layers):
-            changed = [number for number, block in enumerate(blocks) if block.layer == of_dense]
+        for index in range(self.objective.structure.layers):
+            changed = [number for number, block in enumerate(blocks) if block.layer == index]
             if not states and not changed:
                 continue
             with loaded_layer(self._model, index) as layer:
                 states = {number: self._after(index, layer, before) for number, before in states.items()}
                 for number in changed:
-                    with self._in_place(*changes[number], index):
+                    with self._in_place(*changes[number]):
                         states[number] = self._after(index, layer, [known[index] for known in self._prefix.states])
         return states
 
@@ -88,13 +87,10 @@ class Probe:
         return [calls[index].run(layer, state) for calls, state in zip(self._prefix.calls, states, strict=True)]
 
     @contextlib.contextmanager
-    def _in_place(self, number: int, count: int, index: int) -> Iterator[None]:
+    def _in_place(self, number: int, count: int) -> Iterator[None]:
         """While it lasts, a block of a loaded layer keeps so many groups: its projections are those of a model in which
-        it alone is cut. For heads, the whole attention module is replaced, because it may store its number of heads.
-
-        Args:
-            index: the number of the layer in the pruned model.
-        """
+        it alone is cut. For heads, the whole attention module is replaced, because it may store its number of
+        heads."""
         structure = self.objective.structure
         block, counts = structure.blocks[number], [block.groups for block in structure.blocks]
         counts[number] = count
@@ -105,13 +101,12 @@ class Probe:
             paths = {f"{names.layers}.{block.layer}.{names.module_of('heads')}"}
         else:
             paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
-        replaced = {path: path.replace(f".{block.layer}.", f".{index}.", 1) for path in paths}
-        before = {path: self._model.get_submodule(replaced[path]) for path in paths}
+        before = {path: self._model.get_submodule(path) for path in paths}
         with loaded_layer(alone, block.layer):
             try:
                 for path in paths:
-                    self._model.set_submodule(replaced[path], alone.get_submodule(path))
+                    self._model.set_submodule(path, alone.get_submodule(path))
                 yield
             finally:
                 for path in paths:
-                    self._model.set_submodule(replaced[path], before[path])
+                    self._model.set_submodule(path, before[path])

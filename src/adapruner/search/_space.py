@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
 from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
-from adapruner.models import Whole
 from adapruner.planning import Budget, Profile
 from adapruner.search._subsets import FEATURES, SubsetFamily
 
@@ -29,12 +28,8 @@ MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
 # The share of heads is raised to one of these if channels alone cannot meet the ratio.
 _HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
 
-# The parameters that count the parts that are removed whole.
-_WHOLE_COUNTS: dict[Whole, str] = {
-    "attention": "allocation.attentions_removed",
-    "feed-forward": "allocation.feed_forwards_removed",
-    "layer": "allocation.layers_removed",
-}
+# The parameter that counts the layers whose attention is removed whole.
+_ATTENTION_REMOVED = "allocation.attentions_removed"
 
 
 def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int:
@@ -212,18 +207,17 @@ class ExtendedSpace(SearchSpace):
     Attributes:
         fixed: options of the allocation that are not searched: `protect_first`, `protect_last` and `head_share`.
         can_meet: True for a budget whose allocation can meet its ratio. For another, the search uses the nearest
-            allocation that can: without whole parts removed, with fewer protected layers, then with more heads removed.
+            allocation that can: with all attention kept, with fewer protected layers, then with more heads removed.
             Without this function, candidates are used unchanged.
         experts: `none` without experts; `routing` if routing was measured, by which experts can be ranked as well; or
             `taylor` if they can be ranked by the Taylor terms alone.
-        whole: for each part of a layer that may be removed whole, the layers in the order of removal. The number of
-            removed parts is searched.
+        attention_order: the layers whose attention may be removed whole, in the order of removal; how many is searched.
     """
 
     fixed: frozenset[str] = field(default_factory=frozenset)
     can_meet: Callable[[Budget], bool] | None = None
     experts: Literal["none", "routing", "taylor"] = "none"
-    whole: Mapping[Whole, tuple[int, ...]] = field(default_factory=dict)
+    attention_order: tuple[int, ...] = ()
 
     def suggest(self, trial: BaseTrial) -> Candidate:
         """The nearest candidate whose budget can be met, if there is one."""
@@ -247,8 +241,7 @@ class ExtendedSpace(SearchSpace):
             _mix(conditional_variance=1.0, **experts) | reference,
             _mix(reconstruction=0.5, conditional_variance=0.5, **experts) | reference | {"allocation.bend": 0.8},
             reconstruction | _allocation(bend=0.4, heads="some", head_share=0.25),
-            reconstruction | {"allocation.bend": 0.8} | self._removed(attention=3),
-            reconstruction | {"allocation.bend": 0.8} | self._removed(layer=1),
+            reconstruction | {"allocation.bend": 0.8} | self._attention_removed(3),
         ]
         if self.budget.heads and "head_share" not in self.fixed:
             # If channels alone do not suffice, this is far better on SmolLM2 (research/experiments/start-at-half.md).
@@ -256,7 +249,7 @@ class ExtendedSpace(SearchSpace):
                 _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
                 | reference
                 | _allocation(heads="some", head_share=0.6, protect_first=2, protect_last=0)
-                | self._removed(attention=1)
+                | self._attention_removed(1)
             )
         return points
 
@@ -296,30 +289,20 @@ class ExtendedSpace(SearchSpace):
                 if name not in self.fixed:
                     changes[name] = trial.suggest_int(f"allocation.{name}", 0, most)
             allocation = replace(allocation, **changes)
-        removed = {
-            part: layers[: trial.suggest_int(_WHOLE_COUNTS[part], 0, len(layers))]
-            for part, layers in self.whole.items()
-            if layers
-        }
-        return replace(
-            self.budget,
-            heads=heads,
-            allocation=allocation,
-            without_attention=tuple(sorted({*removed.get("layer", ()), *removed.get("attention", ())})),
-            without_feed_forward=tuple(sorted({*removed.get("layer", ()), *removed.get("feed-forward", ())})),
-        )
+        order = self.attention_order
+        removed = order[: trial.suggest_int(_ATTENTION_REMOVED, 0, len(order))] if order else ()
+        return replace(self.budget, heads=heads, allocation=allocation, without_attention=tuple(sorted(removed)))
 
-    def _removed(self, **counts: int) -> dict[str, int]:
-        """Parameters that remove `counts` attention layers, feed-forwards or whole layers, or as many as possible."""
-        possible = {part: len(layers) for part, layers in self.whole.items() if layers}
-        return {_WHOLE_COUNTS[part]: min(counts.get(part, 0), most) for part, most in possible.items()}
+    def _attention_removed(self, count: int) -> dict[str, int]:
+        """The parameter that removes `count` attention layers, or as many as possible; empty if none may be removed."""
+        return {_ATTENTION_REMOVED: min(count, len(self.attention_order))} if self.attention_order else {}
 
     def _relaxed(self, budget: Budget) -> Iterator[Budget]:
-        """The budget, then budgets that are ever easier to meet: without whole parts removed, with one protected layer
-        less at the end that protects more, and when no layer is protected, with more heads removed."""
+        """The budget, then budgets that are ever easier to meet: with all attention kept, with one protected layer less
+        at the end that protects more, and when no layer is protected, with more heads removed."""
         yield budget
-        if budget.without_attention or budget.without_feed_forward:
-            budget = replace(budget, without_attention=(), without_feed_forward=())
+        if budget.without_attention:
+            budget = replace(budget, without_attention=())
             yield budget
         while isinstance(profile := budget.allocation, Profile):
             protected = {
@@ -346,7 +329,7 @@ class ExtendedSpace(SearchSpace):
             protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
             protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
         )
-        return allocation | self._removed()
+        return allocation | self._attention_removed(0)
 
 
 def _families(terms: list[Term]) -> dict[str, list[Term]]:

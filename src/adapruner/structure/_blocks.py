@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, Whole
+from adapruner.models import Architecture
 
 Kind = Literal["heads", "channels", "experts"]
 
@@ -173,8 +173,7 @@ class Structure:
         architecture: architecture of the family of the model.
         total_parameters: all parameters of the model, tied ones counted once.
         embedding_parameters: parameters of the embedding and the output layer.
-        layer_parameters: parameters of each layer.
-        whole: the parts of a layer that can be removed whole.
+        removable_attention: the attention of a layer can be removed whole.
     """
 
     architecture: Architecture
@@ -183,8 +182,7 @@ class Structure:
     total_parameters: int
     embedding_parameters: int
     blocks: tuple[Block, ...]
-    layer_parameters: tuple[int, ...]
-    whole: frozenset[Whole]
+    removable_attention: bool
 
     @property
     def model_type(self) -> str:
@@ -201,42 +199,29 @@ class Structure:
         return note_on_mixers(self.whole_mixers)
 
     @property
-    def removable_layers(self) -> list[int]:
-        """The layers that can be removed whole: those with prunable attention and feed-forward or experts."""
-        kinds: dict[int, set[Kind]] = {}
-        for block in self.blocks:
-            kinds.setdefault(block.layer, set()).add(block.kind)
-        complete = [layer for layer, layer_kinds in kinds.items() if "heads" in layer_kinds and len(layer_kinds) > 1]
-        return complete if "layer" in self.whole else []
-
-    def whole_parameters(self, whole: Whole) -> dict[int, int]:
-        """By layer, the parameters that are removed with its attention, its feed-forward, or the layer itself; without
-        layers in which this part is not prunable."""
-        if whole == "layer":
-            return {layer: self.layer_parameters[layer] for layer in self.removable_layers}
-        kind = "heads" if whole == "attention" else "channels"
+    def attention_parameters(self) -> dict[int, int]:
+        """By layer, the parameters that are removed with its whole attention; empty if the family needs it."""
         return {
             block.layer: block.groups * block.parameters_per_group + block.rest
             for block in self.blocks
-            if block.kind == kind and not block.experts
+            if self.is_removable(block)
         }
 
     def check_removable(self, counts: Sequence[int]) -> None:
-        """Raises AdaPrunerError if a block keeps nothing, and neither it nor its layer can be removed whole.
+        """Raises AdaPrunerError if a block keeps nothing that must keep some groups.
 
         Args:
             counts: number of groups that each block keeps.
         """
-        removed = self.removed_layers(counts)
         for block, count in zip(self.blocks, counts, strict=True):
-            if not count and block.layer not in removed and not self.is_removable(block):
+            if not count and not self.is_removable(block):
                 raise AdaPrunerError(
                     f"the {block.part} of layer {block.layer} of this {self.model_type} cannot be removed whole"
                 )
 
     def is_removable(self, block: Block) -> bool:
-        """True if a block can be removed whole from a layer that is kept."""
-        return block.part in self.whole and not block.experts
+        """True if a block can be removed whole: attention, in most families."""
+        return block.kind == "heads" and self.removable_attention
 
     @property
     def parts(self) -> dict[str, int]:
@@ -254,24 +239,12 @@ class Structure:
         least = [block.strata * math.ceil(block.least / block.strata) for block in self.blocks]
         return self.removed_parameters(least)
 
-    def removed_layers(self, counts: Sequence[int]) -> list[int]:
-        """The layers that are removed whole.
-
-        Args:
-            counts: number of groups that each block keeps.
-        """
-        kept = {block.layer for block, count in zip(self.blocks, counts, strict=True) if count}
-        return [layer for layer in self.removable_layers if layer not in kept]
-
     def removed_parameters(self, counts: Sequence[int]) -> int:
         """Parameters that are removed when every block keeps the given number of groups."""
-        removed_layers = set(self.removed_layers(counts))
-        in_blocks = sum(
+        return sum(
             (block.groups - count) * block.parameters_per_group + (0 if count else block.rest)
             for block, count in zip(self.blocks, counts, strict=True)
-            if block.layer not in removed_layers
         )
-        return in_blocks + sum(self.layer_parameters[layer] for layer in removed_layers)
 
     @property
     def has_experts(self) -> bool:

@@ -45,8 +45,7 @@ def build_structure(
         total_parameters=count_parameters(model),
         embedding_parameters=count_parameters(nn.ModuleList(module for module in embeddings if module is not None)),
         blocks=tuple(block for block in blocks if block),
-        layer_parameters=tuple(count_parameters(layer) for layer in _at(model, architecture.layers)),
-        whole=architecture.removable_whole(model.config),
+        removable_attention=architecture.removable_attention,
     )
 
 

@@ -6,9 +6,7 @@ from adapruner.surgery._compensation import (
     compensate as compensate,
 )
 from adapruner.surgery._cut import (
-    kept_layers as kept_layers,
     prune_model as prune_model,
     prune_on_reading as prune_on_reading,
 )
 from adapruner.surgery._sequential import refit_sequentially as refit_sequentially
-from adapruner.surgery._stock import fields_of_layers as fields_of_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from adapruner.models import (
-    SKIPPED,
+    ATTENTION,
     fields_by_layer,
     give_wrapper,
     is_streamed,
+    lacks_attention,
     layer_devices,
     loaded_layer,
     move_resident,
     place_layers,
-    removed_parts,
     stream_from_memory,
     stream_layers,
     wrapper_of,
@@ -30,7 +30,7 @@ from adapruner.models import (
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
 from adapruner.surgery._compensation import Compensation, compensate
-from adapruner.surgery._stock import fields_of_all, fields_of_layers, stock_models
+from adapruner.surgery._stock import fields_of_all, stock_models
 
 
 def prune_model(
@@ -60,8 +60,7 @@ def prune_model(
         stream_from_memory(pruned, model.device)
     else:
         # Buffers that are not saved (rotary frequencies) were made on the CPU.
-        devices = layer_devices(model)
-        place_layers(pruned, model.device, [devices[layer] for layer in cut.kept])
+        place_layers(pruned, model.device, layer_devices(model))
     finished: PreTrainedModel = pruned.train(model.training)
     return finished
 
@@ -83,15 +82,9 @@ def prune_on_reading(
     pruned.load_state_dict(cut.resident(), strict=False, assign=True)
     pruned.tie_weights()
     move_resident(pruned, model.device)
-    stream_layers(pruned, [partial(cut.layer, layer) for layer in cut.kept])
+    stream_layers(pruned, [partial(cut.layer, layer) for layer in range(structure.layers)])
     finished: PreTrainedModel = pruned.train(model.training)
     return finished
-
-
-def kept_layers(structure: Structure, plan: PruningPlan) -> list[int]:
-    """The layers that are not removed, from the input to the output."""
-    removed = structure.removed_layers([len(block.kept) for block in plan.blocks])
-    return [layer for layer in range(structure.layers) if layer not in removed]
 
 
 @dataclass(frozen=True)
@@ -106,25 +99,20 @@ class _Cut:
     def __post_init__(self) -> None:
         self.plan.check_fits(self.structure)
 
-    @cached_property
-    def kept(self) -> list[int]:
-        """The numbers of the kept layers."""
-        return kept_layers(self.structure, self.plan)
-
     def resident(self) -> dict[str, Tensor]:
         """The tensors outside of layers."""
         prefix = f"{self.structure.architecture.layers}."
         return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(prefix)}
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor with the indices of the kept groups only, compensated; kept layers are renumbered."""
+        """Every tensor with the indices of the kept groups only, compensated."""
         state = self.resident()
-        for new, number in enumerate(self.kept):
+        for number in range(self.structure.layers):
             with loaded_layer(self.model, number) as module:
                 tensors = self.layer(number)
                 if is_streamed(self.model):
                     tensors = _in_memory(tensors, module.state_dict())
-            prefix = f"{self.structure.architecture.layers}.{new}."
+            prefix = f"{self.structure.architecture.layers}.{number}."
             state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         return state
 
@@ -147,15 +135,14 @@ class _Cut:
     def empty_model(self, state: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
         """The pruned model before its weights are set; without a state, which gives their shapes, of no stock class."""
         model, architecture = self.model, self.structure.architecture
-        fields = fields_of_layers(model.config, fields_of_all(model, architecture), self.kept)
+        fields = fields_of_all(model, architecture)
         if architecture.attention:
             fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
-        by_layer = self.layer_fields()
-        layers = {new: by_layer[old] for new, old in enumerate(self.kept) if old in by_layer}
+        layers = self.layer_fields()
         common: dict[str, Any] = {}
         for layer_fields in layers.values():
             common |= layer_fields
-        # No stock class supports layers without a part.
+        # No stock class supports layers without attention.
         if state and "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
             shapes = {name: tensor.shape for name, tensor in state.items()}
             for stock in stock_models(model, fields | common):
@@ -167,7 +154,8 @@ class _Cut:
             fields["stock_per_layer_config"] = stock_config
             stock_layers = fields_by_layer(stock_config)
             layers = {
-                index: {**stock_layers.get(index, {}), **layers.get(index, {})} for index in range(len(self.kept))
+                index: {**stock_layers.get(index, {}), **layers.get(index, {})}
+                for index in range(self.structure.layers)
             }
         fields |= {"per_layer_config": layers}
         if architecture.config_fields.head_numbers:
@@ -181,11 +169,13 @@ class _Cut:
     def layer_fields(self) -> dict[int, dict[str, Any]]:
         """The config fields of each layer."""
         architecture, config = self.structure.architecture, self.model.config
-        layers, skipped = dict[int, dict[str, Any]](), list[tuple[int, str]]()
+        layers = dict[int, dict[str, Any]]()
+        # Attention that was removed before has no block.
+        skipped = [layer for layer in range(self.structure.layers) if lacks_attention(config.per_layer_config[layer])]
         for block, block_plan in zip(self.structure.blocks, self.plan.blocks, strict=True):
             fields = layers.setdefault(block.layer, {})
-            if not block_plan.kept and block.kind in SKIPPED:
-                skipped.append((block.layer, SKIPPED[block.kind]))
+            if not block_plan.kept:
+                skipped.append(block.layer)
                 continue
             fields |= block.config_fields(len(block_plan.kept))
             numbered = architecture.config_fields.head_numbers
@@ -193,14 +183,11 @@ class _Cut:
                 before = getattr(config.per_layer_config[block.layer], numbered, None)
                 if before or len(block_plan.kept) < block.groups:
                     fields[numbered] = [(before or range(block.groups))[group] for group in block_plan.kept]
-        # Parts that were removed whole before have no block.
-        for layer in range(self.structure.layers):
-            skipped += [(layer, part) for part in removed_parts(config.per_layer_config[layer])]
-        for layer, part in skipped:
-            fields = layers.setdefault(layer, {})
+        names = architecture.config_fields
+        for layer in skipped:
             # Stock classes that do not know `skip` refuse a size in which layers differ; without the count, they would
             # initialise the missing weights at random.
-            fields |= {"skip": [*fields.get("skip", ()), part], architecture.field_of(part): 1}
+            layers.setdefault(layer, {}).update({"skip": [ATTENTION], names.key_value_heads or names.heads: 1})
         return layers
 
 

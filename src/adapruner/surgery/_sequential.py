@@ -17,7 +17,7 @@ from adapruner.models import LayerCall, enter_layers, loaded_layer, overwrite_we
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
 from adapruner.surgery._compensation import Compensation
-from adapruner.surgery._cut import kept_indices, kept_layers
+from adapruner.surgery._cut import kept_indices
 
 # Share of the error of earlier layers that a layer makes up for (research/experiments/sequential-fit.md). With 1, a
 # layer overfits to errors that it cannot correct and is worse on other text; with 0, errors add up.
@@ -63,7 +63,6 @@ def refit_sequentially(
         for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
         if 0 < len(kept.kept) < kept.groups and block.is_projected and not block.experts
     }
-    new_number = {layer: new for new, layer in enumerate(kept_layers(structure, plan))}
     with torch.inference_mode():
         dense_states, all_calls = map(list, zip(*enter_layers(dense, windows.split(batch_size)), strict=True))
         pruned_states = list(dense_states)
@@ -72,10 +71,7 @@ def refit_sequentially(
             calls = [batch_calls[index] for batch_calls in all_calls]
             with contextlib.ExitStack() as loaded:
                 before = _Layer(loaded.enter_context(loaded_layer(dense, index)), calls, dense_states)
-                if index not in new_number:
-                    before.advance()
-                    return
-                layer = loaded.enter_context(loaded_layer(pruned, new_number[index]))
+                layer = loaded.enter_context(loaded_layer(pruned, index))
                 if pruned.dtype != dense.dtype:
                     layer = _copy_in_dtype(layer, dense.dtype)
                 after = _Layer(layer, calls, pruned_states)
@@ -84,8 +80,7 @@ def refit_sequentially(
                     damping = compensation.moments[number].damping
                     weight = _refit(before, after, block, damping, _kept_inputs(structure, plan, number))
                     # The layer may be a copy, or a streamed one on another device.
-                    name = block.row_wise.parameter.replace(f".{index}.", f".{new_number[index]}.", 1)
-                    overwrite_weight(pruned, name, weight)
+                    overwrite_weight(pruned, block.row_wise.parameter, weight)
                 if not any(block.kind == "channels" for block in blocks.values()):
                     before.advance()
                     after.advance()

@@ -9,25 +9,24 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.config import Layout, Searched, Space, WholePart
+from adapruner.config import Layout, Searched, Space
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix
 from adapruner.graph import Form, RunFolder
 from adapruner.importance import TERMS, Term
 from adapruner.measurement import InputMoments, Statistics, StoredMoments
 from adapruner.memory import Placement
-from adapruner.models import Whole
 from adapruner.option_rules import (
+    TOKENS_FOR_ATTENTION,
     TOKENS_FOR_COSTS,
-    TOKENS_FOR_WHOLE,
     level_rounds_of,
-    may_remove_whole,
+    may_remove_attention,
     scoring_count,
     searches_widths,
     trials_of,
@@ -38,21 +37,21 @@ from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
 from adapruner.search import (
+    AttentionOrder,
     ExtendedSpace,
     Levelled,
     Objective,
     PaperSpace,
-    RemovalOrders,
     Search,
     SearchResult,
     SearchSpace,
     StudyFile,
     at_budget,
+    attention_order,
     build_subset_family,
     level,
     measurements,
     plan_candidate,
-    removal_orders,
     reused_layers,
 )
 from adapruner.structure import Block, Structure
@@ -68,43 +67,33 @@ def prunable_layers(structure: Structure, protect_first: int | None, protect_las
 
 
 @GRAPH.in_memory
-def removable(
-    structure: Structure, whole: tuple[WholePart, ...] | None, layout: Layout, prunable_layers: range
-) -> dict[Whole, list[int]]:
-    """For each part of a layer that the search may remove whole, the layers that can lose it.
+def removable_attention(structure: Structure, remove_attention: bool | None, prunable_layers: range) -> list[int]:
+    """The layers whose attention the search may remove whole.
 
     Raises:
-        AdaPrunerError: the options name a part that no layer of this model can lose.
+        AdaPrunerError: the options ask for it, and no layer of this model can lose its attention.
     """
-    by_default: tuple[WholePart, ...] = ("layer",) if layout == "uniform" else ("attention",)
-    for part in whole or ():
-        if part not in structure.whole:
-            possible = ", ".join(sorted(structure.whole)) or "none"
-            raise AdaPrunerError(
-                f"`whole` {part}: models of the family {structure.model_type} cannot lose it; possible: {possible}"
-            )
-    return {
-        part: sorted(structure.whole_parameters(part).keys() & set(prunable_layers))
-        for part in get_args(Whole)
-        if part in structure.whole and part in (whole or by_default)
-    }
+    if remove_attention and not structure.attention_parameters:
+        raise AdaPrunerError(
+            f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
+        )
+    return sorted(structure.attention_parameters.keys() & set(prunable_layers))
 
 
-@GRAPH.kept("whole.json", json_form(RemovalOrders), version=3, is_wanted=may_remove_whole)
-def removal_order(
+@GRAPH.kept("attention.json", json_form(AttentionOrder), is_wanted=may_remove_attention)
+def ranked_attention(
     dense_fast: PreTrainedModel,
     structure: Structure,
     windows: Windows,
-    removable: dict[Whole, list[int]],
+    removable_attention: list[int],
     pool: int,
     seq_len: int,
     reporter: Reporter,
-) -> RemovalOrders:
-    """The order in which attention layers, feed-forwards and layers are removed whole."""
-    text = windows["pool"][: windows_of(TOKENS_FOR_WHOLE, pool, seq_len)]
-    measured = sum(sum(measurements(len(layers))) for layers in removable.values())
-    with reporter.stage("removing parts whole", measured) as advance:
-        return removal_orders(dense_fast, structure, text, removable, advance)
+) -> AttentionOrder:
+    """The order in which attention layers are removed."""
+    text = windows["pool"][: windows_of(TOKENS_FOR_ATTENTION, pool, seq_len)]
+    with reporter.stage("ranking attention layers", sum(measurements(len(removable_attention)))) as advance:
+        return attention_order(dense_fast, structure, text, removable_attention, advance)
 
 
 # How a candidate is judged
@@ -157,7 +146,7 @@ def space_of_search(
     structure: Structure,
     statistics: Statistics,
     starting_budget: Budget,
-    removal_order: RemovalOrders | None,
+    ranked_attention: AttentionOrder | None,
     importance_terms: dict[str, Term],
     samples: int,
     seed: int,
@@ -182,7 +171,7 @@ def space_of_search(
         fixed=frozenset(name for name, value in allocation.items() if value is not None),
         can_meet=partial(can_meet, structure),
         experts=_what_ranks_experts(structure, statistics),
-        whole=removal_order.shortened(structure, starting_budget.ratio) if removal_order else {},
+        attention_order=ranked_attention.shortened(structure, starting_budget.ratio) if ranked_attention else (),
     )
 
 
@@ -296,7 +285,7 @@ def levelled(
     memory_for_moments: dict[torch.device, int],
     reporter: Reporter,
 ) -> Levelled:
-    """The chosen candidate at the ratio, with whole parts kept that are worth it and its widths levelled: costs are
+    """The chosen candidate at the ratio, with attention kept that is worth it and its widths levelled: costs are
     measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
     layers that the options protect are."""
     candidate = at_budget(structure, found.best, starting_budget)
