@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 from huggingface_hub import constants
 
+from run_helpers import RUN_OPTIONS, flags
+
 HERE = Path(__file__).parent
 GIB = 2**30
 # Seconds of a command in several processes, which hang where one waits for another.
@@ -175,3 +177,50 @@ class Device:
                 text=True,
             )
         return self._process
+
+
+# Commands that take seconds.
+SMALL_RUN = RUN_OPTIONS | {
+    "trials": 6,
+    "compensation_windows": 16,
+    "self_windows": 8,
+    "final_windows": 6,
+    "level_rounds": 1,
+    "evaluate_windows": 6,
+}
+# Training on a device is tested here.
+del SMALL_RUN["tune_scales"]
+LAYER_WISE = {"layer_wise": True}
+SMALL_RECOVERY = {"steps": 3, "batch_size": 4, "micro_batch_size": 2, "seq_len": 16, "warmup_steps": 0, "records": 40}
+
+
+def pruning(
+    model: Path,
+    text: Path,
+    output: Path,
+    options: Mapping[str, object] = SMALL_RUN,
+    recovery: Mapping[str, object] | None = None,
+) -> list[object]:
+    """The command that prunes a model, and fine-tunes it with these changes to the options of a recovery, if any."""
+    fine_tuned = [] if recovery is None else ["--recover", text, *flags(SMALL_RECOVERY | recovery, "recovery.")]
+    return ["prune", model, "-o", output, "--calibration", text, *flags(options), *fine_tuned, "--json"]
+
+
+def recovering(model: Path, data: object, output: Path, **options: object) -> list[object]:
+    """The command that fine-tunes a model."""
+    return ["recover", model, "--data", data, "-o", output, *flags(SMALL_RECOVERY | options), "--json"]
+
+
+def only_json(outcome: Outcome) -> Any:
+    """The result of a command that succeeded, of which there is nothing else on stdout."""
+    assert outcome.code == 0, outcome.stderr
+    return json.loads(outcome.stdout)
+
+
+def only_line(outcome: Outcome) -> str:
+    """The message of a command that was refused: one line, without a traceback, beside finished stages and advice."""
+    assert outcome.code == 2, outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("adapruner: ")]
+    assert len(lines) == 1, outcome.stderr
+    return lines[0].removeprefix("adapruner: ")

@@ -11,9 +11,7 @@ import pytest
 
 import adapruner
 from adapruner.planning import PruningPlan
-from device.client import Device
-from device.options import LAYER_WISE, SMALL_RUN, pruning
-from device.results import only_json
+from device.client import LAYER_WISE, SMALL_RUN, Device, only_json, pruning
 
 
 @dataclass(frozen=True)

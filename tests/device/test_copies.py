@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from device.client import Device
-from device.options import LAYER_WISE, SMALL_RUN, pruning
-from device.results import only_json
+from device.client import LAYER_WISE, SMALL_RUN, Device, only_json, pruning
 
 
 class Most(NamedTuple):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from device.client import Device
-from device.options import pruning
+from device.client import Device, pruning
 
 # Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.
 PROGRAM = """

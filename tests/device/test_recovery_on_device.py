@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from device.client import Device
-from device.options import pruning, recovering
-from device.results import only_json, only_line
+from device.client import Device, only_json, only_line, pruning, recovering
 
 KILLED = 9
 

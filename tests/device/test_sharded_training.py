@@ -16,9 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import adapruner
 from adapruner.config import RecoveryOptions
 from adapruner.models import empty_model, find_model, load_config
-from device.client import Device, Outcome
-from device.options import SMALL_RECOVERY, pruning, recovering
-from device.results import only_json, only_line
+from device.client import SMALL_RECOVERY, Device, Outcome, only_json, only_line, pruning, recovering
 from training_memory import training_memory
 
 pytestmark = pytest.mark.device_matrix

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from device.client import Device, Outcome
-from device.options import LAYER_WISE, SMALL_RUN, pruning, recovering
-from device.results import only_json, only_line
+from device.client import LAYER_WISE, SMALL_RUN, Device, Outcome, only_json, only_line, pruning, recovering
 from device.test_commands import STEPS
 from run_helpers import flags
 

@@ -16,9 +16,7 @@ from adapruner.models import find_model, load_tokenizer
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
 from adapruner.surgery import prune_model
-from device.client import Device
-from device.options import SMALL_RUN, pruning
-from device.results import only_json
+from device.client import SMALL_RUN, Device, only_json, pruning
 
 
 @pytest.fixture(scope="module")
