@@ -146,7 +146,7 @@ def evaluate(
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     scores, measured_speed = [], None
-    signs: tuple[Breakage, Breakage, Verdict] | tuple[()] = ()
+    signs: tuple[Breakage | None, Breakage | None, Verdict | None] = (None, None, None)
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
@@ -163,7 +163,7 @@ def evaluate(
                 dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
             with reporter.stage("looking for breakage"):
                 signs = _compare((dense_loaded, of_dense), (loaded, tokenizer), placement.layer_wise)
-    return Evaluation(perplexities, scores, known_uses, *signs, speed=measured_speed)
+    return Evaluation(perplexities, scores, known_uses, *signs, measured_speed)
 
 
 def evaluate_each(models: Sequence[str], against: str | None = None, **options: Any) -> dict[str, Evaluation]:
