@@ -137,7 +137,6 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--evaluate self", ""),
         ("--tasks ,", ""),
         ("--tasks ''", ""),
-        ("--tasks bolq", "did you mean boolq"),
         ("--recovery.steps 5", ""),
         ("--recover self:1,TEXT", "has no share and others have one"),
         ("--recover answers:TEXT", "has no column instruction"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 import adapruner
+from adapruner import AdaPrunerError
 from adapruner.models import find_model, load_model
 from run_helpers import (
     QUICK,
@@ -141,3 +144,20 @@ def test_a_killed_run_resumes(
     result = json.loads(capsys.readouterr().out)
     assert result["models"] == finished.result.model_dump(mode="json")["models"]
     assert_same_artifacts(run, finished.output)
+
+
+def test_a_task_that_does_not_exist_is_refused_before_any_work(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    # That of lm-eval takes seconds to make.
+    register = SimpleNamespace(all_tasks=["boolq", "piqa"])
+    monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: register)
+    with pytest.raises(AdaPrunerError, match="did you mean boolq"):
+        adapruner.prune(
+            str(model_folder),
+            output=tmp_path / "run",
+            calibration=str(text_file),
+            **OPTIONS | {"tasks": ("bolq",), "recovery": {}},
+        )
+    assert not (tmp_path / "run").exists()
