@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -12,20 +13,23 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig
+from adapruner import AdaPrunerError, PruneConfig, PruneOptions
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint import save_checkpoint
-from adapruner.cli import with_options
+from adapruner.cli import _options as cli_options, with_options
 from adapruner.config import RecoveryOptions
 from adapruner.evaluation import Breakage, Writing
 from adapruner.models import find_model
 from adapruner.planning import PruningPlan
-from adapruner.recovery import RecoveryRecord
+from adapruner.progress import Reporter
+from adapruner.recovery import Examples, RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
+from adapruner.run.nodes.text import seed_of_writing
 from adapruner.run.preview import estimate
 from adapruner.search import SearchResult
 from adapruner.structure import build_structure
@@ -83,7 +87,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
         "config.yaml windows.safetensors self.safetensors statistics.safetensors attention.json study.jsonl search.json"
     )
     files += " levelled.json plan.json result.json report.html log.jsonl"
-    folders = {"keys", "moments", "compensated", "model", "evaluation"}
+    folders = {"keys", "moments", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
     breakage = {f"breakage-{role}.json" for role in ("dense", "searched")} | {
@@ -250,6 +254,54 @@ def test_the_licence_of_the_base_model_is_carried_over(
         body = text.split("---", 2)[2]
         assert "<b>" not in body
         assert "&lt;b&gt;&#124;&#96;x&#96;" in body
+
+
+TRAINING: dict[str, Any] = {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4, "label_weight": 1.0}
+
+
+def test_a_recovery_without_a_teacher_does_not_load_the_dense_model(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
+    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    before = stages_done(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "recovered")
+    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    again = stages_done(tmp_path / "run")[len(before) :]
+    assert "recovering" in again
+    assert "loading" not in again
+
+
+def test_examples_of_a_recovery_are_not_held_before_it(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count() -> int:
+        gc.collect()
+        return sum(type(known) is Examples for known in gc.get_objects())
+
+    held, begin, others = dict[str, int](), Reporter.stage, count()
+
+    def stage(reporter: Reporter, name: str, total: int | None = 1) -> Any:
+        held[name] = count() - others
+        return begin(reporter, name, total)
+
+    monkeypatch.setattr(Reporter, "stage", stage)
+    options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
+    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    assert held["measuring"] == held["searching"] == 0
+    assert held["recovering"] == 1
+
+
+def test_no_two_texts_that_the_model_writes_share_a_seed() -> None:
+    uses = ("pool", "objective", "compensation", "recovery")
+    assert [seed_of_writing(use, seed) for seed in range(3) for use in uses] == [*range(12)]
+
+
+def test_options_that_contradict_each_other_are_refused_where_they_are_made() -> None:
+    with pytest.raises(ValidationError, match="`samples` 11 is more than the 10 of `pool`"):
+        PruneOptions(samples=11, pool=10)
+    # A recipe may give the other one.
+    assert cli_options.PruneOptions(samples=100).samples == 100
 
 
 def test_a_model_is_exported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.graph import RunFolder
 from adapruner.option_rules import EFFORTS
 from adapruner.recovery import scale_options
 from adapruner.result import roles_of
 from adapruner.run.nodes import models as _model
-from run_helpers import QUICK, assert_same_artifacts, flags, run_killed
+from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 # Of a smaller cut, compensation leaves nothing for scales to bring back.
+REMOVE_FILES = RunFolder.remove_files
 OPTIONS: dict[str, Any] = QUICK | {"tune_scales": True, "self_windows": 16, "ratio": 0.3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keeps_steps() -> Iterator[None]:
+    """The model before its scales are tuned is kept, to compare with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "remove_files", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +58,24 @@ def test_every_input_of_a_linear_layer_is_scaled(tuned: adapruner.PruneResult, m
     rows = torch.randint(4, 60, (32, 16), generator=torch.Generator().manual_seed(0))
     dense = adapruner.load(model_folder)
     assert divergence(after, dense, rows) < divergence(before, dense, rows)
+
+
+def test_the_step_before_is_removed_from_a_finished_run(
+    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "remove_files", REMOVE_FILES)
+    run = Path(shutil.copytree(tuned.output, tmp_path / "run"))
+    (run / "report.html").unlink()
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert not (run / "compensated").exists()
+    assert result.result == tuned.result
+    assert result.result.tuned_scales
+    assert stages_done(run) == stages_done(tuned.output)
+    # The numbers of a finished run need it as little.
+    (run / "result.json").unlink()
+    again = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert again.result.tuned_scales
+    assert stages_done(run) == stages_done(tuned.output)
 
 
 def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:

@@ -314,6 +314,8 @@ class PruneOptions(_Options):
     dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
+    _conflicts = CONFLICTS_OF_PRUNING
+
     @property
     def objective_dataset(self) -> str:
         """The dataset of the windows of the objective."""
@@ -368,8 +370,6 @@ class PruneConfig(PruneOptions):
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
     searched: float | None = None
-
-    _conflicts = CONFLICTS_OF_PRUNING
 
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""

@@ -69,6 +69,7 @@ else:
         return create_model(options.__name__, __base__=options, **fields)
 
     PruneOptions = _for_command_line(config.PruneOptions)
+    PruneOptions._conflicts = ()  # they are found with the options of the recipe
     SizeLimit = _for_command_line(config.SizeLimit)
 
 

@@ -76,6 +76,7 @@ class Kept(Node[T]):
         version: of the form; a value of another version is rebuilt.
         is_wanted: given options by name, whether a run with them has it; where it has not, the value is None.
         is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
+        is_step: its files are removed once the run is finished; they are rebuilt when something needs them.
         is_page: other commands write it too; that it has changed is no damage.
         beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
     """
@@ -85,6 +86,7 @@ class Kept(Node[T]):
     version: int = 1
     is_wanted: Callable[..., Any] = lambda: True
     is_result: bool = False
+    is_step: bool = False
     is_page: bool = False
     beside: tuple[str, ...] = ()
 

@@ -196,6 +196,10 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
+    def remove_files(self, name: str) -> None:
+        """Removes the folder of a finished artifact; its record is kept."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
     def remove_given_but(self, config: PruneConfig) -> None:
         """Removes models and texts of earlier calls that the config does not name."""
         names = str(list(config.model_dump().values()))

@@ -247,6 +247,9 @@ class Making:
             self.make(missing[0])
             self.forget_but([node.name for node in missing[1:]])
         self.folder.remove_unfinished()
+        for node in self.wanted:
+            if node.is_step:
+                self.folder.remove_files(node.path)
         # What an interrupted run with other options made, if these results do not need it any more.
         for name in self.outdated():
             self.folder.remove(name)

@@ -11,7 +11,7 @@ from adapruner.errors import AdaPrunerError, describe_failure
 from adapruner.evaluation import check_tasks
 from adapruner.graph import Making, Record, RunFolder
 from adapruner.progress import Reporter, StageCost
-from adapruner.run.nodes import GRAPH, chosen, inputs, placed
+from adapruner.run.nodes import GRAPH, chosen, inputs, models, placed
 
 
 def making_of(
@@ -73,7 +73,11 @@ def check(making: Making, overwrite: bool) -> None:
         making.refuse_outdated()
     if tasks := making.options["tasks"]:
         check_tasks(tasks)
-    making.prepare(making.missing())
+    missing = making.missing()
+    making.prepare(missing)
+    if models.recovered in missing:
+        making.value(models.examples)
+        making.forget_but([node.name for node in missing])
 
 
 @contextlib.contextmanager

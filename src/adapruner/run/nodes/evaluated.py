@@ -35,7 +35,6 @@ from adapruner.progress import Reporter
 from adapruner.result import IS_WANTED, Role
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
-from adapruner.run.nodes.models import scales_were_tuned
 from adapruner.search import SearchResult, at_budget, plan_candidate
 from adapruner.structure import Structure
 from adapruner.surgery import prune_model
@@ -76,9 +75,9 @@ def best_fixed_model(
 
 
 @GRAPH.costly
-def compensated_model(compensated: Path, pruned: Path, placement: Placement) -> PreTrainedModel | None:
+def compensated_model(compensated: Path, tuned_scales: bool, placement: Placement) -> PreTrainedModel | None:
     """The pruned model before its scales are tuned; None if that changed nothing."""
-    if not scales_were_tuned(compensated, pruned):
+    if not tuned_scales:
         return None
     return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
 

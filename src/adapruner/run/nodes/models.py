@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ from adapruner.recovery import (
 from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows
+from adapruner.run.nodes.text import seed_of_writing
 from adapruner.structure import Structure
 from adapruner.surgery import prune_model, refit_sequentially
 from adapruner.texts import Texts
@@ -124,7 +124,7 @@ def tuning(possible_tuning: Tuning, tune_scales: bool | None, reporter: Reporter
     return possible_tuning.is_done
 
 
-Save = Callable[[PreTrainedModel, Path], Path]
+Save = Callable[..., Path]
 
 
 @GRAPH.leaf()
@@ -136,22 +136,23 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
 
 @GRAPH.in_memory
 def save(tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], reporter: Reporter) -> Save:
-    """Writes the pruned model to a folder."""
+    """Writes the pruned model to a folder, with a record that says whether its scales are tuned."""
 
-    def save_model(pruned: PreTrainedModel, folder: Path) -> Path:
+    def save_model(pruned: PreTrainedModel, folder: Path, tuned_scales: bool = False) -> Path:
         with reporter.stage("saving"):
             # Another model is fine-tuned, or none yet.
             texts = [text for text in origin["texts"] if text.get("use") != "recovery"]
-            save_checkpoint(pruned, tokenizer, folder, record=origin | {"texts": texts, "plan": plan.hash})
+            record = origin | {"texts": texts, "plan": plan.hash, "tuned_scales": tuned_scales}
+            save_checkpoint(pruned, tokenizer, folder, record=record)
         return folder
 
     return save_model
 
 
-@GRAPH.kept("compensated", FOLDER, version=4)
+@GRAPH.kept("compensated", FOLDER, version=4, is_step=True)
 def compensated(
     dense: PreTrainedModel,
-    dense_fast: PreTrainedModel,
+    dense_fast_later: Callable[[], PreTrainedModel],
     structure: Structure,
     plan: PruningPlan,
     moments: StoredMoments | None,
@@ -168,6 +169,7 @@ def compensated(
         pruned = prune_model(dense, structure, plan, correction)
     if correction and fits_sequentially:
         assert text_to_fit is not None
+        dense_fast = dense_fast_later()
         with reporter.stage("compensating", structure.layers) as advance:
             refit_sequentially(dense_fast, pruned, structure, plan, correction, text_to_fit, advance)
     return save(pruned, work / "model")
@@ -196,7 +198,10 @@ def pruned(
     layer_wise, seq_len = placement.layer_wise, text_to_fit.shape[1]
     settings = scale_options(seed, main_device, layer_wise, seq_len, ratio)
     model = _tuned(read, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
-    return save(model, work / "model")
+    if model is None:
+        copy_folder(compensated, work / "model")
+        return work / "model"
+    return save(model, work / "model", tuned_scales=True)
 
 
 def _tuned(
@@ -206,8 +211,9 @@ def _tuned(
     settings: RecoveryOptions,
     reporter: Reporter,
     work: Path,
-) -> PreTrainedModel:
-    """A saved model with its scales tuned, if that brings it nearer to the dense model on windows that are held out."""
+) -> PreTrainedModel | None:
+    """A saved model with its scales tuned; None if that brings it no nearer to the dense model on windows that are held
+    out."""
     blend = [window_examples(text, "the text of the compensation", settings, label_weight=0.0)]
     with reporter.stage("tuning scales", total_steps(blend, settings)) as advance:
         try:
@@ -217,19 +223,19 @@ def _tuned(
         else:
             if record.loss_after < record.loss_before:
                 return tuned
-            del tuned  # two models would be the largest thing in memory
             why = (
                 f"tuning them brought the divergence from the dense model from {record.loss_before:.4f} to"
                 f" {record.loss_after:.4f} nats per token"
             )
     reporter.note(f"The scales are left as they were: {why}")
-    return load()
+    return None
 
 
-def scales_were_tuned(compensated: Path, model: Path) -> bool:
-    """True if the scales of a saved model differ from those before they were tuned; all other weights are the same."""
-    pairs = [(file, model / file.name) for file in compensated.glob("*.safetensors")]
-    return not all(file.samefile(other) or filecmp.cmp(file, other, shallow=False) for file, other in pairs)
+@GRAPH.in_memory
+def tuned_scales(pruned: Path) -> bool:
+    """True if the scales of the saved model were tuned."""
+    origin = read_origin(find_model(str(pruned)))
+    return bool(origin and origin.get("tuned_scales"))
 
 
 # The saved model, loaded
@@ -249,7 +255,7 @@ def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) ->
     return recovery.label_weight < 1 or any(part.is_written for part in recovery_texts)
 
 
-@GRAPH.in_memory
+@partial(GRAPH.costly, is_read_again_if="recover")
 def examples(
     recovery_texts: tuple[BlendPart, ...],
     distils: bool,
@@ -258,7 +264,8 @@ def examples(
     empty: PreTrainedModel,
     main_device: torch.device,
 ) -> list[Examples | Unwritten]:
-    """The training examples of the pruned model, but for those that the dense model has yet to write."""
+    """The training examples of the pruned model, but for those that the dense model has yet to write. They are checked
+    before the work begins, and read again when they are needed."""
     check_device(main_device)
     parts = read_examples(recovery_texts, tokenizer, recovery, recovery.label_weight)
     for part in parts:
@@ -280,7 +287,8 @@ def training_texts(
     for part in examples:
         if isinstance(part, Unwritten):
             with reporter.stage(f"writing {part.name}", part.count) as advance:
-                written[part.name] = part.write(dense, tokenizer, recovery.seq_len, 4 * seed + 3, advance)
+                seed_of_text = seed_of_writing("recovery", seed)
+                written[part.name] = part.write(dense, tokenizer, recovery.seq_len, seed_of_text, advance)
     return written
 
 
@@ -294,7 +302,7 @@ def training_record(model: str, recover: str | None, recovery: RecoveryOptions) 
 def recovered(
     pruned: Path,
     plan: PruningPlan,
-    dense_fast: PreTrainedModel,
+    dense_fast_later: Callable[[], PreTrainedModel],
     tokenizer: Tokenizer,
     examples: list[Examples | Unwritten],
     training_texts: Windows | None,
@@ -311,7 +319,7 @@ def recovered(
         part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery)
         for part in examples
     ]
-    teacher = dense_fast if distils else None
+    teacher = dense_fast_later() if distils else None
     read = partial(load_model, find_model(str(pruned)), "auto", str(main_device))
     try:
         if teacher is not None and recovery.teacher_top:

@@ -20,7 +20,6 @@ from adapruner.report import render_report
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.run.nodes.models import scales_were_tuned
 from adapruner.search import Levelled, SearchResult
 from adapruner.structure import build_structure
 
@@ -78,8 +77,8 @@ def result(
     found: SearchResult,
     levelled: Levelled | None,
     plan: PruningPlan,
-    compensated: Path,
     pruned: Path,
+    tuned_scales: bool,
     recovered: Path | None,
     perplexities: dict[Role, dict[str, Perplexity] | None],
     task_scores: dict[Role, dict[str, TaskScore] | None],
@@ -90,7 +89,6 @@ def result(
     """All numbers of a run; the model cards are written too, which show them."""
     config_after = load_config(find_model(str(pruned)))
     after = build_structure(empty_model(config_after)).total_parameters
-    tuned_scales = scales_were_tuned(compensated, pruned)
     numbers = [
         ModelNumbers(
             role=role,

@@ -30,6 +30,14 @@ from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
+# What the dense model may write in a run, in the order of the seeds.
+_WRITTEN = ("pool", "objective", "compensation", "recovery")
+
+
+def seed_of_writing(use: str, seed: int) -> int:
+    """The seed with which the dense model writes text for a use: no two uses and seeds share one."""
+    return len(_WRITTEN) * seed + _WRITTEN.index(use)
+
 
 def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
     """True if the dense model writes text for the compensation, where it can."""
@@ -96,10 +104,10 @@ def windows(
     """The windows of every use, [windows, tokens] each, int64, on which the loss of the dense model is finite."""
     reporter.note(check_length(empty.config, seq_len) or "")
     windows = dict(drawn)
-    for number, (use, count) in enumerate(window_counts.items()):
+    for use, count in window_counts.items():
         if use not in windows:
             with reporter.stage(f"writing {use}", count) as advance:
-                windows[use] = generate_windows(dense, count, seq_len, 4 * seed + number, advance)
+                windows[use] = generate_windows(dense, count, seq_len, seed_of_writing(use, seed), advance)
     with reporter.stage("checking text"):
         finite, note = finite_windows(dense_fast, windows, {"pool": samples, "objective": 1, "compensation": 2})
     reporter.note(note)
@@ -151,8 +159,7 @@ def self_written(
     if not count:
         return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
     with reporter.stage("writing text", count) as advance:
-        number = list(window_counts).index("compensation")
-        written = generate_windows(dense_fast, count, seq_len, 4 * seed + number, advance)
+        written = generate_windows(dense_fast, count, seq_len, seed_of_writing("compensation", seed), advance)
         return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
 
 
