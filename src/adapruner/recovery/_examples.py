@@ -28,8 +28,6 @@ from adapruner.models import NO_TOKEN, StoredWeight, continue_texts
 from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100
-# What the columns of a batch are padded with.
-PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 # The default number of examples that a model writes for fine-tuning, for each dataset of a blend.
 DEFAULT_GENERATED_RECORDS = 1024
 # Greedy answers of small models repeat themselves; at temperature 1, they are often wrong.

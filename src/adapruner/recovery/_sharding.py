@@ -24,11 +24,7 @@ from adapruner.processes import this_process
 
 def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
     """Refuses to resume training with FSDP that began without it, or the reverse: the Trainer saves weights in another
-    form. The number of processes may change.
-
-    Raises:
-        AdaPrunerError: the checkpoint was saved the other way.
-    """
+    form."""
     if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file() != sharded:
         way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
         raise AdaPrunerError(
@@ -60,9 +56,25 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def reading_parts() -> Iterator[None]:
-    """While it lasts, a model that accelerate shards reads its weights by parts, in every process. Otherwise the first
-    process would hold them all, and broadcast them."""
+def sharded(trainer: Trainer) -> Iterator[None]:
+    """Trains with FSDP while it lasts: every process reads its part of the weights, where accelerate would have the
+    first one hold and broadcast them; the loss is computed and gradients are added up in float32; and checkpoints are
+    saved unsharded, which any number of processes can read without unpickling.
+
+    At the end, the first process has all weights in main memory, in modules of their original classes, to be saved and
+    not run; the others keep their shards.
+
+    Raises:
+        AdaPrunerError: it is FSDP 1, whose modules cannot be restored.
+    """
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
+    plugin.cpu_ram_efficient_loading = True
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    if isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
     def load(accelerator: Any, model: nn.Module, state: Mapping[str, Tensor], cpu_offload: bool = False) -> None:
         read_parts(model, state, torch.device("cpu") if cpu_offload else accelerator.device)
@@ -72,40 +84,15 @@ def reading_parts() -> Iterator[None]:
         yield
     finally:
         fsdp_utils.fsdp2_load_full_state_dict = before
-
-
-def set_up_fsdp(trainer: Trainer) -> None:
-    """Sets FSDP to share weights out before they are read (see `reading_parts`), and to compute the loss and to add up
-    gradients in float32; its default is the dtype of the products. Checkpoints are saved unsharded, whatever the
-    launcher says: any number of processes can read them, without unpickling.
-
-    Raises:
-        AdaPrunerError: it is FSDP 1, whose weights `gather` cannot restore.
-    """
-    plugin: Any = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
-    plugin.cpu_ram_efficient_loading = True
-    plugin.state_dict_config = plugin.optim_state_dict_config = None
-    plugin.set_state_dict_type("FULL_STATE_DICT")
-    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
-
-
-def gather(trainer: Trainer) -> None:
-    """Gives the first process all weights unsharded, in main memory, and restores the classes of its modules; the other
-    processes keep their shards. The model can be saved, not run."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not this_process().leads:
         return
     model = cast(nn.Module, trainer.model)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP derives a class from this one and the original
             cast(Any, module).__class__ = type(module).__mro__[2]
-    for path, weight in state.items():
+    for path, weight in whole.items():
         module_path, _, name = path.rpartition(".")
-        module = model.get_submodule(module_path)
-        if name in module._parameters:
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        parameters = model.get_submodule(module_path)._parameters
+        if name in parameters:
+            parameters[name] = nn.Parameter(weight, requires_grad=False)

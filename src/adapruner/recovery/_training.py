@@ -42,10 +42,10 @@ from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
 from adapruner.recovery._checks import trainer_options
-from adapruner.recovery._examples import PADDING, Example, Examples
+from adapruner.recovery._examples import IGNORED, Example, Examples
 from adapruner.recovery._length import steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
-from adapruner.recovery._sharding import gather, reading_parts, refuse_other_sharding, set_up_fsdp
+from adapruner.recovery._sharding import refuse_other_sharding, sharded
 from adapruner.recovery._trainers import TokenTrainer
 
 
@@ -159,13 +159,23 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        trainer, mixed, last = _trainer(model, trained, blend, options, folder, teacher, watcher)
-        if trainer.is_fsdp_enabled:
-            set_up_fsdp(trainer)
-        with reading_parts() if trainer.is_fsdp_enabled else contextlib.nullcontext():
+        mixed, last = MixedExamples(blend, examples_to_learn(blend, options), options.seed), _last_checkpoint(folder)
+        trainer = TokenTrainer(
+            model,
+            teacher,
+            options.temperature,
+            model=trained,
+            args=_arguments(model, options, folder, total_steps(blend, options), evaluates_first=last is None),
+            train_dataset=mixed,
+            eval_dataset=[example for examples in blend for example in examples.validation],
+            data_collator=collate,
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if last:
+            refuse_other_sharding(last, trainer.is_fsdp_enabled)
+        with sharded(trainer) if trainer.is_fsdp_enabled else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-        if trainer.is_fsdp_enabled:
-            gather(trainer)
         trainer.give_back()
     if this_process().leads or not trainer.is_fsdp_enabled:
         if options.train != "full":
@@ -179,39 +189,6 @@ def _trained(
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
     return model, trainer.state, mixed
-
-
-def _trainer(
-    model: PreTrainedModel,
-    trained: Any,
-    blend: Sequence[Examples],
-    options: RecoveryOptions,
-    folder: Path,
-    teacher: PreTrainedModel | None,
-    watcher: TrainerCallback,
-) -> tuple[TokenTrainer, MixedExamples, Path | None]:
-    """The Trainer, the examples, and the checkpoint from which an earlier call is resumed.
-
-    Args:
-        trained: the model, or the model with adapters.
-    """
-    steps, last = total_steps(blend, options), _last_whole_checkpoint(folder)
-    mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
-    trainer = TokenTrainer(
-        model,
-        teacher,
-        options.temperature,
-        model=trained,
-        args=_arguments(model, options, folder, steps, evaluates_first=last is None),
-        train_dataset=mixed,
-        eval_dataset=[example for examples in blend for example in examples.validation],
-        data_collator=collate,
-        callbacks=[watcher],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if last:
-        refuse_other_sharding(last, trainer.is_fsdp_enabled)
-    return trainer, mixed, last
 
 
 def _record(
@@ -255,18 +232,13 @@ def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:
     return math.ceil(examples_to_learn(blend, options) / options.batch_size)
 
 
-def micro_batches(options: RecoveryOptions) -> tuple[int, int]:
-    """The examples of a forward pass, as many as divide a batch, and the passes of a step; of each process."""
-    per_process = options.batch_size // this_process().count
-    size = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
-    return size, per_process // size
-
-
 def _arguments(
     model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
 ) -> TrainingArguments:
     device = model.device
-    micro_batch, passes = micro_batches(options)
+    # The examples of a forward pass of a process, as many as divide its part of a batch.
+    per_process = options.batch_size // this_process().count
+    micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
     interval = steps_between_validations(steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -276,7 +248,7 @@ def _arguments(
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": this_process().shares_weights}},
         per_device_train_batch_size=micro_batch,
         per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=passes,
+        gradient_accumulation_steps=per_process // micro_batch,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         **trainer_options(options),
@@ -318,8 +290,9 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         "labels": [example["labels"] for example in examples],
         "attention_mask": [[1] * len(example["input_ids"]) for example in examples],
     }
+    padding = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
     batch = {
-        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING[name])
+        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding[name])
         for name, rows in columns.items()
     }
     batch["label_weight"] = torch.tensor([example["label_weight"] for example in examples])
@@ -352,7 +325,7 @@ class _Watcher(TrainerCallback):
         for name, title in watched.items():
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
-                saved = _last_whole_checkpoint(self._folder)
+                saved = _last_checkpoint(self._folder)
                 kept = f"the last checkpoint, {saved}, is kept" if saved else "nothing was saved yet"
                 raise NonFiniteError(
                     f"{title} is {value} at step {state.global_step}; {kept}. Lower `learning_rate`"
@@ -360,7 +333,7 @@ class _Watcher(TrainerCallback):
                 )
 
 
-def _last_whole_checkpoint(folder: Path) -> Path | None:
+def _last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is complete: the Trainer writes its state last."""
     complete = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):

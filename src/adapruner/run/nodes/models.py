@@ -190,18 +190,15 @@ def pruned(
     work: Path,
 ) -> Path:
     """The compensated model, its scales tuned."""
-    if not tuning:
-        copy_folder(compensated, work / "model")
-        return work / "model"
-    assert text_to_fit is not None
-    read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
-    layer_wise, seq_len = placement.layer_wise, text_to_fit.shape[1]
-    settings = scale_options(seed, main_device, layer_wise, seq_len, ratio)
-    model = _tuned(read, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
-    if model is None:
-        copy_folder(compensated, work / "model")
-        return work / "model"
-    return save(model, work / "model", tuned_scales=True)
+    if tuning:
+        assert text_to_fit is not None
+        read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
+        settings = scale_options(seed, main_device, placement.layer_wise, text_to_fit.shape[1], ratio)
+        model = _tuned(read, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
+        if model is not None:
+            return save(model, work / "model", tuned_scales=True)
+    copy_folder(compensated, work / "model")
+    return work / "model"
 
 
 def _tuned(
@@ -258,7 +255,6 @@ def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) ->
 @partial(GRAPH.costly, is_read_again_if="recover")
 def examples(
     recovery_texts: tuple[BlendPart, ...],
-    distils: bool,
     recovery: RecoveryOptions,
     tokenizer: Tokenizer,
     empty: PreTrainedModel,
