@@ -229,7 +229,7 @@ def test_relative_paths_mean_the_same_from_another_folder(
 def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again: Prune, run: Path, tmp_path: Path) -> None:
     # Widths are levelled at each ratio: without that, more is removed of the same.
     earlier = again(level_rounds=0, overwrite=True)
-    for start, ratio, name in ((run, 0.05, "b"), (tmp_path / "b", 0.15, "c")):
+    for start, ratio, name in ((run, 0.05, "b"), (tmp_path / "b", 0.08, "c")):
         arguments = ["prune", "--from", str(start), "--ratio", str(ratio), "-o", str(tmp_path / name)]
         assert exit_code(arguments) == 0
         stages = stages_done(tmp_path / name)
@@ -237,14 +237,14 @@ def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again: Prune, 
         assert exit_code(arguments) == 0
         assert stages_done(tmp_path / name) == stages
     plans = [PruningPlan.load(tmp_path / name / "plan.json") for name in ("b", "c")]
-    assert [plan.ratio for plan in plans] == pytest.approx([0.05, 0.15], abs=0.005)
-    for least, less, most in zip(plans[1].blocks, earlier.plan.blocks, plans[0].blocks, strict=True):
+    assert [plan.ratio for plan in plans] == pytest.approx([0.05, 0.08], abs=0.005)
+    for least, less, most in zip(earlier.plan.blocks, plans[1].blocks, plans[0].blocks, strict=True):
         assert set(least.kept) <= set(less.kept) <= set(most.kept)
     dense = [(folder / "evaluation/perplexity-dense.json").read_bytes() for folder in (run, tmp_path / "b")]
     assert dense[0] == dense[1]
     # The run is another one, and says which search it has.
     config = RunFolder(tmp_path / "c").read_config()
-    assert (config.ratio, config.searched) == (0.15, 0.1)
+    assert (config.ratio, config.searched) == (0.08, 0.1)
     assert "taken over for this one" in (tmp_path / "c/report.html").read_text()
 
 

@@ -78,7 +78,15 @@ def test_a_limit_holds_for_every_file_of_its_ratio(
     gguf_type: Any, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Rows that are cut no longer fit into blocks of 256, and the layers differ in their bits."""
-    model = widened(tiny("llama", hidden_size=256, num_hidden_layers=12, tie_word_embeddings=True), 768)
+    model = tiny(
+        "llama",
+        key_value_heads=4,
+        num_attention_heads=8,
+        hidden_size=256,
+        num_hidden_layers=12,
+        tie_word_embeddings=True,
+    )
+    model = widened(model, 768)
     save_checkpoint(model, bytes_tokenizer, tmp_path / "model")
     limit = int(0.85 * gguf_bytes(model, bytes_tokenizer, gguf_type))
     config = PruneConfig.from_options(model=str(tmp_path / "model"), for_=("llama.cpp",))
@@ -89,7 +97,7 @@ def test_a_limit_holds_for_every_file_of_its_ratio(
             counts = kept_counts(structure, Budget(ratio, profile, heads, round_to=32))
             plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
             sizes.append(gguf_bytes(prune_model(model, structure, plan), bytes_tokenizer, gguf_type))
-    assert 0.9 * limit <= max(sizes) <= limit
+    assert 0.85 * limit <= max(sizes) <= limit
 
 
 def widened(model: PreTrainedModel, channels: int) -> PreTrainedModel:
