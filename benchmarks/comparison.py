@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ import torch
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import adapruner
@@ -32,14 +32,15 @@ from adapruner.calibration import evenly_spaced, parse_source, text_windows
 from adapruner.evaluation import measure_perplexity
 from adapruner.graph import RunFolder
 from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, StoredMoments, measure
+from adapruner.measurement import InputMoments, Statistics, StoredMoments, measure
 from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.planning import Budget, Profile, kept_counts, make_plan
 from adapruner.progress import Reporter
 from adapruner.run.making import making_of
 from adapruner.search import PaperSpace, at_budget, build_subset_family, plan_candidate
 from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import Compensation, prune_model, refit_sequentially
+from adapruner.surgery import prune_model, refit_sequentially
+from adapruner.surgery._cut import kept_indices
 
 SEARCHED_RATIO = 0.2
 # Where feed-forward channels alone are not enough.
@@ -214,7 +215,7 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
         "paper": comparison.plan(seed, "paper", ratio, space="paper", compensation="none"),
     }
     found = Measured.read(comparison.folder(seed, "extended"))
-    compensation = Compensation("least-squares", found.moments)
+    compensation = found.moments
     comparison.report(seed, ratio, "paper", cut(comparison, plans["paper"]))
     for name, plan in plans.items():
         comparison.report(seed, ratio, f"{name}, compensated", cut(comparison, plan, compensation))
@@ -231,7 +232,7 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
 
 
 def cut(
-    comparison: Comparison, plan: PruningPlan, compensation: Compensation | None = None
+    comparison: Comparison, plan: PruningPlan, compensation: Mapping[int, InputMoments] | None = None
 ) -> Callable[[], PreTrainedModel]:
     """Makes the model of a plan."""
     return lambda: prune_model(comparison.dense, comparison.structure, plan, compensation)
@@ -268,8 +269,8 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     comparison.report(seed, ratio, "Wanda-sp", cut(comparison, wanda))
     scores = score_groups(statistics, structure, ACTIVATION_METRICS["flap"])
     flap = make_plan(structure, scores, ranked_counts(structure, profile, ratio, scores))
-    bias = Compensation("bias", found.moments)
-    comparison.report(seed, ratio, "FLAP", cut(comparison, flap, bias))
+    means = statistics.input_mean.mean(0).split([block.inputs for block in structure.blocks])
+    comparison.report(seed, ratio, "FLAP", lambda: with_biases(comparison, flap, means))
     comparison.report(seed, ratio, "optipfair", lambda: optipfair(comparison.dense, pool, ratio))
 
 
@@ -288,6 +289,18 @@ def ranked_counts(structure: Structure, profile: Profile, ratio: float, scores: 
     ascending = keys.argsort(stable=True)
     removed = int((parameters[ascending].cumsum(0) <= ratio * structure.total_parameters).sum())
     return [size - int((owners[ascending[:removed]] == number).sum()) for number, size in enumerate(sizes)]
+
+
+def with_biases(comparison: Comparison, plan: PruningPlan, means: Sequence[Tensor]) -> PreTrainedModel:
+    """FLAP's compensation: biases with the mean output of the removed inputs, whose means are given block by block."""
+    pruned = prune_model(comparison.dense, comparison.structure, plan)
+    for block, kept, mean in zip(comparison.structure.blocks, plan.blocks, means, strict=True):
+        is_removed = torch.ones(block.inputs, dtype=torch.bool)
+        is_removed[kept_indices(kept, [block.row_wise], block.inputs)[0]] = False
+        weight = comparison.dense.get_submodule(block.row_wise.module).weight
+        bias = weight[:, is_removed].float() @ mean[is_removed].float()
+        pruned.get_submodule(block.row_wise.module).bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return pruned
 
 
 def optipfair(dense: PreTrainedModel, pool: Tensor, ratio: float) -> PreTrainedModel:

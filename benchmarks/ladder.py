@@ -29,7 +29,7 @@ from adapruner.models import find_model, in_fastest_dtype, load_model, load_toke
 from adapruner.result import RunResult
 from adapruner.search import Candidate, plan_candidate
 from adapruner.structure import build_structure
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import prune_model
 
 
 def main(
@@ -55,7 +55,7 @@ def main(
     dense = in_fastest_dtype(load_model(location))
     structure, tokenizer = build_structure(dense), load_tokenizer(location)
     statistics = Statistics.load(root.path / "statistics.safetensors")
-    compensation = Compensation("least-squares", StoredMoments(root.path / "moments"))
+    compensation = StoredMoments(root.path / "moments")
     reports = {
         text: evenly_spaced(text_windows(parse_source(text), tokenizer, config.seq_len), windows) for text in texts
     }

@@ -43,7 +43,7 @@ from adapruner.models._layers import other_forwards
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.planning import kept_counts, make_plan, weigh_channels
 from adapruner.structure import Block, Structure, build_structure, count_parameters
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import prune_model
 from comparison import peer_budget
 
 Peer = Literal["SlimGPT", "OSSCAR", "MoDeGPT", "2SSP", "BlockPruner", "GRASPrune"]
@@ -128,7 +128,7 @@ class Setting:
     def refitted(self, scores: Tensor, counts: Sequence[int]) -> PreTrainedModel:
         """The model with so many groups of each block, those of highest score ([groups]), and least squares."""
         plan = make_plan(self.structure, scores, counts)
-        return prune_model(self.dense, self.structure, plan, Compensation("least-squares", self.moments))
+        return prune_model(self.dense, self.structure, plan, self.moments)
 
     def without(self, gone: Collection[Part], scores: Tensor, counts: Sequence[int]) -> PreTrainedModel:
         """The model without some whole parts, and of the other blocks the groups of highest score ([groups])."""

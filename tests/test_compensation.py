@@ -17,7 +17,7 @@ from adapruner.measurement import InputMoments, measure_moments
 from adapruner.models import copy_in_dtype
 from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import Compensation, compensate, prune_model, refit_sequentially
+from adapruner.surgery import compensate, prune_model, refit_sequentially
 from adapruner.surgery._sequential import CARRIED_SHARE
 from tiny_families import tiny_config
 
@@ -25,7 +25,7 @@ KEPT = torch.tensor([0, 2, 3, 6])
 
 
 def moments_of(inputs: Tensor, damping: float) -> InputMoments:
-    return InputMoments(inputs.mean(0).float(), (inputs.T @ inputs / len(inputs)).float(), damping)
+    return InputMoments((inputs.T @ inputs / len(inputs)).float(), damping)
 
 
 @pytest.fixture
@@ -41,52 +41,33 @@ def weight() -> Tensor:
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
-def error(weight: Tensor, inputs: Tensor, columns: Tensor, bias: Tensor | float = 0.0) -> float:
-    """E‖W x - W' x_K - b‖²."""
-    lost = inputs @ weight.double().T - inputs[:, KEPT] @ columns.double().T - bias
+def error(weight: Tensor, inputs: Tensor, columns: Tensor) -> float:
+    """E‖W x - W' x_K‖²."""
+    lost = inputs @ weight.double().T - inputs[:, KEPT] @ columns.double().T
     return float(lost.square().sum(1).mean())
 
 
 def test_least_squares_equals_a_solver_on_the_stacked_problem(inputs: Tensor, weight: Tensor) -> None:
     """The damped problem as an ordinary one: the rows √damping · I with the original columns as targets are added."""
     damping = 0.3
-    columns, bias = compensate(weight, moments_of(inputs, damping), KEPT, "least-squares")
+    columns = compensate(weight, moments_of(inputs, damping), KEPT)
     tokens, kept = len(inputs), len(KEPT)
     design = torch.cat([inputs[:, KEPT] / tokens**0.5, damping**0.5 * torch.eye(kept, dtype=torch.float64)])
     targets = torch.cat([inputs @ weight.double().T / tokens**0.5, damping**0.5 * weight.double()[:, KEPT].T])
     expected = torch.linalg.lstsq(design, targets).solution.T
     torch.testing.assert_close(columns.double(), expected, rtol=1e-4, atol=1e-5)
-    assert not bias.any()
-
-
-def test_least_squares_with_bias_equals_a_solver_with_a_column_of_ones(inputs: Tensor, weight: Tensor) -> None:
-    columns, bias = compensate(weight, moments_of(inputs, 1e-9), KEPT, "least-squares-bias")
-    design = torch.cat([inputs[:, KEPT], torch.ones(len(inputs), 1).double()], 1)
-    expected = torch.linalg.lstsq(design, inputs @ weight.double().T).solution.T
-    torch.testing.assert_close(columns.double(), expected[:, :-1], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(bias.double(), expected[:, -1], rtol=1e-3, atol=1e-3)
-
-
-def test_bias_alone_is_that_of_flap(inputs: Tensor, weight: Tensor) -> None:
-    columns, bias = compensate(weight, moments_of(inputs, 0.1), KEPT, "bias")
-    removed = [index for index in range(8) if index not in KEPT]
-    assert torch.equal(columns, weight[:, KEPT])
-    torch.testing.assert_close(
-        bias.double(), weight[:, removed].double() @ inputs.mean(0)[removed], rtol=1e-4, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 @pytest.mark.parametrize("damping", [1e-8, 1e-2, 10.0])
-@pytest.mark.parametrize("form", ["least-squares", "least-squares-bias", "bias"])
 def test_never_worse_than_leaving_the_columns_as_they_are(
-    tokens: int, damping: float, form: str, inputs: Tensor, weight: Tensor
+    tokens: int, damping: float, inputs: Tensor, weight: Tensor
 ) -> None:
     """On its own text; also with fewer tokens than inputs, where H is singular."""
     inputs = inputs[:tokens]
-    columns, bias = compensate(weight, moments_of(inputs, damping), KEPT, form)
+    columns = compensate(weight, moments_of(inputs, damping), KEPT)
     assert columns.isfinite().all()
-    assert error(weight, inputs, columns, bias.double()) <= error(weight, inputs, weight[:, KEPT]) * (1 + 1e-6)
+    assert error(weight, inputs, columns) <= error(weight, inputs, weight[:, KEPT]) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
@@ -94,14 +75,13 @@ def test_channels_that_never_change(value: float, inputs: Tensor, weight: Tensor
     """One that is constant, whether it stays or goes, and a copy of another."""
     inputs[:, 2] = inputs[:, 5] = value
     inputs[:, 7] = inputs[:, 6]
-    for form in ("least-squares", "least-squares-bias"):
-        columns, bias = compensate(weight, moments_of(inputs, 1e-7), KEPT, form)
-        assert columns.isfinite().all()
-        assert error(weight, inputs, columns, bias.double()) <= error(weight, inputs, weight[:, KEPT])
+    columns = compensate(weight, moments_of(inputs, 1e-7), KEPT)
+    assert columns.isfinite().all()
+    assert error(weight, inputs, columns) <= error(weight, inputs, weight[:, KEPT])
 
 
 def test_all_inputs_are_zero(weight: Tensor) -> None:
-    columns, _ = compensate(weight, moments_of(torch.zeros(4, 8).double(), 1.0), KEPT, "least-squares")
+    columns = compensate(weight, moments_of(torch.zeros(4, 8).double(), 1.0), KEPT)
     assert torch.equal(columns, weight[:, KEPT])
 
 
@@ -114,39 +94,29 @@ def cut(model: PreTrainedModel, ratio: float = 0.15, head_share: float = 1) -> t
     )
 
 
-def compensation(model: PreTrainedModel, structure: Structure, windows: Tensor, form: str) -> Compensation:
-    return Compensation(form, dict(measure_moments(model, structure, windows)))
-
-
-def damped(structure: Structure, damping: float) -> Compensation:
+def damped(structure: Structure, damping: float) -> dict[int, InputMoments]:
     """With nothing but the damping of every block."""
-    nothing = InputMoments(torch.empty(0), torch.empty(0), damping)
-    return Compensation("least-squares", dict.fromkeys(range(len(structure.blocks)), nothing))
+    nothing = InputMoments(torch.empty(0), damping)
+    return dict.fromkeys(range(len(structure.blocks)), nothing)
 
 
-@pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])
 def test_a_compensated_model_is_nearer_to_the_dense_one(
-    form: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
+    make_model: Callable[..., PreTrainedModel], windows: Tensor
 ) -> None:
-    """Of a family without biases in these places: the pruned model gets them where the form needs them."""
     model = make_model("qwen3")
     structure, plan = cut(model)
     windows = windows.repeat(1, 2)
-    before, after = (
-        prune_model(model, structure, plan, how) for how in (None, compensation(model, structure, windows, form))
-    )
-    has_bias = after.model.layers[1].mlp.down_proj.bias is not None
-    assert has_bias == (form != "least-squares")
+    moments = dict(measure_moments(model, structure, windows))
+    before, after = (prune_model(model, structure, plan, how) for how in (None, moments))
     with torch.no_grad():
         dense, plain, compensated = (each(windows).logits for each in (model, before, after))
     assert (compensated - dense).norm() < 0.95 * (plain - dense).norm()
 
 
-@pytest.mark.parametrize("form", ["bias", "least-squares", "least-squares-bias"])
-def test_nothing_removed_nothing_changed(form: str, model: PreTrainedModel, windows: Tensor) -> None:
+def test_nothing_removed_nothing_changed(model: PreTrainedModel, windows: Tensor) -> None:
     structure = build_structure(model)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
-    pruned = prune_model(model, structure, plan, compensation(model, structure, windows, form))
+    pruned = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
     refit_sequentially(model, pruned, structure, plan, damped(structure, 0.1), windows)
     with torch.no_grad():
         assert torch.equal(pruned(windows).logits, model(windows).logits)
@@ -248,8 +218,8 @@ def test_sequential_brings_the_model_nearer_to_the_dense_one(
 ) -> None:
     model = make_model("mistral")
     structure, plan = cut(model)
-    one_shot = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
-    refitted = prune_model(model, structure, plan, compensation(model, structure, windows, "least-squares"))
+    one_shot = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
+    refitted = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
     refit_sequentially(model, refitted, structure, plan, damped(structure, 1e-3), windows)
     with torch.no_grad():
         dense, before, after = (each.model(windows).last_hidden_state for each in (model, one_shot, refitted))

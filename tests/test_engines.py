@@ -47,7 +47,6 @@ def test_several_engines_get_what_all_of_them_load(
     [
         ("llama", {"for_": "vllm", "layout": "per-layer"}, "layers of equal widths"),
         ("llama", {"for_": "any", "head_share": 0.5}, "any engine would need all heads of a llama"),
-        ("llama", {"for_": "vllm", "compensation": "bias"}, "without added biases"),
         ("gpt2", {"for_": "mlx"}, "mlx-lm does not load a pruned gpt2"),
         ("gpt2", {"for_": "llama.cpp"}, "not 'gpt2'"),
         ("bloom", {"for_": "any"}, "no stock bloom has fewer channels"),

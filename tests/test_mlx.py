@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
-from adapruner.measurement import measure_moments
 from adapruner.planning import make_plan
 from adapruner.structure import build_structure
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import prune_model
 from tiny_families import cut_to, tiny_config
 
 mlx = pytest.importorskip("mlx.core")
@@ -29,8 +28,8 @@ NEW_TOKENS = 12
 LAYERS = 12
 
 
-def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreTrainedModel:
-    """Every layer has lost another number of every kind of groups; compensated with biases, or not."""
+def pruned(model_type: str, **fields: object) -> PreTrainedModel:
+    """Every layer has lost another number of every kind of groups."""
     config = tiny_config(model_type, num_hidden_layers=LAYERS)
     for name, value in fields.items():
         setattr(config, name, value)
@@ -40,9 +39,7 @@ def pruned(model_type: str, compensates: bool = False, **fields: object) -> PreT
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     most = {"heads": 1, "channels": 40, "experts": 2}
     counts = [max(1, block.groups - min(most[block.kind], block.layer)) for block in structure.blocks]
-    windows = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(1))
-    how = Compensation("bias", dict(measure_moments(model, structure, windows))) if compensates else None
-    return prune_model(model, structure, make_plan(structure, scores, counts), how)
+    return prune_model(model, structure, make_plan(structure, scores, counts))
 
 
 def without_attention(model_type: str) -> PreTrainedModel:
@@ -92,13 +89,6 @@ def test_layers_of_two_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     """Every sixth layer of Gemma 3 has no sliding window, and mlx-lm needs one of these."""
     layers = (["sliding_attention"] * 5 + ["full_attention"]) * 2
     model = pruned("gemma3_text", layer_types=layers, tie_word_embeddings=True)
-    save_checkpoint(model, tokenizer, tmp_path / "model")
-    check_equal(tmp_path / "model")
-
-
-def test_biases_that_the_family_does_not_know(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = pruned("qwen2", compensates=True)
-    assert float(model.get_parameter("model.layers.2.mlp.down_proj.bias").detach().abs().max()) > 0.0
     save_checkpoint(model, tokenizer, tmp_path / "model")
     check_equal(tmp_path / "model")
 

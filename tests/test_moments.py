@@ -47,7 +47,7 @@ def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -
 def measured(model: PreTrainedModel, structure: Structure, windows: Tensor, damping: float) -> dict[int, InputMoments]:
     """With another damping."""
     moments = dict(measure_moments(model, structure, windows))
-    return {index: InputMoments(own.mean, own.second, damping) for index, own in moments.items()}
+    return {index: InputMoments(own.second, damping) for index, own in moments.items()}
 
 
 def with_rows_of_damping(x: Tensor, damping: float) -> Tensor:
@@ -62,7 +62,6 @@ def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedMod
     assert set(moments) == {0, 3}
     for index, x in enumerate(activations(model, structure, windows)):
         if index in moments:
-            torch.testing.assert_close(moments[index].mean.double(), x.mean(0), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(moments[index].second.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
             assert moments[index].damping > 0
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -214,8 +213,8 @@ def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> No
 def test_stored_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
     stored = StoredMoments(tmp_path)
     for block in range(1, 4):
-        InputMoments(torch.full((4,), float(block)), block * torch.eye(4), 0.5).save(stored.path(block))
-    room = 2 * (16 + 64)
+        InputMoments(block * torch.eye(4), 0.5).save(stored.path(block))
+    room = 2 * 64
     held = StoredMoments(tmp_path, {torch.device("meta"): 0, torch.device("cpu"): room})
     for moments in (stored, held):
         assert list(moments) == [1, 2, 3]
@@ -223,7 +222,6 @@ def test_stored_moments_are_read_once_where_there_is_room(tmp_path: Path) -> Non
         with pytest.raises(KeyError):
             moments[0]
         for block in moments:
-            assert moments[block].mean.equal(torch.full((4,), float(block)))
             assert moments[block].second.equal(block * torch.eye(4))
             assert moments[block].damping == 0.5
     assert [held[block] is held[block] for block in held] == [True, True, False]
@@ -252,7 +250,7 @@ def test_inputs_that_repeat_each_other_are_ranked_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(128, 24, generator=generator) @ torch.randn(24, 96, generator=generator)
     second = inputs.T @ inputs / 128
-    own = InputMoments(torch.zeros(96), second, 1e-5 * float(second.diagonal().mean()))
+    own = InputMoments(second, 1e-5 * float(second.diagonal().mean()))
     weight = torch.randn(32, 96, generator=generator)
     expected = _eliminate(weight.double(), torch.cholesky_inverse(factorize(second, own.damping)), 1)
     for found, exact in zip(_eliminate(*_with_inverse(weight, own), 1), expected, strict=True):

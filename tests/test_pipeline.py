@@ -127,10 +127,8 @@ def test_parts_of_the_space_can_be_searched_alone(
         {"space": "paper", "compensation": "none"},
         {"space": "paper", "protect_first": None, "protect_last": None},
         {"layout": "uniform", "protect_first": None, "protect_last": None},
-        {"compensation": "least-squares-bias", "final_windows": 0},
-        {"compensation": "bias", "head_share": 0.5},
     ],
-    ids=["paper", "paper compensated", "uniform", "least squares with bias", "bias"],
+    ids=["paper", "paper compensated", "uniform"],
 )
 def test_other_ways(changes: dict[str, object], prune: Prune, run: Path, model_folder: Path) -> None:
     """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""

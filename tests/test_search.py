@@ -554,7 +554,7 @@ def test_a_registered_term_is_searched(
 
     assert needs_removal_errors("extended", "vector-wise")
     assert not needs_removal_errors("paper", "all")
-    assert [needs_moments(form, "paper", "all") for form in ("none", "bias")] == [False, True]
+    assert [needs_moments(form, "paper", "all") for form in ("none", "least-squares")] == [False, True]
     after = space.starting_points()
     assert all(new.parameters.items() >= old.parameters.items() for old, new in zip(before, after, strict=True))
     assert {(point.parameters["term.tilt"], point.parameters["family.magnitude"]) for point in after[4:]} == {

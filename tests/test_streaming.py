@@ -42,7 +42,7 @@ from adapruner.models import (
 from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
 from adapruner.recovery import scale_options, train, window_examples
 from adapruner.structure import Structure, build_structure
-from adapruner.surgery import Compensation, prune_model, prune_on_reading, refit_sequentially
+from adapruner.surgery import prune_model, prune_on_reading, refit_sequentially
 from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")
@@ -128,7 +128,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     plan = random_plan(structure, Budget(0.1, Profile(1, 0), heads=head_share))
     saved = []
     for dense in (model, streamed):
-        compensation = Compensation("least-squares", dict(measure_moments(dense, structure, windows)))
+        compensation = dict(measure_moments(dense, structure, windows))
         pruned = prune_model(dense, structure, plan, compensation)
         refit_sequentially(dense, pruned, structure, plan, compensation, windows)
         folder = tmp_path / f"pruned{len(saved)}"
@@ -148,7 +148,7 @@ def test_several_pruned_models_are_run_with_one_reading(
     """Against the same models cut in memory, one after the other."""
     model = make_model(family)
     structure = build_structure(model)
-    compensation = Compensation("least-squares", dict(measure_moments(model, structure, windows)))
+    compensation = dict(measure_moments(model, structure, windows))
     budgets = Budget(0.1, Profile(1, 0), heads=0.5), Budget(0.08, Profile(0, 1))
     plans = [random_plan(structure, budget, seed) for seed, budget in enumerate(budgets)]
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)

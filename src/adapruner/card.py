@@ -150,7 +150,6 @@ def _loading(config: PreTrainedConfig, wrapper: Wrapper | None) -> dict[str, Any
     """The values in the section on loading."""
     return {
         "needs_code": is_pruned(config),
-        "added_biases": bool(getattr(config, "added_biases", ())),
         "model_type": wrapper.config.model_type if wrapper else config.model_type,
         "is_multimodal": wrapper is not None,
         "transformers": version("transformers"),

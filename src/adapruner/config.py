@@ -29,7 +29,7 @@ from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, T
 from adapruner.plain_yaml import parse_options
 
 Alignment = Literal["data", "paper"]
-CompensationForm = Literal["none", "bias", "least-squares", "least-squares-bias"]
+CompensationForm = Literal["none", "least-squares"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Effort = Literal["quick", "standard", "thorough"]
 ExpertGranularity = Literal["expert", "channel"]
@@ -265,7 +265,7 @@ class PruneOptions(_Options):
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     compensation: CompensationForm = Field(
         default="least-squares",
-        description="How the remaining weights are corrected; the forms with bias add parameters.",
+        description="Correction of the remaining weights.",
     )
     compensation_windows: int = Field(
         default=512, ge=2, description="Maximum number of calibration windows to fit the compensation on."

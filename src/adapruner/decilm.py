@@ -45,10 +45,8 @@ def check_decilm(config: PreTrainedConfig) -> None:
         )
     if config.hidden_act != "silu":
         raise AdaPrunerError(f"a DeciLM checkpoint is computed with silu, not with {config.hidden_act}")
-    if biases := [name for name in ("attention_bias", "mlp_bias", "added_biases") if getattr(config, name, None)]:
-        raise AdaPrunerError(
-            f"a DeciLM checkpoint has no biases, this model has {biases[0]}: of `compensation`, least-squares adds none"
-        )
+    if biases := [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, None)]:
+        raise AdaPrunerError(f"a DeciLM checkpoint has no biases, this model has {biases[0]}")
     rope = config.rope_parameters
     if rope["rope_type"] not in _ROPE_TYPES or rope.get("partial_rotary_factor") not in (None, 1):
         raise AdaPrunerError(

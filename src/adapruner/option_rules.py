@@ -150,7 +150,7 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     ),
     (
         lambda tune_scales, compensation: tune_scales and compensation == "none",
-        "`tune_scales` learns on the text of the compensation: set `compensation` to another form than none",
+        "`tune_scales` learns on the text of the compensation: set `compensation` least-squares",
     ),
     (
         lambda recover, recovery: recover is None and recovery != type(recovery)(),

@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedMod
 import adapruner
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
-from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import masked
 from adapruner.families.tiny import random_model, tiny_config as shrunk_config
 from adapruner.measurement import measure_moments
-from adapruner.models import known_architectures, remember_family
+from adapruner.models import known_architectures
 from adapruner.structure import build_structure
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import prune_model
 from tiny_families import random_plan, tiny_config
 
 
@@ -44,28 +43,25 @@ LLAMA3_ROPE = {
 }
 
 
-def cut(
-    dense: PreTrainedModel, windows: torch.Tensor, loses_heads: bool, form: str | None, layout: str = "uniform"
-) -> PreTrainedModel:
+def cut(dense: PreTrainedModel, windows: torch.Tensor, loses_heads: bool, compensates: bool) -> PreTrainedModel:
     structure = build_structure(dense)
-    more = 1 if layout == "per-layer" else 0
-    lost = {"heads": lambda _: int(loses_heads), "channels": lambda layer: 8 + more * layer}
-    plan = random_plan(structure, [block.groups - lost[block.kind](block.layer) for block in structure.blocks])
-    moments = dict(measure_moments(dense, structure, windows))
-    return prune_model(dense, structure, plan, Compensation(form, moments) if form else None)
+    lost = {"heads": int(loses_heads), "channels": 8}
+    plan = random_plan(structure, [block.groups - lost[block.kind] for block in structure.blocks])
+    moments = dict(measure_moments(dense, structure, windows)) if compensates else None
+    return prune_model(dense, structure, plan, moments)
 
 
 @pytest.mark.parametrize("loses_heads", [False, True])
-@pytest.mark.parametrize("form", [None, "least-squares"])
+@pytest.mark.parametrize("compensates", [False, True])
 def test_a_uniform_layout_is_read_by_stock_transformers(
     loses_heads: bool,
-    form: str | None,
+    compensates: bool,
     dense: PreTrainedModel,
     windows: torch.Tensor,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
-    pruned = cut(dense, windows, loses_heads, form)
+    pruned = cut(dense, windows, loses_heads, compensates)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     is_stock = not (NO_FEWER_HEADS if loses_heads else NO_FEWER_CHANNELS) & {dense.config.model_type}
     assert is_stock == (type(pruned) is type(dense))
@@ -75,49 +71,6 @@ def test_a_uniform_layout_is_read_by_stock_transformers(
         assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, expected)
         if is_stock:
             assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model")(windows).logits, expected)
-
-
-@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-@pytest.mark.parametrize("form", ["bias", "least-squares-bias"])
-def test_added_biases_are_saved_and_loaded(
-    layout: str,
-    form: str,
-    dense: PreTrainedModel,
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
-    pruned = cut(dense, windows, True, form, layout)
-    biases = [pruned.get_submodule(block.row_wise.module).bias for block in build_structure(pruned).blocks]
-    assert len(biases) == 24
-    assert any(bias.any() for bias in biases)
-    save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, pruned(windows).logits)
-
-
-@pytest.mark.parametrize("form", ["bias", "least-squares-bias"])
-@pytest.mark.parametrize("family", ["jamba", "lfm2_moe", "qwen3_moe"])
-def test_layers_of_other_kinds_have_no_place_for_added_biases(
-    family: str, form: str, windows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    config = tiny_config(family)
-    if family == "qwen3_moe":
-        config.mlp_only_layers = [0]
-    remember_family(family, infer_architecture(config))
-    dense = random_model(config)
-    structure = build_structure(dense)
-    counts = [block.groups - {"heads": 1, "channels": 20, "experts": 0}[block.kind] for block in structure.blocks]
-    moments = dict(measure_moments(dense, structure, windows))
-    pruned = prune_model(dense, structure, random_plan(structure, counts), Compensation(form, moments))
-    projections = {block.row_wise.module for block in structure.blocks if block.is_projected}
-    assert {name.split(".")[2] for name in projections} == set("0123" if family != "lfm2_moe" else "013")
-    kept = dict(dense.named_parameters())
-    added = {name for name, bias in pruned.named_parameters() if name not in kept and bias.any()}
-    assert added == {f"{name}.bias" for name in projections}
-    save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    with torch.no_grad():
-        assert torch.equal(adapruner.load(tmp_path / "model")(windows).logits, pruned(windows).logits)
 
 
 def test_numbers_of_heads_that_a_stock_config_refuses(

@@ -20,7 +20,7 @@ from adapruner.models import find_model, known_architectures, load_model, using_
 from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts
 from adapruner.search import AttentionOrder, attention_order
 from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import Compensation, prune_model, refit_sequentially
+from adapruner.surgery import prune_model, refit_sequentially
 from tiny_families import random_plan
 
 
@@ -144,7 +144,7 @@ def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(
     structure = build_structure(dense)
     budget = Budget(0.45, Profile(0, 0), heads=0.5, without_attention=(0, 1))
     plan = random_plan(structure, kept_counts(structure, budget))
-    compensation = Compensation("least-squares", dict(measure_moments(dense, structure, windows)))
+    compensation = dict(measure_moments(dense, structure, windows))
     pruned = prune_model(dense, structure, plan, compensation)
 
     def distance() -> float:

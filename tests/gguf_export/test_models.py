@@ -25,11 +25,10 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_model
 from adapruner.gguf import write_gguf
-from adapruner.measurement import measure_moments
 from adapruner.models import find_model, load_model, load_tokenizer
 from adapruner.planning import make_plan
 from adapruner.structure import Block, build_structure, count_parameters
-from adapruner.surgery import Compensation, prune_model
+from adapruner.surgery import prune_model
 from tiny_families import cut_to
 from tiny_wrappers import tiny_wrapper_config
 
@@ -59,17 +58,12 @@ def layers(per_layer: bool) -> dict[str, object]:
     return {"num_hidden_layers": 12} if per_layer else {}
 
 
-def cut(
-    model: PreTrainedModel, per_layer: bool, granularity: str = "kv-group", biases_from: torch.Tensor | None = None
-) -> PreTrainedModel:
+def cut(model: PreTrainedModel, per_layer: bool, granularity: str = "kv-group") -> PreTrainedModel:
     """Without one head (of each KV group) and some channels, in every layer as many, or per layer other numbers."""
     structure = build_structure(model, granularity)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     plan = make_plan(structure, scores, [kept(block, per_layer) for block in structure.blocks])
-    if biases_from is None:
-        return prune_model(model, structure, plan)
-    moments = dict(measure_moments(model, structure, biases_from))
-    return prune_model(model, structure, plan, Compensation("least-squares-bias", moments))
+    return prune_model(model, structure, plan)
 
 
 def kept(block: Block, per_layer: bool) -> int:
@@ -127,7 +121,7 @@ def test_llama_cpp_generates_the_same(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("without_attention", [{0}, {0, 1, 2, 11}, {5}])
-def test_layers_without_attention_or_feed_forward(
+def test_layers_without_attention(
     without_attention: set[int],
     family: str,
     tiny: MakeModel,
@@ -136,23 +130,8 @@ def test_layers_without_attention_or_feed_forward(
     tmp_path: Path,
 ) -> None:
     dense = tiny(family, num_hidden_layers=12)
-    gone = {(4, "channels"), *((layer, "heads") for layer in without_attention)}
+    gone = {(layer, "heads") for layer in without_attention}
     pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) in gone else block.groups)
-    write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
-    assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_biases_of_a_compensation(
-    per_layer: bool,
-    tiny: MakeModel,
-    windows: torch.Tensor,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    llama_cpp: LlamaCpp,
-    tmp_path: Path,
-) -> None:
-    dense = tiny(attention_bias=False, mlp_bias=False, **layers(per_layer))
-    pruned = cut(dense, per_layer, "query-head", biases_from=windows)
     write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
     assert_computes_the_same(tmp_path / "model.gguf", pruned, llama_cpp)
 

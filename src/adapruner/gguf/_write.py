@@ -163,10 +163,9 @@ def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
 
 
 def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
-    """True if llama.cpp's architecture for Qwen 2 fits: heads as wide as the hidden size, and no further biases."""
+    """True if llama.cpp's architecture for Qwen 2 fits: heads as wide as the hidden size."""
     is_full_width = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
-    has_added_biases = bool(getattr(config, "added_biases", ()))
-    return is_full_width and not has_added_biases and config.rope_parameters["rope_type"] != "llama3"
+    return is_full_width and config.rope_parameters["rope_type"] != "llama3"
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:

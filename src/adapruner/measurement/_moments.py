@@ -38,12 +38,10 @@ class InputMoments:
     exempt.
 
     Attributes:
-        mean: [inputs], float32, E[x].
         second: [inputs, inputs], float32, H = E[x xᵀ]; for experts, [experts, inputs of one, inputs of one].
         damping: added to the diagonal of H before it is inverted, chosen on held-out tokens.
     """
 
-    mean: Tensor
     second: Tensor
     damping: float
 
@@ -51,18 +49,17 @@ class InputMoments:
         """The moments of each expert; a single entry without experts."""
         if self.second.dim() == 2:
             return [self]
-        means = self.mean.view(len(self.second), -1)
-        return [InputMoments(mean, second, self.damping) for mean, second in zip(means, self.second, strict=True)]
+        return [InputMoments(second, self.damping) for second in self.second]
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        save_file({"mean": self.mean, "second": self.second, "damping": torch.tensor(self.damping)}, path)
+        save_file({"second": self.second, "damping": torch.tensor(self.damping)}, path)
 
     @staticmethod
     def load(path: Path) -> InputMoments:
         """Reads a file written by `save`."""
         tensors = load_file(path)
-        return InputMoments(tensors["mean"], tensors["second"], float(tensors["damping"]))
+        return InputMoments(tensors["second"], float(tensors["damping"]))
 
 
 class StoredMoments(Mapping[int, InputMoments]):
@@ -89,11 +86,11 @@ class StoredMoments(Mapping[int, InputMoments]):
         if not self.path(block).is_file():
             raise KeyError(block)
         read = InputMoments.load(self.path(block))
-        size = read.mean.nbytes + read.second.nbytes
+        size = read.second.nbytes
         for device, left in self._room.items():
             if size <= left:
                 self._room[device] -= size
-                self._held[block] = replace(read, mean=read.mean.to(device), second=read.second.to(device))
+                self._held[block] = replace(read, second=read.second.to(device))
                 return self._held[block]
         return read
 
@@ -163,16 +160,14 @@ def projected_blocks(structure: Structure) -> list[int]:
 
 
 class _Sums:
-    """First and second moments, not yet divided, of the inputs of the projections of a block: [experts, inputs] and
-    [experts, inputs, inputs], with one expert for blocks without; and the number of tokens, or the sum of their weights
-    (see `InputMoments`)."""
+    """Second moments, not yet divided, of the inputs of the projections of a block: [experts, inputs, inputs], with one
+    expert for blocks without; and the number of tokens, or the sum of their weights (see `InputMoments`)."""
 
     def __init__(self, model: PreTrainedModel, block: Block) -> None:
         self.tokens: int | Tensor = 0
         self._block = block
         experts, width = block.experts or 1, block.inputs_of_one
         device = model.get_parameter(block.row_wise.parameter).device
-        self.first = torch.zeros(experts, width, device=device)
         self.second = torch.zeros(experts, width, width, device=device)
 
     def watch(self, model: PreTrainedModel) -> Any:
@@ -188,7 +183,6 @@ class _Sums:
             return
         weights = (output.flatten(0, -2).float().square().mean(1) + _NORM_EPSILON).reciprocal()
         self.tokens += weights.sum()
-        self.first[0] += weights @ x
         add_products(self.second[0], x * weights.sqrt()[:, None])
 
     def _add_of_experts(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -198,7 +192,6 @@ class _Sums:
                 self._add(expert, read[number == expert])
 
     def _add(self, expert: int, x: Tensor) -> None:
-        self.first[expert] += x.sum(0)
         add_products(self.second[expert], x)
 
 
@@ -220,8 +213,7 @@ def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Bloc
     errors = torch.stack([_held_out_errors(*tensors, dampings) for tensors in by_expert]).sum(0)
     total = fitted.tokens + held_out.tokens
     merged = (second * fitted.tokens).add_(second_held_out * held_out.tokens).div_(total)
-    mean = ((fitted.first + held_out.first) / total).flatten()
-    return InputMoments(mean.cpu(), (merged if block.experts else merged[0]).cpu(), dampings[int(errors.argmin())])
+    return InputMoments((merged if block.experts else merged[0]).cpu(), dampings[int(errors.argmin())])
 
 
 def _held_out_errors(weight: Tensor, second: Tensor, held_out: Tensor, dampings: Sequence[float]) -> Tensor:

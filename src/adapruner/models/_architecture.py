@@ -174,11 +174,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
         return names.module if names else ""
 
     @property
-    def projections(self) -> set[str]:
-        """Paths, in a layer, of the projections that read heads or channels."""
-        return {names.output for names in (self.attention, self.feed_forward) if names}
-
-    @property
     def layer_fields(self) -> set[str | None]:
         """The config fields in which layers may differ."""
         names, experts = self.config_fields, self.experts
@@ -345,7 +340,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config itself; for a pruned model, the config of the dense model that it was made from."""
     if not is_pruned(config):
         return config
-    fields = {name: value for name, value in stock_fields(config).items() if name not in ("added_biases", "model_type")}
+    fields = {name: value for name, value in stock_fields(config).items() if name != "model_type"}
     stock: PreTrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(fields)
     return stock
 

@@ -202,11 +202,6 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     differing = set(config.per_layer_attributes or ()) if is_pruned(config) else set()
     if odd := differing - architecture.layer_fields:
         refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
-    biases, projections = getattr(config, "added_biases", None), architecture.projections
-    if biases is not None and not (
-        isinstance(biases, list) and len(biases) <= len(projections) and projections.issuperset(map(str, biases))
-    ):
-        refuse(f"says added_biases that are none of {', '.join(sorted(projections))}")
     for layer in range(config.num_hidden_layers) if is_pruned(config) and not architecture.removable_attention else ():
         if lacks_attention(config.per_layer_config[layer]):
             refuse(f"says that layer {layer} has no attention, without which no {config.model_type} works")

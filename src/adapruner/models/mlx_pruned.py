@@ -60,10 +60,6 @@ class ModelArgs:
         if width and "head_dim" not in known and width != fields.get("hidden_size"):
             narrow = _layers(self.model_with(json.dumps(counts | {"hidden_size": width})))[index]
             _take_attention(layer, narrow, fields["hidden_size"])
-        for path in self.config.get("added_biases") or ():
-            projection = functools.reduce(lambda module, name: module[name], path.split("."), layer)
-            if "bias" not in projection:
-                projection.bias = mx.zeros(projection.weight.shape[0])
         if index in self.without_attention:
             for name in [name for name, child in layer.children().items() if _is_attention(name, child)]:
                 layer[name] = _Nothing()

@@ -5,8 +5,7 @@ This file is standalone: a pruned checkpoint has a copy of it, so that
 
 A checkpoint keeps its `model_type` (`llama`, …) and lists the reduced sizes of each layer in the config key
 `per_layer_config`, which transformers 5 defines; a layer without attention has `"skip": ["attention"]`. Here the layers
-of the stock model are rebuilt, each from `config.per_layer_config[i]`. Projections named in `added_biases` (paths
-within a layer) have a bias that the family lacks.
+of the stock model are rebuilt, each from `config.per_layer_config[i]`.
 """
 
 from __future__ import annotations
@@ -242,11 +241,6 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
     for path in family.feed_forward:
         reads_channels = path == family.feed_forward[-1]
         _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(layer_config, family.channels)})
-    modules = dict(layer.named_modules())
-    for path in getattr(config, "added_biases", ()):
-        # Layers of a family may have different modules.
-        if path in modules:
-            _resize(layer, path, bias=True)
     if ATTENTION in layer_config.skip:
         layer.set_submodule(family.attention.module, Nothing(family.attention.returned))
     return layer
@@ -288,15 +282,13 @@ def _narrow_attention(layer: nn.Module, output: str, layer_config: PreTrainedCon
     layer.set_submodule(path, attention)
 
 
-def _resize(
-    parent: nn.Module, path: str, inputs: int | None = None, outputs: int | None = None, bias: bool = False
-) -> None:
-    """Replaces a projection by one with another size, or with a bias."""
+def _resize(parent: nn.Module, path: str, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Replaces a projection by one with another size."""
     old = parent.get_submodule(path)
     if isinstance(old, Conv1D):
         new = Conv1D(outputs or old.nf, inputs or old.nx)
     else:
-        new = nn.Linear(inputs or old.in_features, outputs or old.out_features, bias or old.bias is not None)
+        new = nn.Linear(inputs or old.in_features, outputs or old.out_features, old.bias is not None)
     parent.set_submodule(path, new.to(old.weight.dtype))
 
 

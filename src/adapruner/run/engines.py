@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,27 +15,9 @@ from adapruner.errors import AdaPrunerError
 from adapruner.gguf import LLAMA_LIKE, check_gguf
 from adapruner.models import architecture_of, empty_model
 
+# By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
+Loads = Mapping[Layout, bool]
 
-@dataclass(frozen=True)
-class Cuts:
-    """What may be removed in a layout.
-
-    Attributes:
-        heads: heads as well as channels and experts.
-        biases: biases may be added.
-    """
-
-    heads: bool = True
-    biases: bool = False
-
-    def __and__(self, other: Cuts) -> Cuts:
-        return Cuts(self.heads and other.heads, self.biases and other.biases)
-
-
-# By layout; a layout that is missing cannot be loaded.
-Loads = Mapping[Layout, Cuts]
-
-_ALL = Cuts(biases=True)
 # Families whose number of heads times their width may be less than the hidden size: vLLM's own classes read the width
 # from the config, as was tried with benchmarks/engines.py.
 _VLLM_READS_HEAD_WIDTH = (
@@ -72,36 +53,33 @@ def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any
     layout: Layout = wanted.layout if "layout" in given else "per-layer" if "per-layer" in loads else "uniform"
     if layout not in loads:
         refuse("layout", "layers of equal widths")
-    cuts, options = loads[layout], dict[str, Any](layout=layout)
-    if not cuts.heads:
+    options: dict[str, Any] = {"layout": layout}
+    if not loads[layout]:
         if wanted.head_share:
             refuse("head_share", f"all heads of a {config.model_type}")
         options["head_share"] = 0.0
-    if wanted.compensation.endswith("bias") and not cuts.biases:
-        refuse("compensation", "a model without added biases")
     return options
 
 
 def _both(first: Loads, second: Loads) -> Loads:
-    return {layout: cuts & second[layout] for layout, cuts in first.items() if layout in second}
+    return {layout: heads and second[layout] for layout, heads in first.items() if layout in second}
 
 
 def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
     """The pruned models of a family that an engine loads."""
     family, architecture = config.model_type, architecture_of(config)
     if engine == "transformers":
-        return dict.fromkeys(architecture.layouts, _ALL)
+        return dict.fromkeys(architecture.layouts, True)
     if engine == "llama.cpp":
         check_gguf(empty_model(config))
-        alike = Cuts(biases=family in LLAMA_LIKE)
-        return {"per-layer": _ALL, "uniform": alike} if family in LLAMA_LIKE else {"uniform": alike}
+        return {"per-layer": True, "uniform": True} if family in LLAMA_LIKE else {"uniform": True}
     if engine == "mlx":
         if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
             raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
-        return {"per-layer": _ALL, "uniform": Cuts(family in _MLX_READS_HEAD_WIDTH)}
+        return {"per-layer": True, "uniform": family in _MLX_READS_HEAD_WIDTH}
     if "uniform" not in architecture.layouts or architecture.fixed_channels:
         raise AdaPrunerError(f"{engine} would need a stock model, and no stock {family} has fewer channels")
-    return {"uniform": Cuts(heads=engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH)}
+    return {"uniform": engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH}
 
 
 def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str]:

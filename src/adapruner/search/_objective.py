@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
 from adapruner.importance import score_groups
-from adapruner.measurement import Statistics
+from adapruner.measurement import InputMoments, Statistics
 from adapruner.models import is_streamed
 from adapruner.planning import (
     MOST_CHANNELS,
@@ -24,7 +24,7 @@ from adapruner.planning import (
 )
 from adapruner.search._space import Candidate
 from adapruner.structure import Structure
-from adapruner.surgery import Compensation, prune_model, prune_on_reading
+from adapruner.surgery import prune_model, prune_on_reading
 
 # Candidates that are judged together, if that is cheaper.
 JUDGED_TOGETHER = 4
@@ -65,7 +65,7 @@ class Objective:
 
     Attributes:
         windows: [windows, tokens], int64, disjoint from the pool and from everything that is reported.
-        compensation: how the cut model is compensated before it is judged.
+        compensation: second moments by which the cut model is compensated before it is judged; None for none.
         prefix: the outputs of the first layers of the model, which trials that do not cut these layers reuse.
     """
 
@@ -73,7 +73,7 @@ class Objective:
     structure: Structure
     statistics: Statistics
     windows: Tensor
-    compensation: Compensation | None = None
+    compensation: Mapping[int, InputMoments] | None = None
     prefix: Prefix | None = None
     # By the hash of a plan: candidates may differ in values without effect, as the samples of unweighted terms.
     _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)

@@ -1,10 +1,6 @@
 """Cutting a model by a plan, and compensation for what was removed."""
 
-from adapruner.surgery._compensation import (
-    Compensation as Compensation,
-    CompensationForm as CompensationForm,
-    compensate as compensate,
-)
+from adapruner.surgery._compensation import compensate as compensate
 from adapruner.surgery._cut import (
     prune_model as prune_model,
     prune_on_reading as prune_on_reading,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from adapruner.measurement import InputMoments
 from adapruner.models import (
     ATTENTION,
     fields_by_layer,
@@ -29,12 +30,15 @@ from adapruner.models import (
 )
 from adapruner.planning import BlockPlan, PruningPlan
 from adapruner.structure import Block, Structure, TensorSlice
-from adapruner.surgery._compensation import Compensation, compensate
+from adapruner.surgery._compensation import compensate
 from adapruner.surgery._stock import fields_of_all, stock_models
 
 
 def prune_model(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    compensation: Mapping[int, InputMoments] | None = None,
 ) -> PreTrainedModel:
     """A new model without the groups that the plan removes.
 
@@ -44,7 +48,8 @@ def prune_model(
     are streamed from there.
 
     Args:
-        compensation: corrects the kept part of the row-wise projections; None leaves it unchanged.
+        compensation: second moments by number of the block, by which the kept part of the row-wise projections is
+            corrected; None leaves it unchanged.
 
     Raises:
         AdaPrunerError: the plan was made for another model.
@@ -66,7 +71,10 @@ def prune_model(
 
 
 def prune_on_reading(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, compensation: Compensation | None = None
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    compensation: Mapping[int, InputMoments] | None = None,
 ) -> PreTrainedModel:
     """A pruned copy of a model whose layers are streamed, for a single run: no layer is in memory, each is cut whenever
     it is read.
@@ -94,7 +102,7 @@ class _Cut:
     model: PreTrainedModel
     structure: Structure
     plan: PruningPlan
-    compensation: Compensation | None
+    compensation: Mapping[int, InputMoments] | None
 
     def __post_init__(self) -> None:
         self.plan.check_fits(self.structure)
@@ -160,9 +168,6 @@ class _Cut:
         fields |= {"per_layer_config": layers}
         if architecture.config_fields.head_numbers:
             fields |= {architecture.config_fields.head_numbers: None}
-        if self.compensation and self.compensation.adds_bias:
-            projected = [block for block in self.structure.blocks if block.is_projected and not block.experts]
-            fields |= {"added_biases": sorted({block.row_wise_path for block in projected})}
         pruned: PreTrainedModel = architecture.pruned_class(architecture.pruned_class.config_class.from_dict(fields))
         return pruned
 
@@ -202,27 +207,21 @@ def _in_memory(cut: dict[str, Tensor], uncut: Mapping[str, Tensor]) -> dict[str,
 
 
 def _prune_block(
-    state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Compensation | None
+    state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Mapping[int, InputMoments] | None
 ) -> None:
     """Replaces the tensors of a block."""
-    form = compensation.form_for(block) if compensation else None
-    row_wise = block.row_wise if form else None
-    if row_wise and compensation and compensation.adds_bias and not block.experts:
-        weight = row_wise.as_projection(state[row_wise.parameter])
-        state.setdefault(f"{row_wise.module}.bias", weight.new_zeros(len(weight)))
     if len(plan.kept) == block.groups:
         return
+    row_wise = block.row_wise if compensation is not None and block.is_projected else None
     for parameter, slices in block.slices_by_parameter.items():
         if row_wise is None or parameter != row_wise.parameter:
             state[parameter] = _kept_part(state[parameter], plan, slices)
-    if row_wise and compensation and form:
+    if row_wise and compensation is not None:
         weights = row_wise.as_projections(state[row_wise.parameter])
         kept = kept_indices(plan, [row_wise], weights.shape[2])
-        moments = compensation.moments[index].of_experts()
-        corrected = [compensate(*expert, form) for expert in zip(weights, moments, kept, strict=True)]
-        state[row_wise.parameter] = row_wise.as_stored(torch.stack([weight for weight, _ in corrected]))
-        if not block.experts and compensation.adds_bias:
-            state[f"{row_wise.module}.bias"] = state[f"{row_wise.module}.bias"] + corrected[0][1]
+        moments = compensation[index].of_experts()
+        corrected = [compensate(*expert) for expert in zip(weights, moments, kept, strict=True)]
+        state[row_wise.parameter] = row_wise.as_stored(torch.stack(corrected))
 
 
 def _kept_part(tensor: Tensor, plan: BlockPlan, slices: Sequence[TensorSlice]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement import add_products, solve_damped, symmetric
+from adapruner.measurement import InputMoments, add_products, solve_damped, symmetric
 from adapruner.models import LayerCall, enter_layers, loaded_layer, overwrite_weight
 from adapruner.planning import PruningPlan
 from adapruner.structure import Block, Structure
-from adapruner.surgery._compensation import Compensation
 from adapruner.surgery._cut import kept_indices
 
 # Share of the error of earlier layers that a layer makes up for (research/experiments/sequential-fit.md). With 1, a
@@ -29,7 +28,7 @@ def refit_sequentially(
     pruned: PreTrainedModel,
     structure: Structure,
     plan: PruningPlan,
-    compensation: Compensation,
+    moments: Mapping[int, InputMoments],
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
@@ -54,7 +53,7 @@ def refit_sequentially(
         dense: of a family with a plain residual (`Architecture.has_plain_residual`), in the dtype in which the layers
             of both models are run.
         pruned: the result of `prune_model` for `plan`, in any dtype; its weights change.
-        compensation: its moments have the damping of each block that was cut.
+        moments: by number of the block; their damping is used.
         windows: [windows, tokens], int64.
         progress: called with 1 after every layer.
     """
@@ -77,7 +76,7 @@ def refit_sequentially(
                 after = _Layer(layer, calls, pruned_states)
                 blocks = {number: block for number, block in cut.items() if block.layer == index}
                 for number, block in blocks.items():
-                    damping = compensation.moments[number].damping
+                    damping = moments[number].damping
                     weight = _refit(before, after, block, damping, _kept_inputs(structure, plan, number))
                     # The layer may be a copy, or a streamed one on another device.
                     overwrite_weight(pruned, block.row_wise.parameter, weight)

@@ -16,7 +16,7 @@ from adapruner.measurement import Statistics, measure_moments
 from adapruner.models import architecture_of, in_fastest_dtype
 from adapruner.planning import PruningPlan
 from adapruner.structure import Structure
-from adapruner.surgery import Compensation, CompensationForm, prune_model, refit_sequentially
+from adapruner.surgery import prune_model, refit_sequentially
 
 
 def make_windows(
@@ -101,7 +101,6 @@ def compensate(
     structure: Structure,
     plan: PruningPlan,
     windows: Tensor,
-    form: CompensationForm = "least-squares",
     sequential: bool = True,
 ) -> PreTrainedModel:
     """The model that `cut` gives, with the remaining weights of the output projections corrected in closed form.
@@ -109,7 +108,6 @@ def compensate(
     Args:
         model: the dense model, which is not changed.
         windows: [windows, tokens], int64, at least 2; more text gives a better model.
-        form: `bias`, `least-squares` or `least-squares-bias`; those with a bias add parameters.
         sequential: fit least squares layer by layer on the outputs of the pruned layers before, if the family allows.
 
     Raises:
@@ -117,9 +115,8 @@ def compensate(
         NonFiniteError: activations are not finite.
     """
     fast = in_fastest_dtype(model)
-    compensation = Compensation(form, dict(measure_moments(fast, structure, windows)))
-    pruned = prune_model(model, structure, plan, compensation)
-    allowed = form == "least-squares" and architecture_of(model.config).has_plain_residual(model.config)
-    if sequential and allowed:
-        refit_sequentially(fast, pruned, structure, plan, compensation, windows)
+    moments = dict(measure_moments(fast, structure, windows))
+    pruned = prune_model(model, structure, plan, moments)
+    if sequential and architecture_of(model.config).has_plain_residual(model.config):
+        refit_sequentially(fast, pruned, structure, plan, moments, windows)
     return pruned

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import compute_prefix
 from adapruner.graph import Form, RunFolder
 from adapruner.importance import TERMS, Term
-from adapruner.measurement import InputMoments, Statistics, StoredMoments
+from adapruner.measurement import Statistics, StoredMoments
 from adapruner.memory import Placement
 from adapruner.option_rules import (
     TOKENS_FOR_ATTENTION,
@@ -55,7 +55,6 @@ from adapruner.search import (
     reused_layers,
 )
 from adapruner.structure import Block, Structure
-from adapruner.surgery import Compensation
 
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
@@ -100,9 +99,9 @@ def ranked_attention(
 
 
 @GRAPH.in_memory
-def compensation_of(compensation: Any) -> Callable[[Mapping[int, InputMoments] | None], Compensation | None]:
-    """For second moments, how the remaining weights are corrected; None if they are not."""
-    return lambda moments: None if compensation == "none" or moments is None else Compensation(compensation, moments)
+def moments_to_correct(moments: StoredMoments | None, compensation: str) -> StoredMoments | None:
+    """The second moments by which the remaining weights are corrected; None if they are not."""
+    return None if compensation == "none" else moments
 
 
 # The search
@@ -190,19 +189,18 @@ def judging(
     dense_fast: PreTrainedModel,
     structure: Structure,
     statistics: Statistics,
-    moments: StoredMoments | None,
-    compensation_of: Any,
+    moments_to_correct: StoredMoments | None,
     layout: Layout,
     protect_first: int | None,
     memory_for_moments: dict[torch.device, int],
 ) -> Judging:
     """For windows, [windows, tokens], what judges candidates on them during the search."""
-    held = None if moments is None else StoredMoments(moments.folder, memory_for_moments)
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
 
     def judge(windows: Tensor) -> Objective:
-        compensation, reused = compensation_of(held), reused_layers(layout, protect_first, structure.layers)
+        reused = reused_layers(layout, protect_first, structure.layers)
         prefix = compute_prefix(dense_fast, windows, reused) if reused else None
-        return Objective(dense_fast, structure, statistics, windows, compensation, prefix)
+        return Objective(dense_fast, structure, statistics, windows, held, prefix)
 
     return judge
 
@@ -270,11 +268,10 @@ def levelled(
     dense_fast: PreTrainedModel,
     structure: Structure,
     statistics: Statistics,
-    moments: StoredMoments | None,
+    moments_to_correct: StoredMoments | None,
     windows: Windows,
     found: SearchResult,
     starting_budget: Budget,
-    compensation_of: Any,
     level_rounds: int | None,
     ratio: float,
     prunable_layers: range,
@@ -291,8 +288,8 @@ def levelled(
     candidate = at_budget(structure, found.best, starting_budget)
     rounds = level_rounds_of(level_rounds, ratio)
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
-    compensation = compensation_of(moments and StoredMoments(moments.folder, memory_for_moments))
-    objective = Objective(dense_fast, structure, statistics, windows["objective"], compensation)
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
+    objective = Objective(dense_fast, structure, statistics, windows["objective"], held)
     with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
         return level(objective, text, candidate, rounds, prunable_layers, head_share is None, advance)
 

@@ -155,23 +155,21 @@ def compensated(
     dense_fast_later: Callable[[], PreTrainedModel],
     structure: Structure,
     plan: PruningPlan,
-    moments: StoredMoments | None,
+    moments_to_correct: StoredMoments | None,
     text_to_fit: Tensor | None,
-    compensation_of: Any,
     fits_sequentially: bool,
     save: Save,
     reporter: Reporter,
     work: Path,
 ) -> Path:
     """The dense model, cut by the plan and compensated, before its scales are tuned."""
-    correction = compensation_of(moments)
     with reporter.stage("cutting"):
-        pruned = prune_model(dense, structure, plan, correction)
-    if correction and fits_sequentially:
+        pruned = prune_model(dense, structure, plan, moments_to_correct)
+    if moments_to_correct is not None and fits_sequentially:
         assert text_to_fit is not None
         dense_fast = dense_fast_later()
         with reporter.stage("compensating", structure.layers) as advance:
-            refit_sequentially(dense_fast, pruned, structure, plan, correction, text_to_fit, advance)
+            refit_sequentially(dense_fast, pruned, structure, plan, moments_to_correct, text_to_fit, advance)
     return save(pruned, work / "model")
 
 
