@@ -22,13 +22,13 @@ from adapruner.models import find_model
 from tiny_families import cut_to, tiny_config
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM = 12, 72, 6, 3, 12
-NO_ATTENTION, NO_FEED_FORWARD = {3, 10, 11}, {1, 9}
+NO_ATTENTION = {3, 10, 11}
 WIDTHS = [768, 512, 256, 768, 256, 512, 768, 512, 256, 256, 768, 512]
 Shape = tuple[int, ...]
 
 
 def pruned(model_type: str = "llama", counts: Any = None, **fields: object) -> PreTrainedModel:
-    """12 layers of different widths, three without attention and two without feed-forward.
+    """12 layers of different widths, three without attention.
 
     Args:
         counts: gives the number of groups that a block keeps, in place of these numbers.
@@ -41,7 +41,7 @@ def pruned(model_type: str = "llama", counts: Any = None, **fields: object) -> P
     def kept(block: Any) -> int:
         if block.kind == "heads":
             return 0 if block.layer in NO_ATTENTION else block.groups
-        return 0 if block.layer in NO_FEED_FORWARD else WIDTHS[block.layer]
+        return WIDTHS[block.layer]
 
     return cut_to(random_model(tiny_config(model_type, **sizes | fields)), counts or kept)
 
