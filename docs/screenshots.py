@@ -13,7 +13,8 @@ from pathlib import Path
 from cyclopts import run as run_script
 from playwright.sync_api import sync_playwright
 
-from adapruner.verbs._report import write_reports
+from adapruner.graph import RunFolder
+from adapruner.report import write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = {
@@ -25,7 +26,7 @@ PICTURES = {
 
 def main(*, run: Path = Path("runs/demo"), output: Path = Path("runs/screenshots")) -> None:
     """Writes the report again, and pictures of the whole page."""
-    [page_file] = write_reports(run)
+    page_file = write_report(RunFolder(run))
     executable = next(filter(None, map(shutil.which, CHROMIUM)))
     output.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:

@@ -27,16 +27,16 @@ from adapruner import PruneConfig
 from adapruner.cli import app, main
 from adapruner.evaluation import Verdict
 from adapruner.graph import RunFolder
+from adapruner.recovery import RecoveryRecord
 from adapruner.report import write_report
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
-from adapruner.report._contents import read_contents
+from adapruner.report._contents import read_contents, read_result
 from adapruner.tables import BARS, Column, Table
-from adapruner.verbs._report import write_reports as write_watched
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
-    "ratio": 0.12,
+    "ratio": 0.2,
     "pool": 12,
     "samples": 4,
     "objective_windows": 6,
@@ -172,9 +172,8 @@ def edited_search(run: RunFolder) -> Iterator[Any]:
 
 
 def page_of(run: RunFolder) -> Page:
-    """The page of a run for one ratio, written now."""
-    path = write_report(run)
-    return Page(path)
+    """The page of a run, written now."""
+    return Page(write_report(run))
 
 
 def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
@@ -359,23 +358,16 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
     assert all(not row[5].strip() for row in rows[1:-3])
 
 
-def test_the_ladder_of_an_unfinished_run_says_that_scales_were_tuned(run: RunFolder) -> None:
-    (run.path / "result.json").unlink()
-    (run.path / "evaluation" / "perplexity-compensated.json").unlink()
-    names = [row[0] for row in page_of(run).tables["ladder-table"]]
-    assert names[-2:] == ["final compensation, scales tuned, saved", "dense, to compare with"]
-
-
-def test_the_ladder_shows_parts_that_were_tried_again(run: RunFolder) -> None:
+def test_the_ladder_shows_attention_that_was_tried_again(run: RunFolder) -> None:
     tried = {"gain": 0.02, "gain_standard_error": 0.005}
     with edited(run, "result.json") as result:
         result["levelled"]["kept"] = [
-            {"layer": 3, "part": "attention", "accepted": True, **tried},
-            {"layer": 1, "part": "layer", "accepted": False, **tried},
+            {"layer": 3, "accepted": True, **tried},
+            {"layer": 1, "accepted": False, **tried},
         ]
     names = [row[0] for row in page_of(run).tables["ladder-table"]]
     assert "attention of layer 3 kept" in names
-    assert names.index("layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
+    assert names.index("attention of layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
 
 
 def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:
@@ -472,9 +464,9 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
 def test_no_command_is_suggested_that_would_be_refused(
     options: dict[str, Any], said: str | None, run: RunFolder
 ) -> None:
-    contents = read_contents(run, run.read_config())
+    contents = read_contents(run, read_result(run))
     config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
-    commands = next_commands(replace(contents, config=config))
+    commands = next_commands(replace(contents, result=contents.result.model_copy(update={"config": config})))
     recover = [line for line in commands.values() if " recover " in line]
     assert bool(recover) == bool(said)
     assert all(str(said) in line for line in recover)
@@ -530,62 +522,50 @@ def test_nothing_of_the_run_is_touched(run: RunFolder) -> None:
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report} == before
 
 
-def test_a_run_that_is_not_finished(run: RunFolder) -> None:
-    for left_out, has, has_not in (
-        (("result.json",), "incomplete: rerun the command to resume", "torch 2"),
-        (("evaluation",), "Sample", "perplexity"),
-        (("model",), "What was removed", EVIL),
-        (("plan.json",), "Chosen calibration samples", "What was removed"),
-        (("search.json",), "26 of 26 trials", "Chosen calibration samples"),
-        (("study.jsonl",), "No trial has finished yet", "26 trials"),
-        (("windows.safetensors", "statistics.safetensors", "log.jsonl"), "No trial has finished yet", "peak memory"),
-        (("keys",), "No trial has finished yet", "peak memory"),
-    ):
-        for name in left_out:
-            path = run.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shown = page_of(run)
-        assert has in shown.text
-        assert has_not not in shown.text
+def test_a_run_that_is_not_finished_is_refused(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a result, or as an interrupted run with `overwrite` leaves it."""
+    result, config = (run.path / "result.json").read_bytes(), run.read_config()
 
+    def refusal() -> str:
+        with pytest.raises(SystemExit, match="2"):
+            main(["report", str(run.path)])
+        return capsys.readouterr().err
 
-def test_what_was_made_with_other_options_is_not_shown(run: RunFolder) -> None:
-    """As an interrupted run with `overwrite` leaves it."""
-    config = run.read_config()
-    run.save_config(config.model_copy(update={"evaluate": config.evaluate[:1]}))
-    shown = page_of(run)
-    assert "incomplete" in shown.text
-    assert "What was removed" in shown.text
-    assert config.evaluate[1] not in shown.text
-    run.save_config(config.model_copy(update={"ratio": 0.3}))
-    shown = page_of(run)
-    assert "No trial has finished yet" in shown.text
-    assert "What was removed" not in shown.text
-    assert "Chosen calibration samples" not in shown.text
+    said = f"adapruner: the run in {run.path} is not finished: rerun its command to resume\n"
+    (run.path / "result.json").unlink()
+    assert refusal() == said
+    (run.path / "result.json").write_bytes(result)
+    for changes in ({"evaluate": config.evaluate[:1]}, {"ratio": 0.3}, {"pool": 11}):
+        run.save_config(config.model_copy(update=changes))
+        assert refusal() == said
     run.save_config(config)
-    assert "incomplete" not in page_of(run).text
+    with edited(run, "keys/search.json.json") as record:
+        record["leaves"]["placement"] = "another"
+    assert refusal() == said
 
 
 def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
     (run.path / "keys" / "attention.json.json").unlink()
-    assert "incomplete" not in page_of(run).text
+    (run.path / "windows.safetensors").unlink()
+    (run.path / "log.jsonl").unlink()
+    shown = page_of(run)
+    assert "Sample" in shown.text
+    assert not list(shown.root.iterfind(".//details[@class='sample']"))
 
 
-def test_a_run_is_watched_until_it_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run.path / "result.json").unlink()
-    naps: list[float] = []
-    monkeypatch.setattr("time.sleep", naps.append)
-    pages = write_watched(run.path, watch=True)
-    with run.locked():
-        for _ in range(2):
-            shown = Page(next(pages))
-            assert "running" in shown.text
-            assert shown.meta("refresh") == ["5"]
-    [path] = pages
-    last = Page(path)
-    assert "incomplete" in last.text
-    assert not last.meta("refresh")
-    assert naps.count(5) == 2
+@pytest.mark.parametrize(
+    ("recovered", "line"),
+    [(False, "the model should be recovered before use"), (True, "the model was not recovered enough for use")],
+)
+def test_a_fine_tuned_model_is_not_sent_to_be_recovered(
+    recovered: bool, line: str, finished: adapruner.PruneResult
+) -> None:
+    """The verdict of both is `recover first`."""
+    (*others, final) = finished.result.models
+    models = (*others, final.model_copy(update={"verdict": "recover first"}))
+    record = RecoveryRecord.model_construct() if recovered else None
+    result = finished.result.model_copy(update={"models": models, "recovery": record})
+    assert line in replace(finished, result=result).advice()
 
 
 def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,7 +176,7 @@ class PruneResult:
     def advice(self) -> list[str]:
         """Problems of the outcome and remedies, a line each."""
         result = self.result
-        lines = [*_rises(result), *_verdict(result.final), *_breakage(result)]
+        lines = [*_rises(result), *_verdict(result), *_breakage(result)]
         if lines:
             training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
             lines.append(f"{training} or a lower `ratio` helps")
@@ -229,11 +229,13 @@ def _rises(result: RunResult) -> Iterator[str]:
             yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
 
 
-def _verdict(final: ModelNumbers) -> Iterator[str]:
+def _verdict(result: RunResult) -> Iterator[str]:
     """A line on the verdict, if the model is not usable."""
+    final = result.final
     if final.breakage is None or final.verdict in (None, "usable"):
         return
-    yield "the model is broken" if final.verdict == "broken" else "the model should be recovered before use"
+    remedy = "was not recovered enough for use" if result.recovery else "should be recovered before use"
+    yield "the model is broken" if final.verdict == "broken" else f"the model {remedy}"
 
 
 def _breakage(result: RunResult) -> Iterator[str]:

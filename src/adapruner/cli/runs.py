@@ -84,29 +84,29 @@ def _default_output(model: str | None, recipe: str | None, options: dict[str, An
     return Path("runs", f"{name}-{limits.size or limits.memory or format(ratio, 'g')}")
 
 
-def report(run: Path, /, *, open: Flag = False, watch: Flag = False, json: Json = False) -> None:
-    """Write the report of a run, a self-contained page: report.html in the run folder.
+def report(run: Path, /, *, open: Flag = False, json: Json = False) -> None:
+    """Write the report of a finished run, a self-contained page: report.html in the run folder.
 
     ```console
     adapruner report runs/a
     adapruner report runs/a --open
-    adapruner report runs/a --watch
     ```
 
     Args:
-        run: Run folder; the report of an unfinished run shows what is available.
+        run: Folder of a finished run.
         open: Open the page in the browser.
-        watch: Update the page every few seconds while the run is in progress; the open page reloads automatically.
     """
     import webbrowser
 
     with starting():
-        from adapruner.verbs._report import write_reports
+        from adapruner.graph import RunFolder
+        from adapruner.paths import given_path
+        from adapruner.report import write_report
+        from adapruner.run.options import register_extensions
 
-    written = write_reports(run, watch)
-    page = next(written)
+    folder = RunFolder(given_path(run))
+    register_extensions(folder.read_config())
+    page = write_report(folder)
     if open:
         webbrowser.open(page.absolute().as_uri())
     print_output({"run": run, "report": page}, json, [f"report: {page}"])
-    for _ in written:
-        pass

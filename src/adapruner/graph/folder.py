@@ -22,8 +22,6 @@ from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import link_or_copy, write_atomically, write_text
 from adapruner.graph.records import CARD, Record, are_as_written, stamps
 
-# Whoever asks whether a process is running here holds the lock for a moment.
-_SECONDS_TO_WAIT_FOR_PROBES = 2
 # Some network file systems grant a lock to everybody: a running command also touches a file, which others see.
 _SECONDS_BETWEEN_BEATS = 5
 
@@ -93,7 +91,7 @@ class RunFolder:
         is_busy = AdaPrunerError(f"another command is running in {self.path}: wait for it, or choose another `output`")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._lock).acquire(timeout=_SECONDS_TO_WAIT_FOR_PROBES)
+            lock = FileLock(self._lock).acquire(timeout=0)
         except Timeout:
             raise is_busy from None
         except (OSError, NotImplementedError) as error:
@@ -129,25 +127,9 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             return False
 
-    def is_running(self) -> bool:
-        """True if a command is running in it."""
-        if not self._lock.is_file():
-            return False
-        try:
-            with FileLock(self._lock, timeout=0):
-                return False
-        except Timeout:
-            return True
-
     def record(self, name: str) -> Record | None:
         """The record of a finished or unfinished artifact; None where none can be read."""
         return _read_record(self._record(name))
-
-    @property
-    def recorded(self) -> list[str]:
-        """The names of the artifacts that have a record."""
-        records = map(_read_record, self._keys.glob("*.json"))
-        return [record.name for record in records if record]
 
     def is_made(self, name: str, key: str) -> bool:
         """True if the artifact is complete, has this key, and is as it was written."""

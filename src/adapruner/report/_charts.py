@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from adapruner.search import History, TriedPoint
+from adapruner.search import SearchResult, TriedPoint
 
 LOSS_NAME = "loss, nats per token"
 
@@ -85,17 +85,15 @@ def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, st
     return Scatter(across, up, marks)
 
 
-def trials(history: History, chosen: int | None) -> Scatter | None:
-    """The loss of every trial in the order of their beginning, and the best so far; None if no trial has a loss."""
-    known = [(point, point.loss) for point in history.points if point.loss is not None]
-    if not known:
-        return None
+def trials(search: SearchResult) -> Scatter:
+    """The loss of every trial in the order of their beginning, and the best so far."""
+    known = [(point, point.loss) for point in search.points if point.loss is not None]
     kinds: dict[str, list[tuple[float, float, str]]] = {name: [] for name in (*_KINDS, "chosen")}
     for point, loss in known:
         kind = _kind(point)
         mark = point.number, loss, f"trial {point.number}, {point.fixed_metric or kind}: {loss:.4f}"
         kinds[kind].append(mark)
-        if point.number == chosen:
+        if point.number == search.best_trial:
             kinds["chosen"].append(mark)
     plot = scatter("trial", LOSS_NAME, kinds)
     best = list(accumulate((math.inf if point.stopped else loss for point, loss in known), min))
@@ -119,18 +117,18 @@ def _kind(point: TriedPoint) -> str:
     return "starting point" if point.starting_point else "proposed by the sampler"
 
 
-def strips(history: History, chosen: int | None) -> dict[str, dict[str, list[Mark]]]:
+def strips(search: SearchResult) -> dict[str, dict[str, list[Mark]]]:
     """The trials on the range of every searched parameter, by their kind: `other`, `best quarter` or `chosen`. The most
-    important parameter is first. Empty before the first trial."""
+    important parameter is first. Empty if no trial was placed in the space."""
     tried = sorted(
-        ((point.loss, point) for point in history.points if point.positions and point.loss is not None),
+        ((point.loss, point) for point in search.points if point.positions and point.loss is not None),
         key=lambda entry: entry[0],
     )
     quarter = math.ceil(len(tried) / 4)
-    names = [name for name in history.importance or history.ranges if name in history.ranges]
+    names = [name for name in search.importance or search.ranges if name in search.ranges]
     marks: dict[str, dict[str, list[Mark]]] = {name: {} for name in names}
     for rank, (loss, point) in reversed(list(enumerate(tried))):  # the best on top
-        kind = "chosen" if point.number == chosen else "best quarter" if rank < quarter else "other"
+        kind = "chosen" if point.number == search.best_trial else "best quarter" if rank < quarter else "other"
         for name in marks.keys() & point.positions.keys():
             label = f"trial {point.number}, loss {loss:.4f}: {described(point.parameters[name])}"
             marks[name].setdefault(kind, []).append(Mark(100 * point.positions[name], 50, label))

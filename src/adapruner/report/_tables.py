@@ -11,8 +11,8 @@ from typing import NamedTuple
 from adapruner.evaluation import Rate, Speed
 from adapruner.numbers import Numbers, difference, is_noise, shortened, signed, with_error
 from adapruner.report._contents import Contents
-from adapruner.result import ModelNumbers, Role
-from adapruner.search import KeptAttention, Levelled, MovedChannels, SearchResult
+from adapruner.result import ModelNumbers, Role, RunResult
+from adapruner.search import KeptAttention, Levelled, MovedChannels
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 # Prompts whose continuations are shown.
@@ -47,12 +47,13 @@ def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str]) -> Iterator[Ce
         yield _change(label, about, before.cell, after.cell, change, noise)
 
 
-def gains(contents: Contents, dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
+def gains(contents: Contents, final_name: str) -> Table:
     """The savings of the final model."""
-    return _changes("gain-table", "Gains", final_name, _gains(contents, dense.parameters, final.parameters))
+    return _changes("gain-table", "Gains", final_name, _gains(contents))
 
 
-def _gains(contents: Contents, before: int, after: int) -> Iterator[Cells]:
+def _gains(contents: Contents) -> Iterator[Cells]:
+    before, after = contents.dense.parameters, contents.result.final.parameters
     yield _smaller("parameters", "", _millions, before, after)
     if size := contents.weight_bytes:
         yield _smaller("weights on disk", "in the same dtype", _megabytes, round(size * before / after), size)
@@ -94,12 +95,12 @@ def _smaller(label: str, about: str, show: Callable[[int], str], before: int, af
     return _change(label, about, Cell(show(before)), Cell(show(after)), change)
 
 
-def ladder(contents: Contents, search: SearchResult) -> Table:
+def ladder(result: RunResult) -> Table:
     """Steps from a fixed metric to the saved model: the loss on held-out windows, its gain over the row above on the
     same windows, and bits per byte of the first text that is reported on."""
-    rungs = list(_rungs(contents, search))
-    text = next(iter(contents.final.perplexity), "") if contents.final else ""
-    bits = {model.role: model.numbers.get(("text", "bits per byte", text)) for model in contents.models}
+    rungs = list(_rungs(result))
+    text = next(iter(result.final.perplexity), "")
+    bits = {model.role: model.numbers.get(("text", "bits per byte", text)) for model in result.models}
     columns = [
         Column("step", is_number=False),
         *map(Column, ("trial", "loss")),
@@ -158,10 +159,10 @@ class _Rung(NamedTuple):
     role: Role | None = None
 
 
-def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
-    is_compensated = contents.config.compensation != "none"
+def _rungs(result: RunResult) -> Iterator[_Rung]:
+    search, is_compensated = result.search, result.config.compensation != "none"
     fixed = f"best fixed metric ({search.best_fixed_name})"
-    measured = {model.role for model in contents.models if model.perplexity}
+    measured = {model.role for model in result.models if model.perplexity}
     if is_compensated and "best_fixed" in measured:
         yield _Rung(f"{fixed}, not compensated", role="best_fixed")
         fixed = "same metric"
@@ -170,16 +171,15 @@ def _rungs(contents: Contents, search: SearchResult) -> Iterator[_Rung]:
         gain = None if step.gain is None else (step.gain, step.standard_error)
         role: Role | None = "best_fixed" if step.name == "fixed metric" and not is_compensated else None
         yield _Rung(names[step.name], step.trial, step.loss, gain, role)
-    if contents.levelled:
-        yield from _levelling(contents.levelled)
+    if result.levelled:
+        yield from _levelling(result.levelled)
     if "compensated" in measured:
         yield _Rung("final compensation", role="compensated")
         yield _Rung("scales tuned, saved", role="searched")
     else:
-        is_tuned = contents.result.tuned_scales if contents.result else "tuning scales" in contents.stages
-        done = {"final compensation": is_compensated, "scales tuned": is_tuned, "saved": True}
+        done = {"final compensation": is_compensated, "scales tuned": result.tuned_scales, "saved": True}
         yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
-    if contents.config.recover:
+    if result.recovery:
         yield _Rung("recovered", role="recovered")
     yield _Rung("dense, to compare with", role="dense")
 

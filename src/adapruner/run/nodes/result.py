@@ -124,4 +124,4 @@ def result(
 @GRAPH.kept("report.html", PAGE, is_result=True, is_page=True)
 def report(result: RunResult, run_folder: RunFolder) -> str:
     """The page that shows the run."""
-    return render_report(run_folder, result.config)
+    return render_report(run_folder, result)
