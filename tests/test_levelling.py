@@ -320,7 +320,7 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
     levelled = levelled_to_ratio(objective, text[400:], without, 0)
     assert levelled.candidate == (candidate if is_kept else without)
     (only,) = levelled.kept
-    assert (only.layer, only.part, only.accepted) == (1, "attention", is_kept)
+    assert (only.layer, only.accepted) == (1, is_kept)
     gains = losses_of(objective, without) - losses_of(objective, candidate)
     assert only.gain == pytest.approx(float(gains.mean()), abs=1e-4)
     assert only.gain_standard_error == pytest.approx(float(gains.std() / 20), rel=1e-2)

@@ -218,8 +218,8 @@ def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResul
         ({"heads": [4, 0], "channels": [8, 5]}, "whole attention layers, feed-forward channels"),
         ({"heads": [4, 2], "channels": [8, 8]}, "attention heads"),
         (
-            {"heads": [0, 2], "channels": [0, 5]},
-            "attention heads, whole attention layers, feed-forward channels, whole feed-forward layers",
+            {"heads": [0, 2], "channels": [8, 5]},
+            "attention heads, whole attention layers, feed-forward channels",
         ),
         ({"heads": [4, 4], "experts": [6, 6]}, "experts"),
     ],
