@@ -28,19 +28,28 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import PruneConfig, PruneResult, PruningPlan
-from adapruner.calibration import evenly_spaced, parse_source, text_windows
-from adapruner.evaluation import measure_perplexity
-from adapruner.graph import RunFolder
-from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import InputMoments, Statistics, StoredMoments, measure
-from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
+from adapruner.calibration._pool import evenly_spaced, text_windows
+from adapruner.calibration._sources import parse_source
+from adapruner.evaluation._perplexity import measure_perplexity
+from adapruner.graph.folder import RunFolder
+from adapruner.importance._metric import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
+from adapruner.measurement._moments import InputMoments, StoredMoments
+from adapruner.measurement._samples import measure
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import make_plan
 from adapruner.progress import Reporter
 from adapruner.run.making import making_of
-from adapruner.search import PaperSpace, at_budget, build_subset_family, plan_candidate
-from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import prune_model, refit_sequentially
-from adapruner.surgery._cut import kept_indices
+from adapruner.search._objective import at_budget, plan_candidate
+from adapruner.search._space import PaperSpace
+from adapruner.search._subsets import build_subset_family
+from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import kept_indices, prune_model
+from adapruner.surgery._sequential import refit_sequentially
 
 SEARCHED_RATIO = 0.2
 # Where feed-forward channels alone are not enough.
@@ -297,7 +306,7 @@ def with_biases(comparison: Comparison, plan: PruningPlan, means: Sequence[Tenso
     for block, kept, mean in zip(comparison.structure.blocks, plan.blocks, means, strict=True):
         is_removed = torch.ones(block.inputs, dtype=torch.bool)
         is_removed[kept_indices(kept, [block.row_wise], block.inputs)[0]] = False
-        weight = comparison.dense.get_submodule(block.row_wise.module).weight
+        weight: Any = comparison.dense.get_submodule(block.row_wise.module).weight
         bias = weight[:, is_removed].float() @ mean[is_removed].float()
         pruned.get_submodule(block.row_wise.module).bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return pruned

@@ -27,13 +27,15 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.config import ExportFormat
 from adapruner.families import resolve
 from adapruner.families.tiny import random_model
-from adapruner.models import is_pruned, using_architecture
-from adapruner.planning import PruningPlan, make_plan
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.models._architecture import is_pruned, using_architecture
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from engines import FAMILIES, PROMPT, Folder, greedy
 
 SIZES: dict[str, Any] = {
@@ -107,7 +109,11 @@ def write_forms(work: Path, family: str, layout: str, model: PreTrainedModel, to
     pruned = Folder(family, layout, "pruned", {}, prompt, tokens, str(tokenizer.decode(tokens)))
     save_checkpoint(model, tokenizer, work / pruned.name, record={"plan": ""})
     decilm = dataclasses.replace(pruned, form="decilm", refused={})
-    for folder, to, output in (pruned, "gguf", f"{pruned.name}.gguf"), (decilm, "decilm", decilm.name):
+    exports: tuple[tuple[Folder, ExportFormat, str], ...] = (
+        (pruned, "gguf", f"{pruned.name}.gguf"),
+        (decilm, "decilm", decilm.name),
+    )
+    for folder, to, output in exports:
         try:
             adapruner.export(work / pruned.name, to, work / output, gguf_type="f32", overwrite=True)
         except adapruner.AdaPrunerError as refusal:

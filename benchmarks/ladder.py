@@ -21,15 +21,20 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration import evenly_spaced, parse_source, text_windows
-from adapruner.evaluation import window_losses
-from adapruner.graph import RunFolder
-from adapruner.measurement import Statistics, StoredMoments
-from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
+from adapruner.calibration._pool import evenly_spaced, text_windows
+from adapruner.calibration._sources import parse_source
+from adapruner.evaluation._losses import window_losses
+from adapruner.graph.folder import RunFolder
+from adapruner.measurement._moments import StoredMoments
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
 from adapruner.result import RunResult
-from adapruner.search import Candidate, plan_candidate
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.search._objective import plan_candidate
+from adapruner.search._space import Candidate
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 
 def main(

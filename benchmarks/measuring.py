@@ -26,9 +26,11 @@ from cyclopts import run
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.measurement import measure
-from adapruner.models import find_model, load_model
-from adapruner.structure import Structure, build_structure
+from adapruner.measurement._samples import measure
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 from machine import MIB, describe, memory, reset_peak, seconds
 
 Way = Literal["activations", "all terms", "vector-wise", "layer by layer", "plain"]

@@ -35,15 +35,23 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from adapruner.calibration import evenly_spaced, parse_source, text_windows
-from adapruner.evaluation import compute_prefix, losses_by_batch, measure_perplexity
-from adapruner.measurement import StoredMoments, factorize, measure_moments, projected_blocks, removal_errors
-from adapruner.models import find_model, in_fastest_dtype, load_model, load_tokenizer
+from adapruner.calibration._pool import evenly_spaced, text_windows
+from adapruner.calibration._sources import parse_source
+from adapruner.evaluation._losses import compute_prefix, losses_by_batch
+from adapruner.evaluation._perplexity import measure_perplexity
+from adapruner.measurement._moments import StoredMoments, measure_moments, projected_blocks
+from adapruner.measurement._removal import removal_errors
+from adapruner.measurement._solving import factorize
+from adapruner.models._device import in_fastest_dtype
 from adapruner.models._layers import other_forwards
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
 from adapruner.models.modeling_pruned import Nothing
-from adapruner.planning import kept_counts, make_plan, weigh_channels
-from adapruner.structure import Block, Structure, build_structure, count_parameters
-from adapruner.surgery import prune_model
+from adapruner.planning._budget import kept_counts, weigh_channels
+from adapruner.planning._plan import make_plan
+from adapruner.structure._blocks import Block, Structure, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from comparison import peer_budget
 
 Peer = Literal["SlimGPT", "OSSCAR", "MoDeGPT", "2SSP", "BlockPruner", "GRASPrune"]

@@ -21,14 +21,17 @@ from cyclopts import Parameter, run
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner.calibration import evenly_spaced, parse_source, text_windows
-from adapruner.checkpoint import save_checkpoint
-from adapruner.importance import LLM_PRUNER_METRICS, score_groups
-from adapruner.measurement import measure
-from adapruner.models import find_model, load_model, load_tokenizer
-from adapruner.planning import kept_counts, make_plan
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.calibration._pool import evenly_spaced, text_windows
+from adapruner.calibration._sources import parse_source
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.importance._metric import LLM_PRUNER_METRICS, score_groups
+from adapruner.measurement._samples import measure
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.planning._budget import kept_counts
+from adapruner.planning._plan import make_plan
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from comparison import peer_budget
 from frontier import TRAINING, perplexities
 from peers import PEERS, Peer, Setting, append, read

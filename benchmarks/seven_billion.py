@@ -29,9 +29,11 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.calibration import parse_source, read_documents
-from adapruner.models import empty_model, find_model, load_model
+from adapruner.calibration._reading import read_documents
+from adapruner.calibration._sources import parse_source
 from adapruner.models._layers import _Stream
+from adapruner.models._loading import empty_model, load_model
+from adapruner.models._places import find_model
 from adapruner.progress import Advance, Reporter
 
 LAYERS_PER_SHARD = 4

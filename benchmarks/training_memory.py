@@ -15,9 +15,10 @@ from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
-from adapruner.measurement import saved_activations
+from adapruner.measurement._samples import saved_activations
 from adapruner.memory import bytes_of_predictions
-from adapruner.models import decoder_layers, empty_model
+from adapruner.models._layers import decoder_layers
+from adapruner.models._loading import empty_model
 
 GB, FLOAT32 = 10**9, 4
 # The config fields of the dense model; and the channels with which a fifth of its weights is removed.

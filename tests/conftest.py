@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.models import known_architectures
+from adapruner.models._architecture import known_architectures
 from run_helpers import CONTINUED, RUN_OPTIONS
 
 VOCABULARY = 96

@@ -34,9 +34,13 @@ from adapruner.config import Layout
 from adapruner.errors import reason
 from adapruner.families import open_config
 from adapruner.families.tiny import random_model
-from adapruner.models import architecture_of, find_model, load_model, wrapper_of
-from adapruner.structure import Kind, Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.models._architecture import architecture_of
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.models._wrapper import wrapper_of
+from adapruner.structure._blocks import Kind, Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from adapruner.verbs._inspect import describe
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
 from tiny_images import masked_logits, with_image

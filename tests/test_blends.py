@@ -14,12 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
-from adapruner.calibration import absolute_blend, parse_blend, parse_source, text_windows
+from adapruner.calibration._blend import absolute_blend, parse_blend
+from adapruner.calibration._pool import text_windows
+from adapruner.calibration._sources import parse_source
 from adapruner.card import trained_sentence
-from adapruner.recovery import Example, Examples, Unwritten, read_examples, total_steps, working_folder
+from adapruner.recovery._examples import Example, Examples, Unwritten, read_examples
+from adapruner.recovery._folder import working_folder
 from adapruner.recovery._length import most_held_out
 from adapruner.recovery._mixing import MixedExamples
-from adapruner.recovery._training import collate
+from adapruner.recovery._training import collate, total_steps
 from run_helpers import exit_code
 
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}

@@ -24,28 +24,15 @@ from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.calibration import (
-    Source,
-    _reading,
-    _sources,
-    _tokenizing,
-    draw_windows,
-    evaluation_text,
-    fingerprint,
-    generate_windows,
-    parse_source,
-    provenance,
-    read_documents,
-    read_records,
-    register_sources,
-    stream_documents,
-    text_windows,
-    tokens_of,
-)
+from adapruner.calibration import _reading, _sources, _tokenizing
+from adapruner.calibration._pool import draw_windows, evaluation_text, generate_windows, text_windows
+from adapruner.calibration._reading import fingerprint, provenance, read_documents, read_records, stream_documents
+from adapruner.calibration._sources import Source, parse_source, register_sources
+from adapruner.calibration._tokenizing import tokens_of
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.texts import assign_texts
-from adapruner.tokens import count_tokens
+from adapruner.tokens._counting import count_tokens
 from machine import memory, reset_peak
 
 

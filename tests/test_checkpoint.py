@@ -24,12 +24,14 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.checkpoint import read_origin, save_checkpoint
+from adapruner.checkpoint._folder import read_origin, save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
-from adapruner.models import find_model, in_fastest_dtype, modeling_pruned
-from adapruner.structure import build_structure
+from adapruner.models import modeling_pruned
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._places import find_model
+from adapruner.structure._build import build_structure
 from tiny_families import cut_to, tiny_config
 
 

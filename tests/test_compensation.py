@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.families import learn
-from adapruner.measurement import InputMoments, measure_moments
-from adapruner.models import copy_in_dtype
-from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import compensate, prune_model, refit_sequentially
-from adapruner.surgery._sequential import CARRIED_SHARE
+from adapruner.measurement._moments import InputMoments, measure_moments
+from adapruner.models._device import copy_in_dtype
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._compensation import compensate
+from adapruner.surgery._cut import prune_model
+from adapruner.surgery._sequential import CARRIED_SHARE, refit_sequentially
 from tiny_families import tiny_config
 
 KEPT = torch.tensor([0, 2, 3, 6])

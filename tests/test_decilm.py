@@ -14,11 +14,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.checkpoint import read_origin, save_checkpoint
+from adapruner.checkpoint._folder import read_origin, save_checkpoint
 from adapruner.decilm import check_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.families.tiny import random_model
-from adapruner.models import find_model
+from adapruner.models._places import find_model
 from tiny_families import cut_to, tiny_config
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM = 12, 72, 6, 3, 12

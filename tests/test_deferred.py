@@ -10,7 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from adapruner.models import copy_in_dtype, deferred_by_module, find_model, load_model, read_all
+from adapruner.models._deferred import deferred_by_module, read_all
+from adapruner.models._device import copy_in_dtype
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
 from tiny_families import tiny_config
 
 Saved = Callable[..., Path]

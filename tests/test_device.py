@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from adapruner.memory import Memory, room_for_moments
-from adapruner.models import computing_repeatably, decoder_layers
-from adapruner.models._layers import share_out
+from adapruner.models._device import computing_repeatably
+from adapruner.models._layers import decoder_layers, share_out
 
 
 def settings() -> tuple[str, bool, bool, bool]:

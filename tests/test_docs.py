@@ -27,9 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 import adapruner
 from adapruner import PruneConfig, PruneOptions
 from adapruner.cli import app, main
-from adapruner.importance import TERMS
-from adapruner.models import Architecture, ModelLocation, known_architectures
-from adapruner.run.nodes import GRAPH
+from adapruner.importance._terms import TERMS
+from adapruner.models._architecture import Architecture, known_architectures
+from adapruner.models._places import ModelLocation
+from adapruner.run.nodes.declared import GRAPH
 from run_helpers import byte_tokenizer, flags
 from tiny_wrappers import tiny_wrapper_config
 

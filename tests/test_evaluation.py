@@ -23,31 +23,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, calibration
-from adapruner.calibration import Question, _probes, probe_texts
+from adapruner.calibration import _probes
+from adapruner.calibration._probes import Question, probe_texts
 from adapruner.cli import app
 from adapruner.cli._output import print_output
 from adapruner.config import PruneConfig
-from adapruner.evaluation import (
-    Breakage,
-    Perplexity,
-    Verdict,
-    Writing,
-    _breakage,
-    _losses,
-    _writing,
-    count_macs,
-    finite_windows,
-    judge,
-    may_overflow,
-    measure_breakage,
-    measure_perplexity,
-    measure_speed,
-    window_losses,
-    write,
-)
+from adapruner.evaluation import _breakage, _losses, _writing
+from adapruner.evaluation._breakage import Breakage, Writing, measure_breakage
+from adapruner.evaluation._losses import finite_windows, may_overflow, window_losses
+from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
+from adapruner.evaluation._speed import count_macs, measure_speed
+from adapruner.evaluation._verdict import Verdict, judge
+from adapruner.evaluation._writing import write
 from adapruner.memory import Placement
-from adapruner.models import find_model, is_streamed, load_model
-from adapruner.structure import build_structure
+from adapruner.models._layers import is_streamed
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.structure._build import build_structure
 from adapruner.texts import assign_texts
 from adapruner.verbs import _evaluate, _source
 from adapruner.verbs._source import ModelSource

@@ -11,18 +11,23 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.config import ExpertGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import failed_checks
 from adapruner.families.tiny import random_model
-from adapruner.importance import TERMS, MetricPoint, score_groups
-from adapruner.measurement import InputMoments, Statistics, measure, measure_moments
-from adapruner.models import Architecture, remember_family, using_architecture
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.importance._metric import MetricPoint, score_groups
+from adapruner.importance._terms import TERMS
+from adapruner.measurement._moments import InputMoments, measure_moments
+from adapruner.measurement._samples import measure
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._architecture import Architecture, remember_family, using_architecture
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import make_plan
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from run_helpers import QUICK
 from tiny_families import random_plan, tiny_config
 

@@ -16,19 +16,20 @@ from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import ConformanceError, failed_checks, prove
 from adapruner.families.tiny import random_model
-from adapruner.models import (
+from adapruner.models import _architecture
+from adapruner.models._architecture import (
     Architecture,
     ProjectionNames,
-    _architecture,
     architecture_of,
-    empty_model,
-    find_model,
     known_architectures,
-    load_config,
     register_architectures,
     using_architecture,
 )
-from adapruner.structure import Structure, build_structure
+from adapruner.models._config import load_config
+from adapruner.models._loading import empty_model
+from adapruner.models._places import find_model
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 from adapruner.verbs._inspect import describe
 from run_helpers import QUICK
 from tiny_families import tiny_config

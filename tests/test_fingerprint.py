@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, fingerprint
+from adapruner.models._fingerprint import fingerprint
+from adapruner.models._places import find_model
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ import adapruner
 from adapruner.card import base_licence
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import write_gguf
-from adapruner.models import find_model, load_config, load_model, load_tokenizer
+from adapruner.gguf._write import write_gguf
+from adapruner.models._config import load_config
 from adapruner.models._gguf import check_header, refuse_what_is_not_read, without_tokens
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
 from run_helpers import byte_tokenizer
 
 

@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 
 from adapruner import AdaPrunerError
 from adapruner.files import replace
-from adapruner.graph import Form, Graph, GraphError, Making, Record, RunFolder, declaring
-from adapruner.graph.records import are_as_written, stamps
+from adapruner.graph import declaring
+from adapruner.graph.declaring import Graph, GraphError
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.making import Making
+from adapruner.graph.records import Form, Record, are_as_written, stamps
 from adapruner.progress import Reporter
 from run_helpers import fast_starts
 

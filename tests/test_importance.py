@@ -15,10 +15,15 @@ from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
+from adapruner.importance._metric import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
+from adapruner.importance._terms import TERMS
+from adapruner.measurement._moments import measure_moments
+from adapruner.measurement._removal import removal_errors
+from adapruner.measurement._samples import measure
+from adapruner.measurement._statistics import Statistics
 from adapruner.run.options import register_extensions
-from adapruner.structure import Structure, build_structure
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 
 
 @pytest.fixture

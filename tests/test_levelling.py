@@ -13,26 +13,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration import generate_windows
-from adapruner.evaluation import log_probabilities, window_losses
-from adapruner.importance import LLM_PRUNER_METRICS
-from adapruner.measurement import measure
-from adapruner.models import decoder_layers, find_model, load_model
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
-from adapruner.search import (
-    Candidate,
-    Levelled,
-    MovedHeads,
-    Objective,
-    _levelling,
-    _probe,
-    level,
-    plan_candidate,
-)
-from adapruner.search._objective import scores_of
+from adapruner.calibration._pool import generate_windows
+from adapruner.evaluation._losses import log_probabilities, window_losses
+from adapruner.importance._metric import LLM_PRUNER_METRICS
+from adapruner.measurement._samples import measure
+from adapruner.models._layers import decoder_layers
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import make_plan
+from adapruner.search import _levelling, _probe
+from adapruner.search._levelling import Levelled, MovedHeads, level
+from adapruner.search._objective import Objective, plan_candidate, scores_of
 from adapruner.search._probe import Probe
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.search._space import Candidate
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 LOUD = 2
 

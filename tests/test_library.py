@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
-from adapruner.measurement import Statistics
+from adapruner.measurement._statistics import Statistics
 from adapruner.run.nodes.chosen import _name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
 

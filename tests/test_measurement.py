@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement import Statistics, measure
-from adapruner.models import known_architectures
-from adapruner.planning import make_plan
-from adapruner.structure import Block, TensorSlice, build_structure
-from adapruner.surgery import prune_model
+from adapruner.measurement._samples import measure
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._architecture import known_architectures
+from adapruner.planning._plan import make_plan
+from adapruner.structure._blocks import Block, TensorSlice
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 
 def sample_gradients(model: PreTrainedModel, windows: Tensor) -> Iterator[dict[str, Tensor]]:

@@ -21,13 +21,17 @@ from transformers import LlamaConfig, PreTrainedModel
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, memory
 from adapruner.cli import main
-from adapruner.measurement import StoredMoments, saved_activations
+from adapruner.measurement._moments import StoredMoments
+from adapruner.measurement._samples import saved_activations
 from adapruner.memory import GIB, Memory, choose_placement, estimate_memory
-from adapruner.models import empty_model, find_model, in_fastest_dtype, known_architectures, load_model, trial_dtype
-from adapruner.planning import reference_budget
+from adapruner.models._architecture import known_architectures
+from adapruner.models._device import in_fastest_dtype, trial_dtype
+from adapruner.models._loading import empty_model, load_model
+from adapruner.models._places import find_model
+from adapruner.planning._budget import reference_budget
 from adapruner.run.nodes import models
 from adapruner.run.preview import estimate
-from adapruner.structure import build_structure
+from adapruner.structure._build import build_structure
 from run_helpers import RUN_OPTIONS, flags
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}

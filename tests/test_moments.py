@@ -12,20 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner.calibration import generate_windows
+from adapruner.calibration._pool import generate_windows
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement import (
-    InputMoments,
-    StoredMoments,
-    factorize,
-    measure_moments,
-    removal_errors,
-    solve_damped,
-)
-from adapruner.measurement._removal import _eliminate, _with_inverse
-from adapruner.models import find_model, in_fastest_dtype, load_model
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import compensate
+from adapruner.measurement._moments import InputMoments, StoredMoments, measure_moments
+from adapruner.measurement._removal import _eliminate, _with_inverse, removal_errors
+from adapruner.measurement._solving import factorize, solve_damped
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._compensation import compensate
 
 
 def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -> list[Tensor]:

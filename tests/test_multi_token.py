@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import adapruner
 from adapruner.errors import AdaPrunerError
 from adapruner.families.tiny import random_model
-from adapruner.models import find_model, has_multi_token_head, load_config
+from adapruner.models._config import load_config
+from adapruner.models._places import find_model
+from adapruner.models._stored import has_multi_token_head
 from run_helpers import QUICK
 from tiny_families import tiny_config
 

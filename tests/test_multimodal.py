@@ -15,14 +15,17 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTo
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.config import Layout
 from adapruner.families import open_model
-from adapruner.models import find_model, find_wrapper
+from adapruner.models._config import find_wrapper
+from adapruner.models._places import find_model
 from adapruner.run.nodes.amount import ratio_of_decoder
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
-from adapruner.tokens import Vocabulary, VocabularySummary, configs_with_tokens, cut_vocabulary, named_tokens
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
+from adapruner.tokens._choosing import Vocabulary, VocabularySummary
+from adapruner.tokens._model import configs_with_tokens, cut_vocabulary, named_tokens
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import random_plan
 from tiny_images import masked_logits, with_image

@@ -20,20 +20,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions
 from adapruner.card import _what_was_removed, model_card
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.cli import _options as cli_options, with_options
 from adapruner.config import RecoveryOptions
-from adapruner.evaluation import Breakage, Writing
-from adapruner.models import find_model
-from adapruner.planning import PruningPlan
+from adapruner.evaluation._breakage import Breakage, Writing
+from adapruner.models._places import find_model
+from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
-from adapruner.recovery import Examples, RecoveryRecord
+from adapruner.recovery._examples import Examples
+from adapruner.recovery._training import RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
 from adapruner.run.nodes.text import seed_of_writing
 from adapruner.run.preview import estimate
-from adapruner.search import SearchResult
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.search._result import SearchResult
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from run_helpers import (
     QUICK,
     RUN_OPTIONS as OPTIONS,

@@ -16,10 +16,13 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
-from adapruner.models import empty_model, remember_family
-from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts, make_plan, weigh_channels
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.models._architecture import remember_family
+from adapruner.models._loading import empty_model
+from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts, weigh_channels
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from adapruner.config import RecoveryOptions
-from adapruner.models import find_model, load_model
-from adapruner.recovery import Examples, RecoveryRecord, train, window_examples, write_predictions
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.recovery._examples import Examples, window_examples
+from adapruner.recovery._predictions import write_predictions
+from adapruner.recovery._training import RecoveryRecord, train
 from tiny_families import tiny_config
 
 VOCABULARY = 256

@@ -20,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adapruner
 from adapruner.errors import AdaPrunerError, describe_failure
-from adapruner.models import resolve_device
+from adapruner.models._device import resolve_device
 from adapruner.processes import Process, this_process
 from run_helpers import exit_code, fast_starts, flags
 

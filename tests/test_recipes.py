@@ -17,11 +17,11 @@ from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig, Qwen3Confi
 from adapruner import AdaPrunerError, PruneConfig
 from adapruner.cli import app
 from adapruner.memory import GIB
-from adapruner.models import empty_model
-from adapruner.planning import kept_counts, reference_budget
+from adapruner.models._loading import empty_model
+from adapruner.planning._budget import kept_counts, reference_budget
 from adapruner.recipe import read_recipe, recipes
 from adapruner.run.preview import estimate
-from adapruner.structure import build_structure
+from adapruner.structure._build import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]
 RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambda file: file.name)

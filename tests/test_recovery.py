@@ -26,25 +26,14 @@ from transformers.pytorch_utils import Conv1D
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
-from adapruner.calibration import parse_blend
+from adapruner.calibration._blend import parse_blend
 from adapruner.card import card_of_recovered
-from adapruner.models import in_fastest_dtype
+from adapruner.models._device import in_fastest_dtype
 from adapruner.processes import Process
-from adapruner.recovery import (
-    Example,
-    Examples,
-    RecoveryRecord,
-    check_device,
-    check_processes,
-    check_trainer_options,
-    instruction_examples,
-    read_examples,
-    read_record,
-    train,
-    training_alone,
-    window_examples,
-    working_folder,
-)
+from adapruner.recovery._checks import check_device, check_processes, check_trainer_options
+from adapruner.recovery._examples import Example, Examples, instruction_examples, read_examples, window_examples
+from adapruner.recovery._folder import read_record, training_alone, working_folder
+from adapruner.recovery._training import RecoveryRecord, train
 from run_helpers import exit_code, run_killed
 
 SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}

@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerFast
 import adapruner
 from adapruner import PruneConfig
 from adapruner.cli import app, main
-from adapruner.evaluation import Verdict
-from adapruner.graph import RunFolder
-from adapruner.recovery import RecoveryRecord
-from adapruner.report import write_report
+from adapruner.evaluation._verdict import Verdict
+from adapruner.graph.folder import RunFolder
+from adapruner.recovery._training import RecoveryRecord
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents, read_result
+from adapruner.report._page import write_report
 from adapruner.tables import BARS, Column, Table
 
 EVIL = "</script><script>alert(1)</script>"

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig
-from adapruner.graph import RunFolder
-from adapruner.models import known_architectures, using_architecture
+from adapruner.graph.folder import RunFolder
+from adapruner.models._architecture import known_architectures, using_architecture
 from adapruner.option_rules import EFFORTS
-from adapruner.planning import PruningPlan
+from adapruner.planning._plan import PruningPlan
 from adapruner.run.options import resolve
 from run_helpers import (
     RUN_OPTIONS,

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.graph import RunFolder
+from adapruner.graph.folder import RunFolder
 from adapruner.option_rules import EFFORTS
-from adapruner.recovery import scale_options
+from adapruner.recovery._adapters import scale_options
 from adapruner.result import roles_of
 from adapruner.run.nodes import models as _model
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done

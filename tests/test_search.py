@@ -20,27 +20,24 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
-from adapruner.measurement import Statistics, measure, measure_moments, removal_errors
-from adapruner.models import empty_model
+from adapruner.importance._metric import score_groups
+from adapruner.importance._terms import TERMS, needs_moments, needs_removal_errors, register_term
+from adapruner.measurement._moments import measure_moments
+from adapruner.measurement._removal import removal_errors
+from adapruner.measurement._samples import measure
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._loading import empty_model
 from adapruner.option_rules import trials_of
-from adapruner.planning import Budget, BudgetError, Profile, can_meet
-from adapruner.search import (
-    Candidate,
-    ExtendedSpace,
-    History,
-    PaperSpace,
-    Search,
-    SearchResult,
-    SearchSpace,
-    StudyFile,
-    SubsetFamily,
-    build_subset_family,
-    plan_candidate,
-)
-from adapruner.search._history import importance_of
-from adapruner.search._space import START
-from adapruner.structure import Structure, build_structure
+from adapruner.planning._budget import Budget, BudgetError, Profile, can_meet
+from adapruner.search._history import History, importance_of
+from adapruner.search._objective import plan_candidate
+from adapruner.search._result import SearchResult
+from adapruner.search._space import START, Candidate, ExtendedSpace, PaperSpace, SearchSpace
+from adapruner.search._study import Search
+from adapruner.search._study_file import StudyFile
+from adapruner.search._subsets import SubsetFamily, build_subset_family
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 
 
 def study_in(folder: Path) -> StudyFile:

@@ -21,7 +21,8 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.card import base_licence, card_of_export
 from adapruner.cli._output import plain_console
-from adapruner.models import find_model, load_model
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
 from adapruner.plain_yaml import _PlainLoader
 from adapruner.progress import Reporter
 

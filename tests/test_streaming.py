@@ -15,34 +15,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import _losses, compute_prefix, losses_by_batch, losses_in_step
+from adapruner.evaluation import _losses
+from adapruner.evaluation._losses import compute_prefix, losses_by_batch, losses_in_step
 from adapruner.families import open_model
 from adapruner.families.tiny import random_model
-from adapruner.measurement import measure, measure_moments
-from adapruner.models import (
-    _generation,
-    architecture_of,
-    check_streamable,
-    continue_texts,
+from adapruner.measurement._moments import measure_moments
+from adapruner.measurement._samples import measure
+from adapruner.models import _generation
+from adapruner.models._architecture import architecture_of, known_architectures
+from adapruner.models._config import load_config
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._generation import continue_texts
+from adapruner.models._layers import (
     decoder_layers,
-    empty_model,
     enter_layers,
-    find_model,
-    in_fastest_dtype,
     is_streamed,
-    known_architectures,
-    load_config,
-    load_model,
     loaded_layer,
     skipping_layers,
     whole_state,
 )
-from adapruner.planning import Budget, Profile, PruningPlan, kept_counts, make_plan
-from adapruner.recovery import scale_options, train, window_examples
-from adapruner.structure import Structure, build_structure
-from adapruner.surgery import prune_model, prune_on_reading, refit_sequentially
+from adapruner.models._loading import check_streamable, empty_model, load_model
+from adapruner.models._places import find_model
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.recovery._adapters import scale_options
+from adapruner.recovery._examples import window_examples
+from adapruner.recovery._training import train
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model, prune_on_reading
+from adapruner.surgery._sequential import refit_sequentially
 from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")

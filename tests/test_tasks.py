@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.evaluation import _tasks, check_tasks, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation import _tasks
+from adapruner.evaluation._tasks import check_tasks, load_tasks, mean_accuracies, measure_tasks
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 

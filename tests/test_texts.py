@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from adapruner.calibration import EvaluationText, parse_source, read_documents
+from adapruner.calibration._pool import EvaluationText
+from adapruner.calibration._reading import read_documents
+from adapruner.calibration._sources import parse_source
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.run.nodes.text import drawn_to_report

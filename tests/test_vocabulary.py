@@ -29,19 +29,15 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.calibration import parse_source, read_documents, source_names
+from adapruner.calibration._reading import read_documents
+from adapruner.calibration._sources import parse_source, source_names
 from adapruner.errors import AdaPrunerError
-from adapruner.models import find_model, load_tokenizer
-from adapruner.tokens import (
-    TokenizerParts,
-    Vocabulary,
-    VocabularySummary,
-    choose_tokens,
-    count_tokens,
-    cut_tokenizer,
-    cut_vocabulary,
-    named_tokens,
-)
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
+from adapruner.tokens._counting import count_tokens
+from adapruner.tokens._model import cut_vocabulary, named_tokens
+from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import QUICK, exit_code
 

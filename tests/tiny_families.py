@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adapruner.planning import PruningPlan, make_plan
-from adapruner.structure import Block, Structure, build_structure
-from adapruner.surgery import prune_model
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.structure._blocks import Block, Structure
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 SIZES: dict[str, int] = {
     "vocab_size": 256,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from adapruner.errors import reason
 from adapruner.families.proof import masked
-from adapruner.models import wrapper_of
-from adapruner.planning import PruningPlan
-from adapruner.structure import Structure
+from adapruner.models._wrapper import wrapper_of
+from adapruner.planning._plan import PruningPlan
+from adapruner.structure._blocks import Structure
 from tiny_wrappers import IMAGE_TOKEN, TOWER, VISION_START
 
 _SIDE, _PATCHES = TOWER["image_size"], TOWER["image_size"] // TOWER["patch_size"]

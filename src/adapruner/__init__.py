@@ -20,12 +20,14 @@ _MODULES = {
     for module, names in {
         "config": "PruneConfig PruneOptions RecoveryOptions",
         "errors": "AdaPrunerError",
-        "evaluation": "Perplexity Speed TaskScore",
-        "planning": "PruningPlan",
+        "evaluation._perplexity": "Perplexity",
+        "evaluation._speed": "Speed",
+        "evaluation._tasks": "TaskScore",
+        "planning._plan": "PruningPlan",
         "progress": "StageCost",
         "result": "PruneResult RunResult",
         "run.api": "prune",
-        "search": "TriedPoint",
+        "search._history": "TriedPoint",
         "verbs._evaluate": "Evaluation evaluate",
         "verbs._export": "export",
         "verbs._inspect": "inspect",
@@ -45,12 +47,14 @@ if TYPE_CHECKING:
         RecoveryOptions as RecoveryOptions,
     )
     from adapruner.errors import AdaPrunerError as AdaPrunerError
-    from adapruner.evaluation import Perplexity as Perplexity, Speed as Speed, TaskScore as TaskScore
-    from adapruner.planning import PruningPlan as PruningPlan
+    from adapruner.evaluation._perplexity import Perplexity as Perplexity
+    from adapruner.evaluation._speed import Speed as Speed
+    from adapruner.evaluation._tasks import TaskScore as TaskScore
+    from adapruner.planning._plan import PruningPlan as PruningPlan
     from adapruner.progress import StageCost as StageCost
     from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
     from adapruner.run.api import prune as prune
-    from adapruner.search import TriedPoint as TriedPoint
+    from adapruner.search._history import TriedPoint as TriedPoint
     from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
     from adapruner.verbs._export import export as export
     from adapruner.verbs._inspect import inspect as inspect

@@ -17,22 +17,18 @@ from markupsafe import Markup
 from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
-from adapruner.models import (
-    ModelLocation,
-    Wrapper,
-    find_wrapper,
-    has_multi_token_head,
-    is_pruned,
-    load_config,
-    quiet_transformers,
-)
+from adapruner.models._architecture import is_pruned
+from adapruner.models._config import find_wrapper, load_config
+from adapruner.models._places import ModelLocation, quiet_transformers
+from adapruner.models._stored import has_multi_token_head
+from adapruner.models._wrapper import Wrapper
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import parse_yaml
-from adapruner.planning import PruningPlan
-from adapruner.recovery import RecoveryRecord
+from adapruner.planning._plan import PruningPlan
+from adapruner.recovery._training import RecoveryRecord
 from adapruner.result import Role, RunResult, shown_name
-from adapruner.search import MovedChannels, MovedHeads
-from adapruner.tokens import VocabularySummary
+from adapruner.search._levelling import MovedChannels, MovedHeads
+from adapruner.tokens._choosing import VocabularySummary
 
 # Longer cards, metadata and licences are cut off.
 _LONGEST_CARD = 2**20

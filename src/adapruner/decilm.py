@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from adapruner.checkpoint import add_older_keys
+from adapruner.checkpoint._folder import add_older_keys
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import head_dim, layer_counts
-from adapruner.models import configuration_decilm, whole_state
+from adapruner.gguf._check import head_dim, layer_counts
+from adapruner.models import configuration_decilm
+from adapruner.models._layers import whole_state
 
 # Readers round the width of a feed-forward up to a multiple of this.
 WIDTH_MULTIPLE = 256

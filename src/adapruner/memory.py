@@ -16,15 +16,20 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import Dtype, PruneConfig, RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.importance import needs_moments
-from adapruner.measurement import saved_activations
-from adapruner.models import architecture_of, batches_together, decoder_layers, is_pruned, texts_at_once, trial_dtype
+from adapruner.importance._terms import needs_moments
+from adapruner.measurement._samples import saved_activations
+from adapruner.models._architecture import architecture_of, is_pruned
+from adapruner.models._device import trial_dtype
+from adapruner.models._generation import batches_together, texts_at_once
+from adapruner.models._layers import decoder_layers
 from adapruner.option_rules import MEASURED_AT_ONCE, fits_sequentially_by_default, scoring_bounds, written_count
-from adapruner.planning import Budget, kept_counts
+from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
-from adapruner.recovery import PREDICTIONS_AT_ONCE, scale_options
-from adapruner.search import JUDGED_TOGETHER, reused_layers
-from adapruner.structure import Structure
+from adapruner.recovery._adapters import scale_options
+from adapruner.recovery._loss import PREDICTIONS_AT_ONCE
+from adapruner.search._objective import JUDGED_TOGETHER
+from adapruner.search._space import reused_layers
+from adapruner.structure._blocks import Structure
 
 GIB = 2**30
 # All layers are held in memory if that leaves a quarter of the memory of the machine free.

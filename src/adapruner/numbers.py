@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from adapruner.evaluation import PROTOCOLS_OF_SIGNS, Breakage, Perplexity, Speed, TaskScore, mean_accuracies
+from adapruner.evaluation._breakage import PROTOCOLS_OF_SIGNS, Breakage
+from adapruner.evaluation._perplexity import Perplexity
+from adapruner.evaluation._speed import Speed
+from adapruner.evaluation._tasks import TaskScore, mean_accuracies
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 Kind = Literal["cost", "text", "sign", "task", "mean"]

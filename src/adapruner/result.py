@@ -15,16 +15,21 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Breakage, Perplexity, TaskScore, Verdict, judge, mean_accuracies
+from adapruner.evaluation._breakage import Breakage
+from adapruner.evaluation._perplexity import Perplexity
+from adapruner.evaluation._tasks import TaskScore, mean_accuracies
+from adapruner.evaluation._verdict import Verdict, judge
 from adapruner.families import open_model
-from adapruner.graph import RunFolder
-from adapruner.models import find_model, load_tokenizer
+from adapruner.graph.folder import RunFolder
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
 from adapruner.option_rules import fields_of, searches, searches_and_tunes
-from adapruner.planning import PruningPlan
+from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
-from adapruner.recovery import RecoveryRecord
-from adapruner.search import Levelled, SearchResult
+from adapruner.recovery._training import RecoveryRecord
+from adapruner.search._levelling import Levelled
+from adapruner.search._result import SearchResult
 from adapruner.tables import Table
 
 # Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.

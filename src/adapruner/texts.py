@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from adapruner.calibration import (
-    SELF_GENERATED,
-    BlendPart,
-    Source,
-    blend_sources,
-    content_hash,
-    parse_blend,
-    parse_source,
-    read_documents,
-)
+from adapruner.calibration._blend import BlendPart, blend_sources, parse_blend
+from adapruner.calibration._reading import content_hash, read_documents
+from adapruner.calibration._sources import SELF_GENERATED, Source, parse_source
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 

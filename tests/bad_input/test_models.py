@@ -19,7 +19,9 @@ from huggingface_hub.utils import logging
 from safetensors.torch import load, save
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import check_length, find_model, load_model
+from adapruner.models._architecture import check_length
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
 from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from bad_input.conftest import Command, Refused, RunCli
 from conftest import tiny_model
 from run_helpers import byte_tokenizer

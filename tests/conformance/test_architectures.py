@@ -14,11 +14,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
-from adapruner.models import known_architectures
-from adapruner.planning import PruningPlan
-from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import prune_model
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.models._architecture import known_architectures
+from adapruner.planning._plan import PruningPlan
+from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from tiny_families import cut_to, random_plan
 
 CASES = [

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.families.tiny import random_model
-from adapruner.models import known_architectures
-from adapruner.structure import Block, build_structure
+from adapruner.models._architecture import known_architectures
+from adapruner.structure._blocks import Block
+from adapruner.structure._build import build_structure
 from tiny_families import cut_to, tiny_config
 
 LAYERS = 12

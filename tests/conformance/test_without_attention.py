@@ -11,16 +11,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import window_losses
+from adapruner.evaluation._losses import window_losses
 from adapruner.families.proof import failed_without_attention, masked
-from adapruner.measurement import measure_moments
-from adapruner.models import find_model, known_architectures, load_model, using_architecture
-from adapruner.planning import Budget, BudgetError, Profile, PruningPlan, kept_counts
-from adapruner.search import AttentionOrder, attention_order
-from adapruner.structure import Structure, build_structure, count_parameters
-from adapruner.surgery import prune_model, refit_sequentially
+from adapruner.measurement._moments import measure_moments
+from adapruner.models._architecture import known_architectures, using_architecture
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts
+from adapruner.planning._plan import PruningPlan
+from adapruner.search._attention_order import AttentionOrder, attention_order
+from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
+from adapruner.surgery._sequential import refit_sequentially
 from tiny_families import random_plan
 
 

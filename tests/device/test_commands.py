@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.planning import PruningPlan
+from adapruner.planning._plan import PruningPlan
 from device.client import LAYER_WISE, SMALL_RUN, Device, only_json, pruning
 
 

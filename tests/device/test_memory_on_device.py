@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapruner.planning import PruningPlan
+from adapruner.planning._plan import PruningPlan
 from device.client import LAYER_WISE, SMALL_RUN, Device, Outcome, only_json, only_line, pruning, recovering
 from run_helpers import flags
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from adapruner.config import RecoveryOptions
-from adapruner.models import empty_model, find_model, load_config
+from adapruner.models._config import load_config
+from adapruner.models._loading import empty_model
+from adapruner.models._places import find_model
 from device.client import SMALL_RECOVERY, Device, Outcome, only_json, only_line, pruning, recovering
 from training_memory import training_memory
 

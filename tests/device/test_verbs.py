@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
-from adapruner.models import find_model, load_tokenizer
-from adapruner.planning import make_plan
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.planning._plan import make_plan
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from device.client import SMALL_RUN, Device, only_json, pruning
 
 

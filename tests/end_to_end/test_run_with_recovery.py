@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.models import find_model, load_model
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
 from run_helpers import (
     QUICK,
     assert_same_artifacts,

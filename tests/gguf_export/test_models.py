@@ -21,14 +21,16 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_model
-from adapruner.gguf import write_gguf
-from adapruner.models import find_model, load_model, load_tokenizer
-from adapruner.planning import make_plan
-from adapruner.structure import Block, build_structure, count_parameters
-from adapruner.surgery import prune_model
+from adapruner.gguf._write import write_gguf
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.planning._plan import make_plan
+from adapruner.structure._blocks import Block, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 from tiny_families import cut_to
 from tiny_wrappers import tiny_wrapper_config
 

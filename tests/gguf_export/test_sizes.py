@@ -11,14 +11,16 @@ import torch
 from gguf import GGUFReader, LlamaFileType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.config import PruneConfig, SizeLimit
-from adapruner.gguf import LLAMA_LIKE, gguf_bytes, write_gguf
-from adapruner.models import empty_model
-from adapruner.planning import Budget, Profile, kept_counts, make_plan
+from adapruner.gguf._check import LLAMA_LIKE
+from adapruner.gguf._write import gguf_bytes, write_gguf
+from adapruner.models._loading import empty_model
+from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._plan import make_plan
 from adapruner.run.size import ratio_within
-from adapruner.structure import build_structure
-from adapruner.surgery import prune_model
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -15,8 +15,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from transformers.tokenization_utils_base import generate_merges
 
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import write_gguf
-from adapruner.tokens import TokenizerParts, choose_tokens, count_tokens, cut_tokenizer
+from adapruner.gguf._write import write_gguf
+from adapruner.tokens._choosing import choose_tokens
+from adapruner.tokens._counting import count_tokens
+from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern
 # As in the tokenizer.json of Mistral-Nemo.

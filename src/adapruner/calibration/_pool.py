@@ -19,7 +19,7 @@ from adapruner.calibration._reading import provenance, read_documents, read_wind
 from adapruner.calibration._sources import Source
 from adapruner.calibration._tokenizing import start_tokens, tokens_of, tokens_with_ends
 from adapruner.errors import AdaPrunerError
-from adapruner.models import continue_texts
+from adapruner.models._generation import continue_texts
 
 # Tokens have fewer characters on average; and the number of places that pieces of a long text are from.
 _CHARACTERS, _PIECES = 8, 32

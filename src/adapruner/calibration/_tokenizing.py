@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.models import reported
+from adapruner.models._places import reported
 
 # A longer text is tokenized in pieces: an encoding needs up to 300 bytes for each character.
 _MOST_CHARACTERS, _OF_A_PIECE = 1 << 22, 1 << 18

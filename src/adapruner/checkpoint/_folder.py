@@ -18,7 +18,9 @@ from transformers.utils.hub import cached_file
 
 from adapruner.errors import without_secrets
 from adapruner.files import replace, saying_what_cannot_be_written, write_text
-from adapruner.models import ModelLocation, quiet_transformers, whole_state, wrapper_of
+from adapruner.models._layers import whole_state
+from adapruner.models._places import ModelLocation, quiet_transformers
+from adapruner.models._wrapper import wrapper_of
 from adapruner.terminal import printable
 
 # The origin of a checkpoint. The file also marks a folder as written by this package.

@@ -33,7 +33,7 @@ def env(*, json: Json = False) -> None:
     with starting():
         import torch
 
-        from adapruner.models import describe_device
+        from adapruner.models._device import describe_device
     packages: dict[str, str | None] = {}
     for requirement in requires("adapruner") or []:
         name = re.split(r"[^\w.-]", requirement)[0]

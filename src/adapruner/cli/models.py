@@ -14,7 +14,7 @@ from adapruner.config import ExportFormat, GgufType, RecoveryOptions
 from adapruner.tables import Column, Table
 
 if TYPE_CHECKING:
-    from adapruner.evaluation import Rate, Speed
+    from adapruner.evaluation._speed import Rate, Speed
     from adapruner.verbs._evaluate import Evaluation
 
 

@@ -99,9 +99,9 @@ def report(run: Path, /, *, open: Flag = False, json: Json = False) -> None:
     import webbrowser
 
     with starting():
-        from adapruner.graph import RunFolder
+        from adapruner.graph.folder import RunFolder
         from adapruner.paths import given_path
-        from adapruner.report import write_report
+        from adapruner.report._page import write_report
         from adapruner.run.options import register_extensions
 
     folder = RunFolder(given_path(run))

@@ -16,7 +16,7 @@ from adapruner.errors import AdaPrunerError
 
 if TYPE_CHECKING:
     from adapruner.run.preview import Estimate
-    from adapruner.structure import Structure
+    from adapruner.structure._blocks import Structure
 
 
 def inspect(
@@ -114,7 +114,7 @@ def _table_of_parts(structure: Structure) -> Table:
 
 def _table_of_layers(structure: Structure) -> Table:
     """The groups of every layer; equal layers share a row."""
-    from adapruner.structure import show_layers
+    from adapruner.structure._blocks import show_layers
 
     layers_by_size: dict[tuple[str, int, int], list[int]] = {}
     for block in structure.blocks:

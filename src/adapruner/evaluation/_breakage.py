@@ -10,7 +10,9 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import EvaluationText, Question, prompts, questions, tokenize
+from adapruner.calibration._pool import EvaluationText
+from adapruner.calibration._probes import Question, prompts, questions
+from adapruner.calibration._tokenizing import tokenize
 from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
 from adapruner.evaluation._writing import WRITING_PROTOCOL, Text, Written, read, texts_of
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
+from adapruner.models._layers import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
 
 # The largest absolute value of a weight with which no sum of a trained model overflows in float32 or bfloat16.
 _LARGEST_WEIGHT = 1e6

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import new_model
+from adapruner.models._architecture import new_model
 from adapruner.progress import held_memory, peak_memory, reset_peak_memory
-from adapruner.structure import build_structure
+from adapruner.structure._build import build_structure
 
 # Multiples of widths that fill the matrix units: vector registers of a processor, tiles of a GPU's tensor cores.
 _FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64

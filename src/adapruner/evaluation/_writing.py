@@ -10,9 +10,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import prompts
+from adapruner.calibration._probes import prompts
 from adapruner.evaluation._losses import tokens_per_batch
-from adapruner.models import NO_TOKEN, continue_texts
+from adapruner.models._generation import NO_TOKEN, continue_texts
 
 # The most tokens of every continuation.
 _CONTINUED = 128

@@ -20,24 +20,19 @@ from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import prove, prove_around
 from adapruner.families.tiny import tiny_config
 from adapruner.files import write_text
-from adapruner.models import (
-    FILE_FIELDS,
+from adapruner.models._architecture import (
     Architecture,
-    ModelLocation,
-    Wrapper,
     architecture_of,
-    check_config,
     family_named,
-    find_wrapper,
     has_causal_model,
     known_architectures,
-    load_config,
-    load_model,
-    quiet_transformers,
     remember_family,
-    reported_as_unloadable,
     stock_config,
 )
+from adapruner.models._config import FILE_FIELDS, check_config, find_wrapper, load_config
+from adapruner.models._loading import load_model
+from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
+from adapruner.models._wrapper import Wrapper
 from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.

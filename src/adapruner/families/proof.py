@@ -19,22 +19,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from adapruner.config import ExpertGranularity, Layout
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.families.tiny import random_model, tiny_config
-from adapruner.models import (
-    Architecture,
-    ModelLocation,
-    Wrapper,
-    decoder_layers,
-    enter_layers,
-    give_wrapper,
-    load_model,
-    quiet_transformers,
-    skipping_layers,
-    stock_config,
-    using_architecture,
-)
-from adapruner.planning import PruningPlan, make_plan
-from adapruner.structure import Block, Kind, Structure, build_structure, count_parameters
-from adapruner.surgery import prune_model
+from adapruner.models._architecture import Architecture, stock_config, using_architecture
+from adapruner.models._layers import decoder_layers, enter_layers, skipping_layers
+from adapruner.models._loading import load_model
+from adapruner.models._places import ModelLocation, quiet_transformers
+from adapruner.models._wrapper import Wrapper, give_wrapper
+from adapruner.planning._plan import PruningPlan, make_plan
+from adapruner.structure._blocks import Block, Kind, Structure, count_parameters
+from adapruner.structure._build import build_structure
+from adapruner.surgery._cut import prune_model
 
 # Largest distance of the pruned from the masked logits, relative to the change by masking: sums have another order, and
 # the epsilon of a norm over fewer heads has another weight.

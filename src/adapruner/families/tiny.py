@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from adapruner.models import fields_by_layer
+from adapruner.models._architecture import fields_by_layer
 
 # Configs below these sizes are used unchanged.
 _MOST_PARAMETERS, _MOST_LAYERS = 10_000_000, 8

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.models import architecture_of, lacks_attention
+from adapruner.models._architecture import architecture_of, lacks_attention
 
 # Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
 LLAMA_LIKE = ("llama", "mistral", "qwen2")

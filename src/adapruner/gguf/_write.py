@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from adapruner.checkpoint import made_beside
+from adapruner.checkpoint._folder import made_beside
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
 from adapruner.files import being_written
@@ -164,7 +164,7 @@ def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
 
 def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
     """True if llama.cpp's architecture for Qwen 2 fits: heads as wide as the hidden size."""
-    is_full_width = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
+    is_full_width: bool = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
     return is_full_width and config.rope_parameters["rope_type"] != "llama3"
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adapruner.config import Reduction
 from adapruner.importance._terms import TERMS
-from adapruner.measurement import Statistics
-from adapruner.structure import Structure
+from adapruner.measurement._statistics import Statistics
+from adapruner.structure._blocks import Structure
 
 Scaling = Literal["data", "standard", "none"]
 

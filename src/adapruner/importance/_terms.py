@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement import Statistics
+from adapruner.measurement._statistics import Statistics
 
 # A term gives one number for each of these; see `Structure`.
 Unit = Literal["vectors", "inputs", "groups"]

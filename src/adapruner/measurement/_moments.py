@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.measurement._reduction import expert_inputs, row_wise_weights
 from adapruner.measurement._solving import add_products, solve_damped, symmetric
-from adapruner.models import enter_layers, loaded_layer
-from adapruner.structure import Block, Structure
+from adapruner.models._layers import enter_layers, loaded_layer
+from adapruner.structure._blocks import Block, Structure
 
 # One batch of this many is held out to choose the damping.
 _BATCHES_PER_HELD_OUT = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapruner.config import Terms
-from adapruner.structure import Block, Structure, TensorSlice
+from adapruner.structure._blocks import Block, Structure, TensorSlice
 
 
 class Reduction:

@@ -13,8 +13,8 @@ from adapruner.errors import AdaPrunerError
 from adapruner.measurement._moments import InputMoments
 from adapruner.measurement._reduction import row_wise_weights
 from adapruner.measurement._solving import factorize, scaled_factor
-from adapruner.models import loaded_layer
-from adapruner.structure import Structure
+from adapruner.models._layers import loaded_layer
+from adapruner.structure._blocks import Structure
 
 _ELIMINATION_STEPS = 64
 # Minimum share of an input that is not explained by those before it, for which float32 inverses are precise enough.

@@ -25,8 +25,8 @@ from adapruner.config import Terms
 from adapruner.errors import NonFiniteError
 from adapruner.measurement._reduction import Reduction, row_wise_weights
 from adapruner.measurement._statistics import Statistics
-from adapruner.models import decoder_layers, enter_layers, loaded_layer, skipping_layers
-from adapruner.structure import Structure
+from adapruner.models._layers import decoder_layers, enter_layers, loaded_layer, skipping_layers
+from adapruner.structure._blocks import Structure
 
 
 def measure(

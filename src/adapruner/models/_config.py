@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import (
-    ATTENTION,
     Architecture,
     family_named,
     is_pruned,
@@ -25,7 +24,7 @@ from adapruner.models._gguf import check_header, refuse_missing_weights, refuse_
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors
 from adapruner.models._wrapper import Wrapper, decoder_config, find_text
-from adapruner.models.modeling_pruned import pruned_config_class, without_layers
+from adapruner.models.modeling_pruned import ATTENTION, pruned_config_class, without_layers
 
 # Fields that saving a model writes into its config. Keys leave them out; where the dtype counts, they have it besides.
 FILE_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")

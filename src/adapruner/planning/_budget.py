@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
-from adapruner.structure import Block, Kind, Structure
+from adapruner.structure._blocks import Block, Kind, Structure
 
 RATIO_TOLERANCE = 0.005
 # Removing more of the channels of a layer hurts more than removing heads or pruning more layers

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from adapruner.config import HeadGranularity, Layout, RatioOf
 from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.planning._budget import default_budget, kept_counts
-from adapruner.structure import Block, Kind, Structure, layers_without_heads, note_on_mixers
+from adapruner.structure._blocks import Block, Kind, Structure, layers_without_heads, note_on_mixers
 from adapruner.tables import Column, Table
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")

@@ -17,14 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
-from adapruner.models import (
-    architecture_of,
-    change_weight,
-    computes_bfloat16_natively,
-    copy_in_dtype,
-    in_fastest_dtype,
-    quiet_transformers,
-)
+from adapruner.models._architecture import architecture_of
+from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
+from adapruner.models._layers import change_weight
+from adapruner.models._places import quiet_transformers
 from adapruner.random_state import random_state_kept
 
 # Examples in a batch for tuning scales (research/experiments/scales.md); tokens for which a streamed layer is read

@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import (
-    BlendPart,
-    as_chat,
-    evenly_spaced,
-    generate_windows,
-    read_records,
-    text_windows,
-    tokenize,
-)
+from adapruner.calibration._blend import BlendPart
+from adapruner.calibration._pool import evenly_spaced, generate_windows, text_windows
+from adapruner.calibration._probes import as_chat
+from adapruner.calibration._reading import read_records
+from adapruner.calibration._tokenizing import tokenize
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import end_tokens
-from adapruner.models import NO_TOKEN, StoredWeight, continue_texts
+from adapruner.evaluation._writing import end_tokens
+from adapruner.models._deferred import StoredWeight
+from adapruner.models._generation import NO_TOKEN, continue_texts
 from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import saying_what_cannot_be_written, write_text

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from adapruner.models import architecture_of, other_forwards
+from adapruner.models._architecture import architecture_of
+from adapruner.models._layers import other_forwards
 from adapruner.recovery._examples import IGNORED
 
 # Predictions that are in memory at once, in float32.

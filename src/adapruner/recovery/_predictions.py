@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from adapruner.config import RecoveryOptions
 from adapruner.files import write_atomically
-from adapruner.models import is_streamed
+from adapruner.models._layers import is_streamed
 from adapruner.processes import this_process
 from adapruner.recovery._examples import IGNORED, Example, Examples, Taught
 from adapruner.recovery._loss import PREDICTIONS_AT_ONCE, Predictor

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import decoder_layers, read_parts
+from adapruner.models._deferred import read_parts
+from adapruner.models._layers import decoder_layers
 from adapruner.processes import this_process
 
 

@@ -27,15 +27,10 @@ from transformers import (
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import NonFiniteError
-from adapruner.models import (
-    computes_bfloat16_natively,
-    copy_in_dtype,
-    deferred_by_module,
-    hold_places,
-    is_streamed,
-    quiet_transformers,
-    read_all,
-)
+from adapruner.models._deferred import deferred_by_module, read_all
+from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype
+from adapruner.models._layers import hold_places, is_streamed
+from adapruner.models._places import quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
 from adapruner.progress import give_back_memory

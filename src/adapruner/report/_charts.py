@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from adapruner.search import SearchResult, TriedPoint
+from adapruner.search._history import TriedPoint
+from adapruner.search._result import SearchResult
 
 LOSS_NAME = "loss, nats per token"
 

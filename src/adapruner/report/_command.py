@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from adapruner.calibration import SELF_GENERATED, parse_source
+from adapruner.calibration._sources import SELF_GENERATED, parse_source
 from adapruner.config import PruneConfig, PruneOptions
 from adapruner.report._contents import Contents
 

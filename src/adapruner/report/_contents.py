@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, first_problem, reason
-from adapruner.evaluation import Speed
-from adapruner.graph import RunFolder
-from adapruner.models import find_model, load_tokenizer
-from adapruner.planning import PruningPlan
+from adapruner.evaluation._speed import Speed
+from adapruner.graph.folder import RunFolder
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.planning._plan import PruningPlan
 from adapruner.result import ModelNumbers, RunResult
 
 T = TypeVar("T")

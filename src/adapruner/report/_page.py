@@ -11,13 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adapruner.config import PruneConfig
 from adapruner.files import being_written
-from adapruner.graph import RunFolder
-from adapruner.planning import Budget
+from adapruner.graph.folder import RunFolder
+from adapruner.planning._budget import Budget
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
 from adapruner.report._contents import read_contents, read_result
 from adapruner.result import PruneResult, RunResult, shown_name, tables_of, titles
-from adapruner.structure import show_layers
+from adapruner.structure._blocks import show_layers
 from adapruner.terminal import printable
 from adapruner.texts import assign_texts
 

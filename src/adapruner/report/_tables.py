@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from adapruner.evaluation import Rate, Speed
+from adapruner.evaluation._speed import Rate, Speed
 from adapruner.numbers import Numbers, difference, is_noise, shortened, signed, with_error
 from adapruner.report._contents import Contents
 from adapruner.result import ModelNumbers, Role, RunResult
-from adapruner.search import KeptAttention, Levelled, MovedChannels
+from adapruner.search._levelling import KeptAttention, Levelled, MovedChannels
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 # Prompts whose continuations are shown.

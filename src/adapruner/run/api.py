@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.models import computing_repeatably, resolve_devices
+from adapruner.models._device import computing_repeatably, resolve_devices
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from adapruner.config import Layout, PruneOptions, ServingEngine
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import LLAMA_LIKE, check_gguf
-from adapruner.models import architecture_of, empty_model
+from adapruner.gguf._check import LLAMA_LIKE, check_gguf
+from adapruner.models._architecture import architecture_of
+from adapruner.models._loading import empty_model
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
 Loads = Mapping[Layout, bool]

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import WINDOWS, text_rows
-from adapruner.checkpoint import made_beside, save_checkpoint
+from adapruner.calibration._reading import WINDOWS, text_rows
+from adapruner.checkpoint._folder import made_beside, save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.files import replace
-from adapruner.models import architecture_of
+from adapruner.models._architecture import architecture_of
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.

@@ -8,10 +8,13 @@ from typing import Any
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, describe_failure
-from adapruner.evaluation import check_tasks
-from adapruner.graph import Making, Record, RunFolder
+from adapruner.evaluation._tasks import check_tasks
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.making import Making
+from adapruner.graph.records import Record
 from adapruner.progress import Reporter, StageCost
-from adapruner.run.nodes import GRAPH, chosen, inputs, models, placed
+from adapruner.run.nodes import chosen, inputs, models, placed
+from adapruner.run.nodes.declared import GRAPH
 
 
 def making_of(

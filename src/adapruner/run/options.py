@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import absolute_blend, absolute_source, register_sources
+from adapruner.calibration._blend import absolute_blend
+from adapruner.calibration._sources import absolute_source, register_sources
 from adapruner.config import BUDGETS, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions, SizeLimit
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
-from adapruner.graph import RunFolder
-from adapruner.models import find_model, register_architectures
+from adapruner.graph.folder import RunFolder
+from adapruner.models._architecture import register_architectures
+from adapruner.models._places import find_model
 from adapruner.option_rules import EFFORTS
 from adapruner.paths import given_path
 from adapruner.plugins import load_plugins
@@ -23,8 +25,8 @@ from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
 from adapruner.run.size import ratio_within
 
-# The options whose values may be in memory, in the order in which they are saved.
-_MAY_BE_IN_MEMORY = ("calibration", "objective", "recover", "model")
+# The options whose values may be in memory, besides the model.
+_TEXTS = ("calibration", "objective", "recover")
 
 
 def resolve(
@@ -121,7 +123,7 @@ def _given_options(
         given.setdefault("seq_len", windows.shape[1])
     # Other mistakes are told before anything is written.
     named = {
-        name: type(value).__name__ for name, value in own.items() if name in _MAY_BE_IN_MEMORY and value is not None
+        name: type(value).__name__ for name, value in own.items() if name in (*_TEXTS, "model") and value is not None
     }
     PruneConfig.from_options(**given | named)
     return given, limit
@@ -138,20 +140,18 @@ def _options_of(earlier: RunFolder) -> dict[str, Any]:
 def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
     """The options, with a model and text that are in memory in files of the run folder."""
     options: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    if not isinstance(options["model"], str):
-        check_prunable(options["model"])
-        tokenizer = check_tokenizer(tokenizer)
-    elif tokenizer is not None:
+    texts = [name for name in _TEXTS if not isinstance(options.get(name), str | None)]
+    model = options["model"]
+    if isinstance(model, str) and tokenizer is not None:
         raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
-    in_memory = [name for name in _MAY_BE_IN_MEMORY if not isinstance(options.get(name), str | None)]
-    if in_memory:
+    if texts or not isinstance(model, str):
         run.check_usable()
-    for name in in_memory:
-        value = options[name]
-        options[name] = (
-            save_text(value, run.given, name) if name != "model" else save_model(value, tokenizer, run.given)
-        )
-    return options
+    if isinstance(model, str):
+        return options | {name: save_text(options[name], run.given, name) for name in texts}
+    check_prunable(model)
+    tokenizer = check_tokenizer(tokenizer)
+    saved = {name: save_text(options[name], run.given, name) for name in texts}
+    return options | saved | {"model": save_model(model, tokenizer, run.given)}
 
 
 def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:

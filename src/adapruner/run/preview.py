@@ -11,17 +11,19 @@ from pydantic import BaseModel
 
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
-from adapruner.graph import Making, RunFolder
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.making import Making
 from adapruner.memory import Memory, Placement, choose_placement, estimate_memory
-from adapruner.models import empty_model, is_pruned, is_streamable
+from adapruner.models._architecture import is_pruned
+from adapruner.models._loading import empty_model, is_streamable
 from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
-from adapruner.planning import Budget, kept_counts
+from adapruner.planning._budget import Budget, kept_counts
 from adapruner.progress import Reporter
 from adapruner.run.making import check, making_of
 from adapruner.run.nodes import amount, inputs, measured, models, placed
 from adapruner.run.options import earlier_run, register_extensions, resolve
-from adapruner.structure import count_parameters
+from adapruner.structure._blocks import count_parameters
 
 _FLOAT32, _MIB = 4, 2**20
 

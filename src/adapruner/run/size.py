@@ -12,14 +12,18 @@ from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig, SizeLimit
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import new_cache
+from adapruner.evaluation._speed import new_cache
 from adapruner.families import open_config
-from adapruner.gguf import gguf_bytes, least_bytes_of_weight
+from adapruner.gguf._size import least_bytes_of_weight
+from adapruner.gguf._write import gguf_bytes
 from adapruner.memory import dtype_of_weights
-from adapruner.models import empty_model, find_model, find_wrapper, load_tokenizer
+from adapruner.models._config import find_wrapper
+from adapruner.models._loading import empty_model, load_tokenizer
+from adapruner.models._places import find_model
 from adapruner.option_values import size_in_bytes
-from adapruner.planning import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
-from adapruner.structure import build_structure, count_parameters
+from adapruner.planning._budget import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
+from adapruner.structure._blocks import count_parameters
+from adapruner.structure._build import build_structure
 
 # As safetensors writes their names.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

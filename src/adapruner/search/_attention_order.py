@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import compute_prefix, losses_by_batch
-from adapruner.models import without_attention
-from adapruner.structure import Structure
+from adapruner.evaluation._losses import compute_prefix, losses_by_batch
+from adapruner.models._layers import without_attention
+from adapruner.structure._blocks import Structure
 
 # Maximum number of attention layers that are removed whole, and their maximum share of the parameters to remove.
 _MOST_REMOVED, _LARGEST_SHARE = 6, 0.5

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from torch import Tensor
 from typing_extensions import Self
 
-from adapruner.evaluation import log_probabilities
-from adapruner.planning import BudgetError, kept_counts, weigh_channels
+from adapruner.evaluation._losses import log_probabilities
+from adapruner.planning._budget import BudgetError, kept_counts, weigh_channels
 from adapruner.search._history import compare
 from adapruner.search._objective import Objective
 from adapruner.search._probe import Measured, Probe
 from adapruner.search._space import Candidate
-from adapruner.structure import Block
+from adapruner.structure._blocks import Block
 
 # Standard errors that the gain of a change must exceed. Of several changes that are tried one by one, one may gain by
 # chance; all widths move at once, which leaves less to chance.

@@ -9,22 +9,16 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation import Prefix, losses_by_batch, losses_in_step
-from adapruner.importance import score_groups
-from adapruner.measurement import InputMoments, Statistics
-from adapruner.models import is_streamed
-from adapruner.planning import (
-    MOST_CHANNELS,
-    Budget,
-    BudgetError,
-    PruningPlan,
-    kept_counts,
-    largest_channel_share,
-    make_plan,
-)
+from adapruner.evaluation._losses import Prefix, losses_by_batch, losses_in_step
+from adapruner.importance._metric import score_groups
+from adapruner.measurement._moments import InputMoments
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._layers import is_streamed
+from adapruner.planning._budget import MOST_CHANNELS, Budget, BudgetError, kept_counts, largest_channel_share
+from adapruner.planning._plan import PruningPlan, make_plan
 from adapruner.search._space import Candidate
-from adapruner.structure import Structure
-from adapruner.surgery import prune_model, prune_on_reading
+from adapruner.structure._blocks import Structure
+from adapruner.surgery._cut import prune_model, prune_on_reading
 
 # Candidates that are judged together, if that is cheaper.
 JUDGED_TOGETHER = 4

@@ -10,12 +10,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from adapruner.evaluation import compute_prefix, losses_after_layers
-from adapruner.models import architecture_of, is_streamed, loaded_layer
-from adapruner.planning import kept_counts, make_plan
+from adapruner.evaluation._losses import compute_prefix, losses_after_layers
+from adapruner.models._architecture import architecture_of
+from adapruner.models._layers import is_streamed, loaded_layer
+from adapruner.planning._budget import kept_counts
+from adapruner.planning._plan import make_plan
 from adapruner.search._objective import JUDGED_TOGETHER, Objective, scores_of
 from adapruner.search._space import Candidate
-from adapruner.surgery import prune_model, prune_on_reading
+from adapruner.surgery._cut import prune_model, prune_on_reading
 
 # The mean over windows, and its standard error.
 Measured: TypeAlias = tuple[float, float]

@@ -12,8 +12,9 @@ from optuna.trial import BaseTrial
 from pydantic import BaseModel
 
 from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
-from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
-from adapruner.planning import Budget, Profile
+from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint
+from adapruner.importance._terms import PAPER_TERMS, TERMS, Term, usable_terms
+from adapruner.planning._budget import Budget, Profile
 from adapruner.search._subsets import FEATURES, SubsetFamily
 
 # The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapruner.errors import NonFiniteError
 from adapruner.interrupts import deferring_interrupts
-from adapruner.planning import BudgetError
+from adapruner.planning._budget import BudgetError
 from adapruner.search._history import LOSSES, STOPPED, compare, loss_of
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._result import Judge, SearchResult, choose

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapruner.measurement import Statistics
-from adapruner.structure import Structure
+from adapruner.measurement._statistics import Statistics
+from adapruner.structure._blocks import Structure
 
 FEATURES = ("loss", "gradient", "first_component", "second_component")
 

@@ -8,14 +8,5 @@ vectors and inputs are numbered over the whole model in the order of `Structure.
 are flat tensors.
 """
 
-from adapruner.structure._blocks import (
-    Block as Block,
-    Kind as Kind,
-    Structure as Structure,
-    TensorSlice as TensorSlice,
-    count_parameters as count_parameters,
-    layers_without_heads as layers_without_heads,
-    note_on_mixers as note_on_mixers,
-    show_layers as show_layers,
-)
+from adapruner.structure._blocks import Block as Block, Structure as Structure
 from adapruner.structure._build import build_structure as build_structure

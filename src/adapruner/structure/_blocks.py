@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture
+from adapruner.models._architecture import Architecture
 
 Kind = Literal["heads", "channels", "experts"]
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, ProjectionNames, RowKind, architecture_of
+from adapruner.models._architecture import Architecture, ProjectionNames, RowKind, architecture_of
 from adapruner.structure._blocks import Block, Structure, TensorSlice, count_parameters
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adapruner.measurement import InputMoments, solve_damped
+from adapruner.measurement._moments import InputMoments
+from adapruner.measurement._solving import solve_damped
 
 
 def compensate(weight: Tensor, moments: InputMoments, kept: Tensor) -> Tensor:

@@ -13,23 +13,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from adapruner.measurement import InputMoments
-from adapruner.models import (
-    ATTENTION,
-    fields_by_layer,
-    give_wrapper,
+from adapruner.measurement._moments import InputMoments
+from adapruner.models._architecture import fields_by_layer, lacks_attention
+from adapruner.models._layers import (
     is_streamed,
-    lacks_attention,
     layer_devices,
     loaded_layer,
     move_resident,
     place_layers,
     stream_from_memory,
     stream_layers,
-    wrapper_of,
 )
-from adapruner.planning import BlockPlan, PruningPlan
-from adapruner.structure import Block, Structure, TensorSlice
+from adapruner.models._wrapper import give_wrapper, wrapper_of
+from adapruner.models.modeling_pruned import ATTENTION
+from adapruner.planning._plan import BlockPlan, PruningPlan
+from adapruner.structure._blocks import Block, Structure, TensorSlice
 from adapruner.surgery._compensation import compensate
 from adapruner.surgery._stock import fields_of_all, stock_models
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement import InputMoments, add_products, solve_damped, symmetric
-from adapruner.models import LayerCall, enter_layers, loaded_layer, overwrite_weight
-from adapruner.planning import PruningPlan
-from adapruner.structure import Block, Structure
+from adapruner.measurement._moments import InputMoments
+from adapruner.measurement._solving import add_products, solve_damped, symmetric
+from adapruner.models._layers import LayerCall, enter_layers, loaded_layer, overwrite_weight
+from adapruner.planning._plan import PruningPlan
+from adapruner.structure._blocks import Block, Structure
 from adapruner.surgery._cut import kept_indices
 
 # Share of the error of earlier layers that a layer makes up for (research/experiments/sequential-fit.md). With 1, a

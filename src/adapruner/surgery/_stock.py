@@ -9,12 +9,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from adapruner.models import (
-    Architecture,
-    architecture_of,
-    stock_fields,
-    wrapper_of,
-)
+from adapruner.models._architecture import Architecture, architecture_of, stock_fields
+from adapruner.models._wrapper import wrapper_of
 
 
 def stock_models(model: PreTrainedModel, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:

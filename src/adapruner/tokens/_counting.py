@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import tokens_of
+from adapruner.calibration._tokenizing import tokens_of
 
 # Characters that are encoded at once: long enough that its ends do not matter, short enough for any memory.
 _CHARACTERS_AT_ONCE = 1 << 17

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import (
-    ModelLocation,
-    find_wrapper,
-    give_wrapper,
-    new_model,
-    quiet_transformers,
-    wrapper_of,
-)
+from adapruner.models._architecture import new_model
+from adapruner.models._config import find_wrapper
+from adapruner.models._places import ModelLocation, quiet_transformers
+from adapruner.models._wrapper import give_wrapper, wrapper_of
 from adapruner.tokens._choosing import Vocabulary
 
 # Fields of configs that hold a token, or lists of them.

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import Source, stream_documents
+from adapruner.calibration._reading import stream_documents
+from adapruner.calibration._sources import Source
 from adapruner.errors import AdaPrunerError
-from adapruner.models import new_model
-from adapruner.structure import count_parameters
+from adapruner.models._architecture import new_model
+from adapruner.structure._blocks import count_parameters
 from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
 from adapruner.tokens._counting import count_tokens, scripts_of
 from adapruner.tokens._model import cut_config, named_tokens

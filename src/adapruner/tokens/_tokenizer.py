@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer, PreTrainedTokenizerFast
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models import quiet_transformers
+from adapruner.models._places import quiet_transformers
 
 # Settings that the class of a family has if the file has none.
 _SETTINGS_OF_CLASS = ("padding_side", "truncation_side", "model_input_names")

@@ -10,49 +10,23 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import (
-    PROBED_TOKENS,
-    EvaluationText,
-    Source,
-    evaluation_text,
-    parse_source,
-    probe_texts,
-)
-from adapruner.checkpoint import read_origin
+from adapruner.calibration._pool import EvaluationText, evaluation_text
+from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
+from adapruner.calibration._sources import Source, parse_source
+from adapruner.checkpoint._folder import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import (
-    PROTOCOLS,
-    SPEED_TOKENS,
-    Breakage,
-    Perplexity,
-    Speed,
-    TaskScore,
-    Verdict,
-    end_tokens,
-    judge,
-    judge_writing,
-    load_tasks,
-    mean_accuracies,
-    measure_breakage,
-    measure_perplexity,
-    measure_speed,
-    measure_tasks,
-    write,
-)
+from adapruner.evaluation._breakage import Breakage, judge_writing, measure_breakage
+from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity
+from adapruner.evaluation._speed import SPEED_TOKENS, Speed, measure_speed
+from adapruner.evaluation._tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
+from adapruner.evaluation._verdict import Verdict, judge
+from adapruner.evaluation._writing import end_tokens, write
 from adapruner.memory import Placement, place_weights
-from adapruner.models import (
-    ModelLocation,
-    check_length,
-    check_streamable,
-    check_tokens,
-    empty_model,
-    family_named,
-    in_fastest_dtype,
-    is_streamable,
-    resolve_devices,
-    usable_devices,
-)
+from adapruner.models._architecture import check_length, check_tokens, family_named
+from adapruner.models._device import in_fastest_dtype, resolve_devices, usable_devices
+from adapruner.models._loading import check_streamable, empty_model, is_streamable
+from adapruner.models._places import ModelLocation
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
 from adapruner.texts import overlaps

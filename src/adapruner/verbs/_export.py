@@ -9,12 +9,16 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
-from adapruner.checkpoint import is_replaceable, read_origin, save_checkpoint
+from adapruner.checkpoint._folder import is_replaceable, read_origin, save_checkpoint
 from adapruner.config import ExportFormat, GgufType
 from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf import StoredTypes, check_gguf, read_stored_types, write_gguf
-from adapruner.models import ModelLocation, empty_model, wrapper_of
+from adapruner.gguf._check import check_gguf
+from adapruner.gguf._types import StoredTypes, read_stored_types
+from adapruner.gguf._write import write_gguf
+from adapruner.models._loading import empty_model
+from adapruner.models._places import ModelLocation
+from adapruner.models._wrapper import wrapper_of
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven

@@ -9,8 +9,12 @@ from adapruner.config import ExpertGranularity, HeadGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
 from adapruner.families.proof import failed_parts
-from adapruner.models import Architecture, empty_model, find_model, find_wrapper, load_config, register_architectures
-from adapruner.structure import Structure, build_structure, count_parameters
+from adapruner.models._architecture import Architecture, register_architectures
+from adapruner.models._config import find_wrapper, load_config
+from adapruner.models._loading import empty_model
+from adapruner.models._places import find_model
+from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.structure._build import build_structure
 
 if TYPE_CHECKING:
     from adapruner.run.given import ModelGiven

@@ -9,13 +9,15 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner import models
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import Speed, measure_speed
+from adapruner.evaluation._speed import Speed, measure_speed
 from adapruner.families import open_model
 from adapruner.files import write_text
-from adapruner.models import check_length, find_model, resolve_device
+from adapruner.models import _loading
+from adapruner.models._architecture import check_length
+from adapruner.models._device import resolve_device
+from adapruner.models._places import find_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
@@ -45,7 +47,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     Raises:
         AdaPrunerError: there is no such model, or its tokenizer cannot be read.
     """
-    return models.load_tokenizer(find_model(str(model)))
+    return _loading.load_tokenizer(find_model(str(model)))
 
 
 def benchmark(

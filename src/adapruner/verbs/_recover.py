@@ -10,47 +10,29 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import BlendPart, blend_sources, content_hash, parse_blend
+from adapruner.calibration._blend import BlendPart, blend_sources, parse_blend
+from adapruner.calibration._reading import content_hash
 from adapruner.card import card_of_recovered, read_card
-from adapruner.checkpoint import read_origin
+from adapruner.checkpoint._folder import read_origin
 from adapruner.config import Dtype, RecoverConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
 from adapruner.memory import place_weights
-from adapruner.models import (
-    ModelLocation,
-    check_length,
-    check_tokens,
-    empty_model,
-    find_model,
-    fingerprint,
-    in_fastest_dtype,
-    is_streamable,
-    load_tokenizer,
-    resolve_device,
-    usable_devices,
-)
+from adapruner.models._architecture import check_length, check_tokens
+from adapruner.models._device import in_fastest_dtype, resolve_device, usable_devices
+from adapruner.models._fingerprint import fingerprint
+from adapruner.models._loading import empty_model, is_streamable, load_tokenizer
+from adapruner.models._places import ModelLocation, find_model
 from adapruner.paths import given_path, output_path
 from adapruner.processes import end_with_parent, this_process
 from adapruner.progress import Reporter
-from adapruner.recovery import (
-    Examples,
-    RecoveryRecord,
-    Unwritten,
-    begin_training,
-    check_adapters,
-    check_device,
-    check_folder,
-    check_processes,
-    check_trainer_options,
-    read_examples,
-    recover_into,
-    shard,
-    total_steps,
-    training_alone,
-    working_folder,
-    write_predictions,
-)
+from adapruner.recovery._adapters import check_adapters
+from adapruner.recovery._checks import check_device, check_processes, check_trainer_options
+from adapruner.recovery._examples import Examples, Unwritten, read_examples
+from adapruner.recovery._folder import begin_training, check_folder, recover_into, training_alone, working_folder
+from adapruner.recovery._predictions import write_predictions
+from adapruner.recovery._sharding import shard
+from adapruner.recovery._training import RecoveryRecord, total_steps
 from adapruner.texts import record_of
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
-from adapruner.models import ModelLocation, find_model, load_tokenizer
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import ModelLocation, find_model
 from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 

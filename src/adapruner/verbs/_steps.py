@@ -7,16 +7,19 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner import measurement
-from adapruner.calibration import draw_windows
+from adapruner.calibration._pool import draw_windows
 from adapruner.config import Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import Statistics, measure_moments
-from adapruner.models import architecture_of, in_fastest_dtype
-from adapruner.planning import PruningPlan
-from adapruner.structure import Structure
-from adapruner.surgery import prune_model, refit_sequentially
+from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint, score_groups
+from adapruner.measurement import _samples
+from adapruner.measurement._moments import measure_moments
+from adapruner.measurement._statistics import Statistics
+from adapruner.models._architecture import architecture_of
+from adapruner.models._device import in_fastest_dtype
+from adapruner.planning._plan import PruningPlan
+from adapruner.structure._blocks import Structure
+from adapruner.surgery._cut import prune_model
+from adapruner.surgery._sequential import refit_sequentially
 
 
 def make_windows(
@@ -56,7 +59,7 @@ def measure(
     Raises:
         NonFiniteError: a sample, which is named, gives numbers that are not finite.
     """
-    return measurement.measure(model, structure, windows, batch_size, terms=terms)
+    return _samples.measure(model, structure, windows, batch_size, terms=terms)
 
 
 def score(

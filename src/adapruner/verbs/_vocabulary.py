@@ -8,25 +8,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from adapruner.calibration import parse_source, source_names
+from adapruner.calibration._sources import parse_source, source_names
 from adapruner.card import vocabulary_card
-from adapruner.checkpoint import read_origin, save_checkpoint
+from adapruner.checkpoint._folder import read_origin, save_checkpoint
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
-from adapruner.models import find_model, load_tokenizer
+from adapruner.models._loading import load_tokenizer
+from adapruner.models._places import find_model
 from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.result import shown_name
 from adapruner.texts import record_of
-from adapruner.tokens import (
-    TokenizerParts,
-    VocabularySummary,
-    configs_with_tokens,
-    cut_tokenizer,
-    cut_vocabulary,
-    select_vocabulary,
-)
+from adapruner.tokens._choosing import VocabularySummary
+from adapruner.tokens._model import configs_with_tokens, cut_vocabulary
+from adapruner.tokens._selecting import select_vocabulary
+from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 from adapruner.verbs._export import check_output
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # A node is declared after those that it names: the order of these lines is that of the procedure.
 # isort: off
-from adapruner.run.nodes.declared import GRAPH as GRAPH
+from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes import inputs as inputs
 from adapruner.run.nodes import amount as amount
 from adapruner.run.nodes import placed as placed

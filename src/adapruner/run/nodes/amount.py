@@ -6,10 +6,13 @@ from transformers import PreTrainedConfig
 
 from adapruner.config import Layout, RatioOf
 from adapruner.errors import AdaPrunerError
-from adapruner.models import Architecture, ModelLocation, empty_model, find_wrapper
-from adapruner.planning import Budget, UnreachableRatioError, default_budget
+from adapruner.models._architecture import Architecture
+from adapruner.models._config import find_wrapper
+from adapruner.models._loading import empty_model
+from adapruner.models._places import ModelLocation
+from adapruner.planning._budget import Budget, UnreachableRatioError, default_budget
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.structure import Structure, count_parameters
+from adapruner.structure._blocks import Structure, count_parameters
 
 
 @GRAPH.in_memory

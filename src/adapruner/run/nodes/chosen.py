@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from adapruner.config import Layout, Searched, Space
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import compute_prefix
-from adapruner.graph import Form, RunFolder
-from adapruner.importance import TERMS, Term
-from adapruner.measurement import Statistics, StoredMoments
+from adapruner.evaluation._losses import compute_prefix
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.records import Form
+from adapruner.importance._terms import TERMS, Term
+from adapruner.measurement._moments import StoredMoments
+from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
 from adapruner.option_rules import (
     TOKENS_FOR_ATTENTION,
@@ -32,29 +34,20 @@ from adapruner.option_rules import (
     trials_of,
     windows_of,
 )
-from adapruner.planning import Budget, PruningPlan, can_meet, kept_counts
+from adapruner.planning._budget import Budget, can_meet, kept_counts
+from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.search import (
-    AttentionOrder,
-    ExtendedSpace,
-    Levelled,
-    Objective,
-    PaperSpace,
-    Search,
-    SearchResult,
-    SearchSpace,
-    StudyFile,
-    at_budget,
-    attention_order,
-    build_subset_family,
-    level,
-    measurements,
-    plan_candidate,
-    reused_layers,
-)
-from adapruner.structure import Block, Structure
+from adapruner.search._attention_order import AttentionOrder, attention_order, measurements
+from adapruner.search._levelling import Levelled, level
+from adapruner.search._objective import Objective, at_budget, plan_candidate
+from adapruner.search._result import SearchResult
+from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, reused_layers
+from adapruner.search._study import Search
+from adapruner.search._study_file import StudyFile
+from adapruner.search._subsets import build_subset_family
+from adapruner.structure._blocks import Block, Structure
 
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 

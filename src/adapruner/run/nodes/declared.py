@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adapruner.config import PruneConfig
-from adapruner.graph import Graph
+from adapruner.graph.declaring import Graph
 
 GRAPH = Graph(
     PruneConfig,

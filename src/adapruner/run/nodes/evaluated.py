@@ -9,35 +9,27 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import PROBED_TOKENS, EvaluationText, probe_texts
-from adapruner.evaluation import (
-    Breakage,
-    Perplexity,
-    Tasks,
-    TaskScore,
-    Writing,
-    Written,
-    end_tokens,
-    judge_writing,
-    load_tasks,
-    measure_breakage,
-    measure_perplexity,
-    measure_tasks,
-    number_of_texts,
-    write,
-)
-from adapruner.graph import Kept
-from adapruner.measurement import Statistics
+from adapruner.calibration._pool import EvaluationText
+from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
+from adapruner.evaluation._breakage import Breakage, Writing, judge_writing, measure_breakage
+from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
+from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, measure_tasks
+from adapruner.evaluation._writing import Written, end_tokens, number_of_texts, write
+from adapruner.graph.declaring import Kept
+from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
-from adapruner.models import find_model, in_fastest_dtype, load_model
-from adapruner.planning import Budget
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_model
+from adapruner.models._places import find_model
+from adapruner.planning._budget import Budget
 from adapruner.progress import Reporter
 from adapruner.result import IS_WANTED, Role
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, json_form
-from adapruner.search import SearchResult, at_budget, plan_candidate
-from adapruner.structure import Structure
-from adapruner.surgery import prune_model
+from adapruner.search._objective import at_budget, plan_candidate
+from adapruner.search._result import SearchResult
+from adapruner.structure._blocks import Structure
+from adapruner.surgery._cut import prune_model
 from adapruner.texts import Texts
 
 # The models that are evaluated: by role, the node of the model.

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapruner.graph import Form
+from adapruner.graph.records import Form
 
 Windows = dict[str, Tensor]
 

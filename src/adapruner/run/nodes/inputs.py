@@ -7,23 +7,21 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import BlendPart, Source, fingerprint
+from adapruner.calibration._blend import BlendPart
+from adapruner.calibration._reading import fingerprint
+from adapruner.calibration._sources import Source
 from adapruner.config import PruneConfig
 from adapruner.families import open_config, resolve
 from adapruner.memory import dtype_of_weights
-from adapruner.models import (
-    Architecture,
-    ModelLocation,
-    empty_model,
-    find_model,
-    fingerprint as fingerprint_of_model,
-    load_config,
-    load_tokenizer,
-    resolve_devices,
-    trial_dtype,
-)
+from adapruner.models._architecture import Architecture
+from adapruner.models._config import load_config
+from adapruner.models._device import resolve_devices, trial_dtype
+from adapruner.models._fingerprint import fingerprint as fingerprint_of_model
+from adapruner.models._loading import empty_model, load_tokenizer
+from adapruner.models._places import ModelLocation, find_model
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.structure import Structure, build_structure
+from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 from adapruner.texts import Texts, assign_texts
 
 

@@ -11,22 +11,18 @@ from transformers import PreTrainedModel
 
 from adapruner.config import Space, Terms
 from adapruner.files import is_whole, write_atomically
-from adapruner.graph import Form
-from adapruner.importance import needs_moments, needs_removal_errors
-from adapruner.measurement import (
-    Statistics,
-    StoredMoments,
-    measure_in_parts,
-    measure_moments,
-    projected_blocks,
-    removal_errors,
-)
+from adapruner.graph.records import Form
+from adapruner.importance._terms import needs_moments, needs_removal_errors
+from adapruner.measurement._moments import StoredMoments, measure_moments, projected_blocks
+from adapruner.measurement._removal import removal_errors
+from adapruner.measurement._samples import measure_in_parts
+from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
 from adapruner.option_rules import MEASURED_AT_ONCE
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows
-from adapruner.structure import Structure
+from adapruner.structure._blocks import Structure
 
 MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
 STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)

@@ -13,44 +13,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import BlendPart, has_written_part
-from adapruner.checkpoint import read_origin, save_checkpoint
+from adapruner.calibration._blend import BlendPart, has_written_part
+from adapruner.checkpoint._folder import read_origin, save_checkpoint
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.files import copy_folder
-from adapruner.graph import Form
-from adapruner.measurement import StoredMoments
+from adapruner.graph.records import Form
+from adapruner.measurement._moments import StoredMoments
 from adapruner.memory import Placement
-from adapruner.models import (
-    Architecture,
-    ModelLocation,
-    check_tokens,
-    empty_model,
-    find_model,
-    load_model,
-)
+from adapruner.models._architecture import Architecture, check_tokens
+from adapruner.models._loading import empty_model, load_model
+from adapruner.models._places import ModelLocation, find_model
 from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
-from adapruner.planning import PruningPlan
+from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
-from adapruner.recovery import (
-    Examples,
-    Unwritten,
-    check_adapters,
-    check_device,
-    read_examples,
-    recover_into,
-    scale_options,
-    total_steps,
-    train,
-    window_examples,
-    write_predictions,
-)
+from adapruner.recovery._adapters import check_adapters, scale_options
+from adapruner.recovery._checks import check_device
+from adapruner.recovery._examples import Examples, Unwritten, read_examples, window_examples
+from adapruner.recovery._folder import recover_into
+from adapruner.recovery._predictions import write_predictions
+from adapruner.recovery._training import total_steps, train
 from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import TENSORS, Windows
 from adapruner.run.nodes.text import seed_of_writing
-from adapruner.structure import Structure
-from adapruner.surgery import prune_model, refit_sequentially
+from adapruner.structure._blocks import Structure
+from adapruner.surgery._cut import prune_model
+from adapruner.surgery._sequential import refit_sequentially
 from adapruner.texts import Texts
 
 # What made it has written the folder already.

@@ -9,22 +9,16 @@ from transformers import PreTrainedModel
 
 from adapruner.config import PruneConfig
 from adapruner.memory import Placement, choose_placement, estimate_memory, room_for_moments
-from adapruner.models import (
-    ModelLocation,
-    check_length,
-    check_streamable,
-    copy_in_dtype,
-    is_pruned,
-    is_streamable,
-    load_model,
-    usable_devices,
-)
-from adapruner.planning import Budget
+from adapruner.models._architecture import check_length, is_pruned
+from adapruner.models._device import copy_in_dtype, usable_devices
+from adapruner.models._loading import check_streamable, is_streamable, load_model
+from adapruner.models._places import ModelLocation
+from adapruner.planning._budget import Budget
 from adapruner.progress import Reporter
-from adapruner.recovery import check_trainer_options
+from adapruner.recovery._checks import check_trainer_options
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.inputs import Precision
-from adapruner.structure import Structure
+from adapruner.structure._blocks import Structure
 
 
 @GRAPH.leaf()

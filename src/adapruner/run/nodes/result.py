@@ -8,20 +8,27 @@ from pathlib import Path
 import torch
 
 from adapruner.card import model_card
-from adapruner.checkpoint import write_card
+from adapruner.checkpoint._folder import write_card
 from adapruner.config import PruneConfig
-from adapruner.evaluation import Breakage, Perplexity, TaskScore
-from adapruner.graph import Form, RunFolder
-from adapruner.models import ModelLocation, describe_device, empty_model, find_model, load_config
-from adapruner.planning import PruningPlan
+from adapruner.evaluation._breakage import Breakage
+from adapruner.evaluation._perplexity import Perplexity
+from adapruner.evaluation._tasks import TaskScore
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.records import Form
+from adapruner.models._config import load_config
+from adapruner.models._device import describe_device
+from adapruner.models._loading import empty_model
+from adapruner.models._places import ModelLocation, find_model
+from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
-from adapruner.recovery import read_record
-from adapruner.report import render_report
+from adapruner.recovery._folder import read_record
+from adapruner.report._page import render_report
 from adapruner.result import ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes.forms import Windows, json_form
-from adapruner.search import Levelled, SearchResult
-from adapruner.structure import build_structure
+from adapruner.search._levelling import Levelled
+from adapruner.search._result import SearchResult
+from adapruner.structure._build import build_structure
 
 PAGE: Form[str] = Form(
     lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")

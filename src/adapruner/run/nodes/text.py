@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration import (
+from adapruner.calibration._pool import (
     EvaluationText,
-    Source,
     draw_windows,
     evaluation_text,
     evenly_spaced,
@@ -18,12 +17,13 @@ from adapruner.calibration import (
     start_token,
     text_windows,
 )
+from adapruner.calibration._sources import Source
 from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import finite_windows, window_losses
-from adapruner.graph import Form
-from adapruner.importance import needs_moments
-from adapruner.models import check_length, check_tokens
+from adapruner.evaluation._losses import finite_windows, window_losses
+from adapruner.graph.records import Form
+from adapruner.importance._terms import needs_moments
+from adapruner.models._architecture import check_length, check_tokens
 from adapruner.option_rules import scoring_bounds, written_count
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH
