@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from adapruner.errors import AdaPrunerError, first_problem, reason
-from adapruner.models.modeling_pruned import ATTENTION, Family, RemovableAttention, register_family
+from adapruner.models.modeling_pruned import ATTENTION as ATTENTION, Family, RemovableAttention, register_family
 from adapruner.plain_yaml import parse_yaml
 
 # The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
