@@ -23,7 +23,7 @@ from rich.console import Console
 
 import adapruner
 from adapruner.cli import main
-from adapruner.cli._options import OPTION_GROUPS
+from adapruner.cli._options import HIDDEN_GROUPS, OPTION_GROUPS
 from adapruner.cli.runs import _default_output
 from adapruner.config import PruneConfig, PruneOptions, SizeLimit
 from adapruner.progress import Reporter
@@ -54,9 +54,11 @@ def test_every_option_of_a_run_is_in_one_group() -> None:
 def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> None:
     shown = in_a_shell("prune", "--help", COLUMNS="80").stdout
     assert max(map(len, shown.splitlines())) <= 80
-    places = [shown.index(f"─ {name} ─") for name in (*OPTION_GROUPS, "Run folder", "Hub")]
+    panels = [name for name in OPTION_GROUPS if name not in HIDDEN_GROUPS]
+    places = [shown.index(f"─ {name} ─") for name in (*panels, "Run folder")]
     assert places == sorted(places)
     assert places[0] < shown.index("--ratio", places[0]) < shown.index("--device", places[0]) < places[1]
+    assert len(re.findall("^│ --", shown, re.MULTILINE)) <= 55
 
 
 def test_no_colour_where_none_is_wanted() -> None:
@@ -246,7 +248,7 @@ def test_help_has_examples_and_names_options(capsys: pytest.CaptureFixture[str])
         main(["prune", "--help"])
     text = capsys.readouterr().out
     assert text.count("adapruner prune ") >= 4  # usage and three examples
-    assert "see --target-phase" in " ".join(text.replace("│", " ").split())
+    assert "no more besides --final-windows" in " ".join(text.replace("│", " ").split())
     assert "--empty" not in text
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 import adapruner
 from adapruner import PruneConfig, PruneOptions
-from adapruner.cli import app, main
+from adapruner.cli import _known_options, app, main
 from adapruner.importance._terms import TERMS
 from adapruner.models._architecture import Architecture, known_architectures
 from adapruner.models._places import ModelLocation
@@ -239,7 +239,7 @@ def test_every_block_of_a_page_runs(page: Path) -> None:
 
 def test_all_options_that_are_named_exist() -> None:
     option = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9](?![\w…-]|\.…)")
-    known = {*option.findall(app.generate_docs()), *OF_OTHER_TOOLS, "--help"}
+    known = {*option.findall(app.generate_docs()), *_known_options(), *OF_OTHER_TOOLS, "--help"}
     for page in PAGES:
         # Scripts of the repository have options of their own.
         text = re.sub(r"```console.*?```", "", page.read_text(), flags=re.DOTALL)

@@ -30,7 +30,6 @@ from adapruner.graph.folder import RunFolder
 from adapruner.recovery._training import RecoveryRecord
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
-from adapruner.report._contents import read_contents, read_result
 from adapruner.report._page import write_report
 from adapruner.tables import BARS, Column, Table
 
@@ -462,11 +461,10 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
     ],
 )
 def test_no_command_is_suggested_that_would_be_refused(
-    options: dict[str, Any], said: str | None, run: RunFolder
+    options: dict[str, Any], said: str | None, finished: adapruner.PruneResult
 ) -> None:
-    contents = read_contents(run, read_result(run))
     config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
-    commands = next_commands(replace(contents, result=contents.result.model_copy(update={"config": config})))
+    commands = next_commands(replace(finished, result=finished.result.model_copy(update={"config": config})), False)
     recover = [line for line in commands.values() if " recover " in line]
     assert bool(recover) == bool(said)
     assert all(str(said) in line for line in recover)

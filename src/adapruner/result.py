@@ -39,15 +39,6 @@ _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 
 Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
-TITLES: dict[Role, str] = {
-    "dense": "dense",
-    "best_fixed": "best fixed metric",
-    "compensated": "pruned, scales not tuned",
-    "searched": "pruned",
-    "recovered": "recovered",
-}
-
-
 # For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
 # one, and shows what the search gained.
 IS_WANTED: dict[Role, Callable[..., bool]] = {
@@ -181,8 +172,7 @@ class PruneResult:
     def advice(self) -> list[str]:
         """Problems of the outcome and remedies, a line each."""
         result = self.result
-        lines = [*_rises(result), *_verdict(result), *_breakage(result)]
-        if lines:
+        if lines := [*_damage(result)]:
             training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
             lines.append(f"{training} or a lower `ratio` helps")
         count = result.windows.get("compensation")
@@ -226,35 +216,29 @@ def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict 
     return judge(dense, pruned) if dense and pruned and role != "dense" else None
 
 
-def _rises(result: RunResult) -> Iterator[str]:
-    """A line for every text on which the final model is much worse than the dense one."""
-    for text, final in result.final.perplexity.items():
-        before, after = result.model("dense").perplexity[text].perplexity, final.perplexity
+def _damage(result: RunResult) -> Iterator[str]:
+    """A line for every text on which the final model is much worse than the dense one, on the verdict if it is not
+    usable, and for every other sign that it is broken."""
+    dense, final = result.model("dense"), result.final
+    for text, measured in final.perplexity.items():
+        before, after = dense.perplexity[text].perplexity, measured.perplexity
         if not after <= _MUCH_WORSE * before:
             yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
-
-
-def _verdict(result: RunResult) -> Iterator[str]:
-    """A line on the verdict, if the model is not usable."""
-    final = result.final
-    if final.breakage is None or final.verdict in (None, "usable"):
+    if dense.breakage is None or final.breakage is None:
         return
-    remedy = "was not recovered enough for use" if result.recovery else "should be recovered before use"
-    yield "the model is broken" if final.verdict == "broken" else f"the model {remedy}"
-
-
-def _breakage(result: RunResult) -> Iterator[str]:
-    """A line for every sign that the model is broken."""
-    dense, final = result.model("dense").breakage, result.final.breakage
-    if dense is None or final is None:
-        return
-    if (final.repetition or 0.0) > (dense.repetition or 0.0) + _MUCH_REPETITION:
+    if final.verdict == "broken":
+        yield "the model is broken"
+    elif final.verdict == "recover first":
+        remedy = "was not recovered enough for use" if result.recovery else "should be recovered before use"
+        yield f"the model {remedy}"
+    repetition, repetition_of_dense = final.breakage.repetition or 0.0, dense.breakage.repetition or 0.0
+    if repetition > repetition_of_dense + _MUCH_REPETITION:
         yield (
-            f"the model repeats itself: {final.repetition:.0%} of its greedy text was there before,"
-            f" {dense.repetition:.0%} in the dense model"
+            f"the model repeats itself: {repetition:.0%} of its greedy text was there before,"
+            f" {repetition_of_dense:.0%} in the dense model"
         )
-    for text, number in final.texts.items():
-        before, after = dense.texts[text].bits_per_byte or math.inf, number.bits_per_byte or 0.0
+    for text, number in final.breakage.texts.items():
+        before, after = dense.breakage.texts[text].bits_per_byte or math.inf, number.bits_per_byte or 0.0
         if not after <= _MANY_MORE_PROBE_BITS * before:
             yield f"bits per byte of {text} rose from {before:.2f} to {after:.2f}"
 
@@ -266,16 +250,20 @@ def roles_of(config: PruneConfig) -> list[Role]:
     ]
 
 
-def titles(config: PruneConfig, best_fixed_name: str | None) -> dict[Role, str]:
+def titles(config: PruneConfig, best_fixed_name: str) -> dict[Role, str]:
     """The names of the models of a run, by role.
 
     Args:
-        best_fixed_name: the name of the best of LLM-Pruner's metrics, once it is known.
+        best_fixed_name: the name of the best of LLM-Pruner's metrics.
     """
-    if best_fixed_name is None:
-        return TITLES
     how = "" if config.compensation == "none" else ", not compensated"
-    return TITLES | {"best_fixed": f"{TITLES['best_fixed']} ({best_fixed_name}){how}"}
+    return {
+        "dense": "dense",
+        "best_fixed": f"best fixed metric ({best_fixed_name}){how}",
+        "compensated": "pruned, scales not tuned",
+        "searched": "pruned",
+        "recovered": "recovered",
+    }
 
 
 def shown_name(model: str) -> str:

@@ -38,6 +38,8 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
+# Of `adapruner recover` and for comparisons: the help names them in a sentence, and the page of options lists them.
+HIDDEN_GROUPS = ("Importance", "Fine-tuning")
 # The panels of the help of `prune`, in this order.
 _GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
     SizeLimit = config.SizeLimit
 else:
-    _group_of = {field: _GROUPS[name] for name, fields in OPTION_GROUPS.items() for field in fields}
+    _group_of = {field: name for name, fields in OPTION_GROUPS.items() for field in fields}
     _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
 
     def _help(description: str | None) -> str:
@@ -56,16 +58,11 @@ else:
 
     def _for_command_line(options: type[BaseModel]) -> type[BaseModel]:
         """The same fields, each with its panel and its help."""
-        fields = {
-            name: (
-                Annotated[
-                    field.annotation,
-                    Parameter(group=_group_of[name], help=_help(field.description), negative_iterable=()),
-                ],
-                field,
-            )
-            for name, field in options.model_fields.items()
-        }
+        fields = {}
+        for name, field in options.model_fields.items():
+            group, shown = _GROUPS[_group_of[name]], _group_of[name] not in HIDDEN_GROUPS
+            parameter = Parameter(group=group, show=shown, help=_help(field.description), negative_iterable=())
+            fields[name] = (Annotated[field.annotation, parameter], field)
         return create_model(options.__name__, __base__=options, **fields)
 
     PruneOptions = _for_command_line(config.PruneOptions)

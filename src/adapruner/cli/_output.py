@@ -19,8 +19,6 @@ from adapruner.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from adapruner.memory import Memory
-    from adapruner.result import PruneResult
-    from adapruner.run.preview import Preview
 
 GIB = 2**30
 
@@ -72,25 +70,6 @@ def _finite(content: Any) -> Any:
             finite[name] = None
             finite[f"{name}_missing"] = "not a number" if math.isnan(value) else "too large for a number"
     return finite
-
-
-def result_lines(result: PruneResult) -> Iterator[RenderableType]:
-    """The tables of a run, and the path of its model."""
-    yield from result.tables()
-    yield f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
-
-
-def preview_lines(preview: Preview) -> Iterator[RenderableType]:
-    """The artifacts that a run would make, with sizes and memory."""
-    from adapruner.cli import with_options
-
-    before, after = preview.parameters_before, preview.parameters_after
-    yield f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
-    yield f"to make: {', '.join(preview.missing) or 'nothing'}"
-    yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
-    if preview.memory:
-        yield with_options(memory_line(preview.memory, preview.device))
-        yield where(preview.device, preview.layer_wise)
 
 
 def where(device: str, layer_wise: bool) -> str:

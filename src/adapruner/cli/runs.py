@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from adapruner import config
-from adapruner.cli._options import (
-    MOST_USED,
-    RUN_FOLDER,
-    Flag,
-    Json,
-    Model,
-    PruneOptions,
-    SizeLimit,
-    given,
-)
-from adapruner.cli._output import preview_lines, print_advice, print_note, print_output, result_lines, starting
+from adapruner.cli._options import MOST_USED, RUN_FOLDER, Flag, Json, Model, PruneOptions, SizeLimit, given
+from adapruner.cli._output import memory_line, print_advice, print_note, print_output, starting, where
 from adapruner.errors import AdaPrunerError
 from adapruner.recipe import override, read_recipe
+
+if TYPE_CHECKING:
+    from adapruner.run.preview import Preview
 
 
 def prune(
@@ -37,6 +32,9 @@ def prune(
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
     """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
+
+    Not listed below: the options of the fine-tuning, which are those of adapruner recover, written --recovery.steps and
+    so on; and --terms, --alignment and --reduction of the importance, for comparisons.
 
     ```console
     adapruner prune Qwen/Qwen3-0.6B --calibration c4 -o runs/a --dry-run
@@ -65,12 +63,26 @@ def prune(
         from adapruner.run import api, engines, preview
     if dry_run:
         previewed = preview.preview(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
-        print_output(previewed, json, preview_lines(previewed))
+        print_output(previewed, json, _lines_of_preview(previewed))
         return
     result = api.prune(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
     print_advice(result.advice())
     serving = engines.serving_commands(result.result.config.for_, result.model_folder)
-    print_output(result.result, json, [*result_lines(result), *(f"serve: {line}" for line in serving)])
+    files = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
+    print_output(result.result, json, [*result.tables(), files, *(f"serve: {line}" for line in serving)])
+
+
+def _lines_of_preview(preview: Preview) -> Iterator[str]:
+    """The artifacts that a run would make, with sizes and memory."""
+    from adapruner.cli import with_options
+
+    before, after = preview.parameters_before, preview.parameters_after
+    yield f"about {after:,} of {before:,} parameters kept ({1 - after / before:.1%} removed)"
+    yield f"to make: {', '.join(preview.missing) or 'nothing'}"
+    yield f"on disk: model {preview.model_bytes / 1e6:,.1f} MB, moments {preview.moments_bytes / 1e6:,.1f} MB"
+    if preview.memory:
+        yield with_options(memory_line(preview.memory, preview.device))
+        yield where(preview.device, preview.layer_wise)
 
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:

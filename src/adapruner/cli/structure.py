@@ -88,6 +88,8 @@ def _content(structure: Structure, model: str, around: tuple[str, int] | None) -
 
 
 def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> Iterator[RenderableType]:
+    from adapruner.structure._blocks import show_layers
+
     total = structure.total_parameters
     yield f"{model}: {structure.model_type}, {total:,} parameters"
     if around:
@@ -95,37 +97,26 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
             f"It is the decoder of a {around[0]}, with {total / around[1]:.1%} of its {around[1]:,} parameters; all"
             " other parts are kept as they are. Ratios are of all parameters, or with --ratio-of decoder of its own."
         )
-    yield _table_of_parts(structure)
-    yield _table_of_layers(structure)
+    parts = Table("part", "parameters", "share")
+    for part, parameters in structure.parts.items():
+        if parameters:
+            parts.add_row(part, f"{parameters:,}", f"{parameters / total:.1%}")
+    yield parts
+    # Equal layers share a row.
+    layers_by_size: dict[tuple[str, int, int], list[int]] = {}
+    for block in structure.blocks:
+        layers_by_size.setdefault((block.kind, block.groups, block.parameters_per_group), []).append(block.layer)
+    groups_table = Table("layers", "kind", "groups in each", "parameters per group", "share", caption_justify="left")
+    for (kind, groups, parameters), layers in layers_by_size.items():
+        share = len(layers) * groups * parameters / total
+        name = "KV groups" if kind == "heads" else kind
+        groups_table.add_row(show_layers(layers), name, f"{groups:,}", f"{parameters:,}", f"{share:.1%}")
+    groups_table.caption = structure.note or None
+    yield groups_table
     yield (
         f"At most {structure.removable_parameters / total:.1%} of the parameters can be removed while every layer keeps"
         " some groups of each kind and all tokens are kept."
     )
-
-
-def _table_of_parts(structure: Structure) -> Table:
-    """Number of parameters of each part of a model; without parts that it lacks."""
-    table = Table("part", "parameters", "share")
-    for part, parameters in structure.parts.items():
-        if parameters:
-            table.add_row(part, f"{parameters:,}", f"{parameters / structure.total_parameters:.1%}")
-    return table
-
-
-def _table_of_layers(structure: Structure) -> Table:
-    """The groups of every layer; equal layers share a row."""
-    from adapruner.structure._blocks import show_layers
-
-    layers_by_size: dict[tuple[str, int, int], list[int]] = {}
-    for block in structure.blocks:
-        layers_by_size.setdefault((block.kind, block.groups, block.parameters_per_group), []).append(block.layer)
-    table = Table("layers", "kind", "groups in each", "parameters per group", "share", caption_justify="left")
-    for (kind, groups, parameters), layers in layers_by_size.items():
-        share = len(layers) * groups * parameters / structure.total_parameters
-        name = "KV groups" if kind == "heads" else kind
-        table.add_row(show_layers(layers), name, f"{groups:,}", f"{parameters:,}", f"{share:.1%}")
-    table.caption = structure.note or None
-    return table
 
 
 def _cost(estimate: Estimate, model: str) -> dict[str, Any]:

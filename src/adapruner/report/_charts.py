@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from adapruner.search._history import TriedPoint
 from adapruner.search._result import SearchResult
-
-LOSS_NAME = "loss, nats per token"
 
 
 @dataclass(frozen=True)
@@ -64,58 +60,34 @@ class Scatter:
 
     x: Axis
     y: Axis
-    series: dict[str, tuple[Mark, ...]]
-    line: tuple[tuple[float, float], ...] = ()
-    line_name: str = ""
-
-
-def scatter(x: str, y: str, points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Scatter:
-    """A plot of points.
-
-    Args:
-        x, y: the titles of the axes.
-        points: x, y and a label, by the name of their kind; finite, at least one.
-    """
-    all_points = [point for kind in points.values() for point in kind]
-    across, up = Axis.over(x, [point[0] for point in all_points]), Axis.over(y, [point[1] for point in all_points])
-    marks = {
-        name: tuple(Mark(across.place(left), 100 - up.place(height), label) for left, height, label in kind)
-        for name, kind in points.items()
-        if kind
-    }
-    return Scatter(across, up, marks)
+    series: dict[str, list[Mark]]
+    line: list[tuple[float, float]]
+    line_name: str
 
 
 def trials(search: SearchResult) -> Scatter:
     """The loss of every trial in the order of their beginning, and the best so far."""
     known = [(point, point.loss) for point in search.points if point.loss is not None]
-    kinds: dict[str, list[tuple[float, float, str]]] = {name: [] for name in (*_KINDS, "chosen")}
+    x = Axis.over("trial", [point.number for point, _ in known])
+    y = Axis.over("loss, nats per token", [loss for _, loss in known])
+    kinds = "stopped early", "proposed by the sampler", "starting point", "fixed metric", "chosen"
+    series: dict[str, list[Mark]] = {kind: [] for kind in kinds}
+    line, best = list[tuple[float, float]](), math.inf
     for point, loss in known:
-        kind = _kind(point)
-        mark = point.number, loss, f"trial {point.number}, {point.fixed_metric or kind}: {loss:.4f}"
-        kinds[kind].append(mark)
+        if point.stopped:
+            kind = "stopped early"
+        elif point.fixed_metric:
+            kind = "fixed metric"
+        else:
+            kind = "starting point" if point.starting_point else "proposed by the sampler"
+        label = f"trial {point.number}, {point.fixed_metric or kind}: {loss:.4f}"
+        mark = Mark(x.place(point.number), 100 - y.place(loss), label)
+        series[kind].append(mark)
         if point.number == search.best_trial:
-            kinds["chosen"].append(mark)
-    plot = scatter("trial", LOSS_NAME, kinds)
-    best = list(accumulate((math.inf if point.stopped else loss for point, loss in known), min))
-    corners = [
-        (plot.x.place(point.number), 100 - plot.y.place(loss))
-        for (point, _), before, now in zip(known, [math.inf, *best], best, strict=False)
-        for loss in (before, now)
-        if math.isfinite(loss)
-    ]
-    return replace(plot, line=tuple(corners), line_name="best so far")
-
-
-_KINDS = ("stopped early", "proposed by the sampler", "starting point", "fixed metric")
-
-
-def _kind(point: TriedPoint) -> str:
-    if point.stopped:
-        return "stopped early"
-    if point.fixed_metric:
-        return "fixed metric"
-    return "starting point" if point.starting_point else "proposed by the sampler"
+            series["chosen"].append(mark)
+        before, best = best, best if point.stopped else min(best, loss)
+        line += [(mark.x, 100 - y.place(height)) for height in (before, best) if math.isfinite(height)]
+    return Scatter(x, y, {kind: marks for kind, marks in series.items() if marks}, line, "best so far")
 
 
 def strips(search: SearchResult) -> dict[str, dict[str, list[Mark]]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from adapruner.calibration._sources import SELF_GENERATED, parse_source
 from adapruner.config import PruneConfig, PruneOptions
-from adapruner.report._contents import Contents
+from adapruner.result import PruneResult
 
 # The folder of the search, if a run took it from another run.
 _SEARCHED = "runs/searched"
@@ -26,31 +26,31 @@ def command(config: PruneConfig, output: Path) -> str:
     return " \\\n    ".join(map(shlex.join, [("adapruner", "prune", config.model, "-o", str(output)), *options]))
 
 
-def next_commands(contents: Contents) -> dict[str, str]:
-    """Command lines to continue with a finished run, by their purpose."""
-    config, folder, model = contents.config, contents.path, contents.final_folder
+def next_commands(run: PruneResult, has_speed: bool) -> dict[str, str]:
+    """Command lines to continue with a finished run, by their purpose.
+
+    Args:
+        has_speed: the speed of its model was measured.
+    """
+    config, folder, model = run.result.config, run.output, run.model_folder
     commands: dict[str, tuple[str, ...]] = {}
-    if not config.recover and _can_be_learnt(config):
+    # Fine-tuning reads text under a name that needs no file of sources, or text that the dense model writes.
+    can_be_learnt = config.calibration == SELF_GENERATED or (
+        not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
+    )
+    if not config.recover and can_be_learnt:
         commands["Recover part of the loss by fine-tuning"] = (
             *("recover", str(model), "--data", config.calibration, "--teacher", config.model),
             *("-o", str(folder / "better")),
         )
     if not config.tasks:
         commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")
-    if not contents.speed:
+    if not has_speed:
         commands["Measure the speed on this machine, and show it here"] = (
             *("benchmark", str(model), "--against", config.model, "-o", str(folder / "speed.json")),
         )
     commands["Export for llama.cpp"] = ("export", str(model), "--to", "gguf", "-o", str(folder / "model.gguf"))
     return {purpose: shlex.join(("adapruner", *words)) for purpose, words in commands.items()}
-
-
-def _can_be_learnt(config: PruneConfig) -> bool:
-    """True if fine-tuning can read the dataset of the calibration: text, under a name that needs no file of sources; or
-    text that the dense model writes."""
-    if config.calibration == SELF_GENERATED:
-        return True
-    return not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
 
 
 def _options(values: BaseModel, prefix: str = "--") -> list[tuple[str, ...]]:

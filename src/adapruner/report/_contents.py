@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError, first_problem, reason
+from adapruner.errors import AdaPrunerError, first_problem
 from adapruner.evaluation._speed import Speed
 from adapruner.graph.folder import RunFolder
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
-from adapruner.planning._plan import PruningPlan
-from adapruner.result import ModelNumbers, RunResult
+from adapruner.result import RunResult
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The content of the folder of a finished run.
-
-    Attributes:
-        path: the folder with its artifacts.
-        result: the content of `result.json`.
-        plan: which groups are kept.
-        samples: the texts of the chosen calibration samples, by their numbers in the pool; None if the windows or the
-            tokenizer of the model were removed.
-        weight_bytes: size of the weights of the final model on disk.
-        speed: of the dense and the final model, if `adapruner benchmark --output` wrote it here.
-    """
-
-    path: Path
-    result: RunResult
-    plan: PruningPlan
-    samples: dict[int, str | None]
-    weight_bytes: int
-    speed: tuple[Speed, Speed] | None
-
-    @property
-    def config(self) -> PruneConfig:
-        return self.result.config
-
-    @property
-    def dense(self) -> ModelNumbers:
-        return self.result.model("dense")
-
-    @property
-    def final_folder(self) -> Path:
-        """The folder of the checkpoint of the final model."""
-        return _final_folder(self.path, self.result)
-
-
-def read_contents(run: RunFolder, result: RunResult) -> Contents:
-    """Reads what a report shows of the run with this result.
-
-    Raises:
-        AdaPrunerError: something in the folder cannot be read.
-    """
-    try:
-        return Contents(
-            path=run.path,
-            result=result,
-            plan=PruningPlan.load(run.path / "plan.json"),
-            samples=_samples(run, result.search.best.samples),
-            weight_bytes=sum(file.stat().st_size for file in _final_folder(run.path, result).glob("*.safetensors")),
-            speed=_speed(run, result),
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
 
 
 def read_result(run: RunFolder) -> RunResult:
@@ -103,21 +46,18 @@ def _is_current(run: RunFolder, name: str, config: PruneConfig) -> bool:
     )
 
 
-def _final_folder(path: Path, result: RunResult) -> Path:
-    return path / ("recovered" if result.recovery else "model")
-
-
-def _speed(run: RunFolder, result: RunResult) -> tuple[Speed, Speed] | None:
-    """The speed of the dense and the final model, which are identified by their numbers of parameters: the speed of an
-    earlier pruned model is not shown."""
+def read_speed(run: RunFolder, result: RunResult) -> tuple[Speed, Speed] | None:
+    """The speed of the dense and the final model, if `adapruner benchmark --output` wrote it here. They are identified
+    by their numbers of parameters: the speed of an earlier pruned model is not shown."""
     measured = _read_json(run.speed, dict[str, Speed]) if run.speed.is_file() else {}
     by_size = {speed.parameters: speed for speed in measured.values()}
     dense, final = (by_size.get(model.parameters) for model in (result.model("dense"), result.final))
     return (dense, final) if dense and final else None
 
 
-def _samples(run: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | None]:
-    """The texts of samples by their numbers, read with the tokenizer of the saved model."""
+def read_samples(run: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | None]:
+    """The texts of calibration samples by their numbers in the pool, read with the tokenizer of the saved model; None
+    if the windows or the model were removed."""
     windows, model = run.path / "windows.safetensors", run.path / "model"
     if not windows.exists() or not model.exists():
         return dict.fromkeys(numbers)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors import SafetensorError
 
-from adapruner.config import PruneConfig
+from adapruner.errors import AdaPrunerError, reason
 from adapruner.files import being_written
 from adapruner.graph.folder import RunFolder
-from adapruner.planning._budget import Budget
+from adapruner.planning._plan import PruningPlan
 from adapruner.report import _charts, _tables
 from adapruner.report._command import command, next_commands
-from adapruner.report._contents import read_contents, read_result
+from adapruner.report._contents import read_result, read_samples, read_speed
 from adapruner.result import PruneResult, RunResult, shown_name, tables_of, titles
 from adapruner.structure._blocks import show_layers
 from adapruner.terminal import printable
@@ -51,48 +52,50 @@ def write_report(run: RunFolder) -> Path:
 
 
 def render_report(run: RunFolder, result: RunResult) -> str:
-    """The page of a finished run, as text."""
-    contents = read_contents(run, result)
-    config, search, final, plan = result.config, result.search, result.final, contents.plan
+    """The page of a finished run, as text.
+
+    Raises:
+        AdaPrunerError: something in the folder cannot be read.
+    """
+    config, search, dense, final = result.config, result.search, result.model("dense"), result.final
+    try:
+        finished = PruneResult(run.path, PruningPlan.load(run.path / "plan.json"), result)
+        samples, speed = read_samples(run, search.best.samples), read_speed(run, result)
+        weight_bytes = sum(file.stat().st_size for file in finished.model_folder.glob("*.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
     names = titles(config, search.best_fixed_name)
-    candidate = result.levelled.candidate if result.levelled else search.best
+    used = defaultdict(list)
+    for use, text in assign_texts(config, missing_ok=True).used if final.perplexity else ():
+        used[use].append(str(text))
+    budget = asdict((result.levelled.candidate if result.levelled else search.best).budget)
+    allocation = budget.pop("allocation")
     page = _TEMPLATES.get_template("report.html.jinja").render(
         policy=_POLICY,
-        contents=contents,
+        folder=run.path,
         config=config,
+        plan=finished.plan,
         result=result,
         search=search,
+        dense=dense,
         final=final,
         name=shown_name(config.model),
-        losses=_tables.losses(contents.dense, final, names[final.role]),
-        gains=_tables.gains(contents, names[final.role]),
+        losses=_tables.losses(dense, final, names[final.role]),
+        gains=_tables.gains(dense, final, names[final.role], weight_bytes, speed),
+        speed=speed,
+        samples=samples,
         mean=next((number for number in final.numbers.values() if number.kind == "mean"), None),
-        used=_used_texts(config) if final.perplexity else {},
-        advice=PruneResult(run.path, plan, result).advice(),
-        next_commands=next_commands(contents),
+        used={use: ", ".join(texts) for use, texts in used.items()},
+        advice=finished.advice(),
+        next_commands=next_commands(finished, speed is not None),
         model_tables=tables_of("Numbers of every model", result.models, names),
         texts=_tables.texts({names[model.role]: model for model in result.models}),
         trials=_charts.trials(search),
         strips=_charts.strips(search),
         chosen=next(point for point in search.points if point.number == search.best_trial),
         ladder=_tables.ladder(result),
-        allocation=_allocation(candidate.budget),
+        allocation=budget | (allocation if isinstance(allocation, dict) else {"layers": allocation}),
         command=command(config, run.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )
     return printable(page)
-
-
-def _allocation(budget: Budget) -> dict[str, Any]:
-    """The fields of a budget and of its allocation."""
-    fields = asdict(budget)
-    allocation = fields.pop("allocation")
-    return fields | (allocation if isinstance(allocation, dict) else {"layers": allocation})
-
-
-def _used_texts(config: PruneConfig) -> dict[str, str]:
-    """The texts on which the model depends, by use."""
-    used: dict[str, list[str]] = {}
-    for use, text in assign_texts(config, missing_ok=True).used:
-        used.setdefault(use, []).append(str(text))
-    return {use: ", ".join(texts) for use, texts in used.items()}

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from adapruner.evaluation._speed import Rate, Speed
-from adapruner.numbers import Numbers, difference, is_noise, shortened, signed, with_error
-from adapruner.report._contents import Contents
+from adapruner.numbers import difference, is_noise, shortened, signed, with_error
 from adapruner.result import ModelNumbers, Role, RunResult
-from adapruner.search._levelling import KeptAttention, Levelled, MovedChannels
+from adapruner.search._levelling import KeptAttention, MovedChannels
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 # Prompts whose continuations are shown.
 _SHOWN_TEXTS = 5
-_STEPS = {
-    "starting point": "best starting point",
-    "searched": "best point of the search",
-}
 
 
 def losses(dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
     """The losses of quality against the dense model, as far as they were measured."""
-    rows = _losses(dense.numbers, final.numbers, list(final.tasks))
-    return _changes("loss-table", "Losses", final_name, rows)
-
-
-def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str]) -> Iterator[Cells]:
-    for before, after in ((dense[key], after) for key, after in final.items() if key in dense):
+    rows, numbers, tasks = list[Cells](), dense.numbers, list(final.tasks)
+    for before, after in ((numbers[key], after) for key, after in final.numbers.items() if key in numbers):
         label, about, (rise, error) = after.metric, after.dataset, difference(before, after)
         change, noise = signed(rise, None, after.digits).text, is_noise(rise, error)
         if after.kind == "text" and after.metric == "perplexity":
@@ -44,24 +35,30 @@ def _losses(dense: Numbers, final: Numbers, tasks: Sequence[str]) -> Iterator[Ce
             about = "of greedy text"
         elif after.kind != "text":
             continue
-        yield _change(label, about, before.cell, after.cell, change, noise)
+        rows.append(_change(label, about, before.cell, after.cell, change, noise))
+    return Table("loss-table", "Losses", _columns_of_changes(final_name), rows)
 
 
-def gains(contents: Contents, final_name: str) -> Table:
-    """The savings of the final model."""
-    return _changes("gain-table", "Gains", final_name, _gains(contents))
+def gains(
+    dense: ModelNumbers, final: ModelNumbers, final_name: str, weight_bytes: int, speed: tuple[Speed, Speed] | None
+) -> Table:
+    """The savings of the final model.
+
+    Args:
+        weight_bytes: size of its weights on disk.
+        speed: of the dense and the final model.
+    """
+    before, after = dense.parameters, final.parameters
+    rows = [_smaller("parameters", "", _millions, before, after)]
+    if weight_bytes:
+        dense_bytes = round(weight_bytes * before / after)
+        rows.append(_smaller("weights on disk", "in the same dtype", _megabytes, dense_bytes, weight_bytes))
+    if speed:
+        rows += _gains_of_speed(*speed)
+    return Table("gain-table", "Gains", _columns_of_changes(final_name), rows)
 
 
-def _gains(contents: Contents) -> Iterator[Cells]:
-    before, after = contents.dense.parameters, contents.result.final.parameters
-    yield _smaller("parameters", "", _millions, before, after)
-    if size := contents.weight_bytes:
-        yield _smaller("weights on disk", "in the same dtype", _megabytes, round(size * before / after), size)
-    if contents.speed:
-        yield from _speeds(*contents.speed)
-
-
-def _speeds(dense: Speed, final: Speed) -> Iterator[Cells]:
+def _gains_of_speed(dense: Speed, final: Speed) -> Iterator[Cells]:
     for label, before, after in (
         ("prompt, tokens per second", dense.prefill, final.prefill),
         ("generation, tokens per second", dense.decode, final.decode),
@@ -76,13 +73,12 @@ def _speeds(dense: Speed, final: Speed) -> Iterator[Cells]:
         yield _smaller("peak memory", about, _megabytes, dense.peak_memory_bytes, final.peak_memory_bytes)
 
 
-def _changes(name: str, title: str, final_name: str, rows: Iterable[Cells]) -> Table:
-    columns = [
+def _columns_of_changes(final_name: str) -> list[Column]:
+    return [
         Column("measured", is_number=False),
         *map(Column, ("dense", final_name)),
         Column("change", style="change"),
     ]
-    return Table(name, title, columns, list(rows))
 
 
 def _change(label: str, about: str, before: Cell, after: Cell, change: str, noise: bool = False) -> Cells:
@@ -166,13 +162,25 @@ def _rungs(result: RunResult) -> Iterator[_Rung]:
     if is_compensated and "best_fixed" in measured:
         yield _Rung(f"{fixed}, not compensated", role="best_fixed")
         fixed = "same metric"
-    names = _STEPS | {"fixed metric": f"{fixed}, compensated" if is_compensated else fixed}
+    names = {
+        "fixed metric": f"{fixed}, compensated" if is_compensated else fixed,
+        "starting point": "best starting point",
+        "searched": "best point of the search",
+    }
     for step in search.steps:
         gain = None if step.gain is None else (step.gain, step.standard_error)
         role: Role | None = "best_fixed" if step.name == "fixed metric" and not is_compensated else None
         yield _Rung(names[step.name], step.trial, step.loss, gain, role)
-    if result.levelled:
-        yield from _levelling(result.levelled)
+    rounds, levelled = Counter[str](), result.levelled
+    for change in (*levelled.kept, *levelled.moves) if levelled else ():
+        if isinstance(change, KeptAttention):
+            name = f"attention of layer {change.layer} kept"
+        else:
+            kind = "widths levelled" if isinstance(change, MovedChannels) else "heads moved"
+            rounds[kind] += 1
+            name = f"{kind}, round {rounds[kind]}"
+        suffix = "" if change.accepted else ", not taken"
+        yield _Rung(f"{name}{suffix}", gain=(change.gain, change.gain_standard_error))
     if "compensated" in measured:
         yield _Rung("final compensation", role="compensated")
         yield _Rung("scales tuned, saved", role="searched")
@@ -182,19 +190,6 @@ def _rungs(result: RunResult) -> Iterator[_Rung]:
     if result.recovery:
         yield _Rung("recovered", role="recovered")
     yield _Rung("dense, to compare with", role="dense")
-
-
-def _levelling(levelled: Levelled) -> Iterator[_Rung]:
-    rounds = Counter[str]()
-    for change in (*levelled.kept, *levelled.moves):
-        if isinstance(change, KeptAttention):
-            name = f"attention of layer {change.layer} kept"
-        else:
-            kind = "widths levelled" if isinstance(change, MovedChannels) else "heads moved"
-            rounds[kind] += 1
-            name = f"{kind}, round {rounds[kind]}"
-        suffix = "" if change.accepted else ", not taken"
-        yield _Rung(f"{name}{suffix}", gain=(change.gain, change.gain_standard_error))
 
 
 def _rate(rate: Rate) -> Cell:
