@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
+from adapruner.calibration._blend import BlendPart
 from adapruner.config import RecoveryOptions
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
@@ -32,7 +33,9 @@ def llama(seed: int) -> PreTrainedModel:
 def examples() -> Examples:
     """More than a file of them, and of different lengths."""
     torch.manual_seed(0)
-    windows = window_examples(torch.randint(VOCABULARY, (90, 16)), "random", RecoveryOptions(**SHORT), 0.25)
+    windows = window_examples(
+        torch.randint(VOCABULARY, (90, 16)), BlendPart("random", 1.0, None), RecoveryOptions(**SHORT), 0.25
+    )
     for number, example in enumerate(windows.training):
         example["labels"][: number % 7] = [-100] * (number % 7)
     return windows

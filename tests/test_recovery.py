@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
-from adapruner.calibration._blend import parse_blend
+from adapruner.calibration._blend import BlendPart, parse_blend
 from adapruner.card import card_of_recovered
 from adapruner.models._device import in_fastest_dtype
 from adapruner.processes import Process
@@ -43,7 +43,7 @@ SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "le
 def examples() -> Examples:
     """Windows that count upwards, which is easy to learn."""
     starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
-    return window_examples(starts + torch.arange(16), "text", RecoveryOptions(**SHORT))
+    return window_examples(starts + torch.arange(16), BlendPart("text", 1.0, None), RecoveryOptions(**SHORT))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokeniz
         {"instruction": "w1 w2", "input": "w3", "output": "w4 w5"},
         {"instruction": "w6", "input": "", "output": "w7"},
     ]
-    made = instruction_examples(records, "data", tokenizer, RecoveryOptions(seq_len=256))
+    made = instruction_examples(records, BlendPart("data", 1.0, None), tokenizer, RecoveryOptions(seq_len=256))
     by_answer = {}
     for example in made.training + made.validation:
         learnt = [token for token in example["labels"] if token != -100]
@@ -88,7 +88,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: Pre
     )
     ending = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     records: list[dict[str, str | None]] = [{"instruction": f"w{number}", "output": "w3 w4"} for number in range(5)]
-    made = instruction_examples(records, "data", ending, RecoveryOptions(seq_len=256))
+    made = instruction_examples(records, BlendPart("data", 1.0, None), ending, RecoveryOptions(seq_len=256))
     for example in [*made.training, *made.validation]:
         assert example["input_ids"][0] == ending.bos_token_id
         assert example["input_ids"].count(ending.eos_token_id) == 1
@@ -98,17 +98,21 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: Pre
 def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer: PreTrainedTokenizerFast) -> None:
     record = {"instruction": "w1", "input": "", "output": "w2 " * 300}
     records = [record] * 3 + [record | {"output": ""}, record | {"instruction": "w1 " * 300}]
-    made = instruction_examples(records, "data", tokenizer, RecoveryOptions(seq_len=128))
+    made = instruction_examples(records, BlendPart("data", 1.0, None), tokenizer, RecoveryOptions(seq_len=128))
     assert (len(made.training), len(made.validation), made.skipped) == (2, 1, 2)
     assert {len(example["input_ids"]) for example in made.training} == {128}
 
 
 def test_validation_windows_are_not_trained_on(examples: Examples) -> None:
     assert (len(examples.training), len(examples.validation)) == (36, 4)
-    fewer = window_examples(torch.arange(40)[:, None] + torch.arange(16), "text", RecoveryOptions(records=20))
+    fewer = window_examples(
+        torch.arange(40)[:, None] + torch.arange(16), BlendPart("text", 1.0, None), RecoveryOptions(records=20)
+    )
     starts = [example["input_ids"][0] for example in fewer.training + fewer.validation]
     assert starts == list(range(0, 40, 2))
-    more = window_examples(torch.arange(40)[:, None] + torch.arange(16), "text", RecoveryOptions(records=90))
+    more = window_examples(
+        torch.arange(40)[:, None] + torch.arange(16), BlendPart("text", 1.0, None), RecoveryOptions(records=90)
+    )
     assert [example["input_ids"][0] for example in more.training + more.validation] == list(range(40))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapruner.calibration._blend import BlendPart
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation import _losses
@@ -234,7 +235,7 @@ def test_scales_are_tuned_as_in_memory(
 
     for way in (False, True):
         teacher = in_fastest_dtype(load_model(find_model(dense), layer_wise=way))
-        blend = [window_examples(text, "text", settings, label_weight=0.0)]
+        blend = [window_examples(text, BlendPart("text", 1.0, None), settings, label_weight=0.0)]
         trained, record = train(partial(load, way), blend, settings, tmp_path / f"work-{way}", teacher)
         counts = [read.count(0) for read in reads]
         assert is_streamed(trained) == way

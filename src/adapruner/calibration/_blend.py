@@ -32,6 +32,11 @@ class BlendPart:
         """True for text that a model writes for the training: `self`, or answers to the prompts of the source."""
         return _is_written(self.name)
 
+    @property
+    def description(self) -> str:
+        """The dataset in messages, with its part."""
+        return str(self.source) if self.source and not self.is_written else self.name
+
 
 def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
     """Reads `DATASET`, or several with their shares, `DATASET:SHARE,DATASET:SHARE`. Without shares, all are equal.

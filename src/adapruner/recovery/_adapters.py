@@ -61,14 +61,7 @@ def scale_options(
 
 
 def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
-    """Refuses a family that adapters cannot be put on.
-
-    Args:
-        empty: a model without weights; it cannot be used afterwards.
-
-    Raises:
-        AdaPrunerError: PEFT does not support the family.
-    """
+    """Refuses a family that adapters cannot be put on; the model without weights cannot be used afterwards."""
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with_adapters(empty, options)
@@ -85,24 +78,17 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
 def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     """Adapters on every linear layer of the decoder layers, in float32: of LoRA, or with IA3 a scale for each input."""
     layers = architecture_of(model.config).layers
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(f"{layers}.") and isinstance(module, nn.Linear | Conv1D)
-    }
-    settings: Any = {
-        "target_modules": list(linear),
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in linear.values()),
-        "task_type": "CAUSAL_LM",
-    }
+    modules = [(name, module) for name, module in model.named_modules() if name.startswith(f"{layers}.")]
+    linear = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+    is_transposed = any(isinstance(module, Conv1D) for _, module in modules)
+    settings: Any = {"target_modules": linear, "fan_in_fan_out": is_transposed, "task_type": "CAUSAL_LM"}
     config: PeftConfig
     if options.train == "ia3":
         # PEFT scales the inputs of the modules that it calls feed-forward, and the outputs of others.
-        config = IA3Config(feedforward_modules=list(linear), **settings)
+        config = IA3Config(feedforward_modules=linear, **settings)
     else:
-        config = LoraConfig(
-            r=options.lora_rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **settings
-        )
+        settings |= {"lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
+        config = LoraConfig(r=options.lora_rank, **settings)
     try:
         adapted: Any = get_peft_model(model, config)
     except ValueError as error:
@@ -126,19 +112,16 @@ def take_off(adapted: Any) -> dict[str, Any]:
 
 
 def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Merges adapters into the weights of a model, one at a time: the changes of all weights together are twice as
-    large as a model in bfloat16."""
+    """Merges adapters into the weights of a model in float32, one at a time: the changes of all weights together are
+    twice as large as a model in bfloat16."""
+
+    def merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Any:
+        if isinstance(adapter, IA3Layer):
+            scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
+            return weight.float() * (scales.T if is_transposed else scales)
+        return adapter.get_delta_weight("default").to(weight.device).float().add_(weight)
+
     with torch.no_grad():
         for name, adapter in adapters.items():
             is_transposed = isinstance(model.get_submodule(name), Conv1D)
-            change_weight(model, f"{name}.weight", partial(_merged, adapter, is_transposed))
-
-
-def _merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Tensor:
-    """A weight with its adapter merged into it, in float32."""
-    if isinstance(adapter, IA3Layer):
-        scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
-        merged: Tensor = weight.float() * (scales.T if is_transposed else scales)
-    else:
-        merged = adapter.get_delta_weight("default").to(weight.device).float().add_(weight)
-    return merged
+            change_weight(model, f"{name}.weight", partial(merged, adapter, is_transposed))

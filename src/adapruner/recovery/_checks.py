@@ -19,11 +19,7 @@ _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
 def check_device(device: torch.device) -> None:
-    """Refuses a GPU that the Trainer does not train on: in a single process, any but the first.
-
-    Raises:
-        AdaPrunerError: with a way to use that GPU.
-    """
+    """Refuses a GPU that the Trainer does not train on: in a single process, any but the first."""
     if device.type != "cpu" and device.index and this_process().count == 1:
         raise AdaPrunerError(
             f"training runs on the first accelerator and not on {device}: set"
@@ -32,22 +28,14 @@ def check_device(device: torch.device) -> None:
 
 
 def check_processes(options: RecoveryOptions) -> None:
-    """Refuses a batch that the processes cannot share equally.
-
-    Raises:
-        AdaPrunerError: with both numbers.
-    """
+    """Refuses a batch that the processes cannot share equally."""
     size, processes = options.batch_size, this_process().count
     if size % processes:
         raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
 
 
 def check_trainer_options(options: RecoveryOptions) -> None:
-    """Refuses an optimizer or an experiment tracker that the Trainer does not know, or whose package is missing.
-
-    Raises:
-        AdaPrunerError: with the known names, or the package.
-    """
+    """Refuses an optimizer or an experiment tracker that the Trainer does not know, or whose package is missing."""
     try:
         model: Any = nn.Linear(1, 1)
         arguments: Any = TrainingArguments("unused", **trainer_options(options))

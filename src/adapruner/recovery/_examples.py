@@ -10,7 +10,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._blend import BlendPart
 from adapruner.calibration._pool import evenly_spaced, generate_windows, text_windows
@@ -41,7 +41,7 @@ Row = dict[str, str | None]
 
 
 class Taught(NamedTuple):
-    """The predictions of a teacher for the learnt tokens of an example: rows of the tensors in a file."""
+    """Predictions of a teacher for the learnt tokens of an example: rows of the tensors in a file."""
 
     file: str
     begin: int
@@ -144,11 +144,8 @@ class Unwritten:
         Args:
             written: see `write`.
         """
-        made = []
-        for number, row in enumerate(written):
-            tokens = row[row != NO_TOKEN].tolist()
-            start = len(self.prompts[number]) if self.prompts else 1
-            made.append(_example(tokens, start, 0.0))
+        starts = [len(prompt) for prompt in self.prompts] or [1] * len(written)
+        made = [_example(row[row != NO_TOKEN].tolist(), start, 0.0) for row, start in zip(written, starts, strict=True)]
         return _split(made, self.part, options, self.skipped)
 
 
@@ -160,9 +157,6 @@ def read_examples(
 
     Args:
         label_weight: of text that nobody has yet to write; 1 without a teacher.
-
-    Raises:
-        AdaPrunerError: a dataset cannot be read, a field is missing, or there are too few records.
     """
     return [_read(part, tokenizer, options, label_weight) for part in blend]
 
@@ -182,35 +176,27 @@ def _read(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label
     return window_examples(text_windows(part.source, tokenizer, options.seq_len, limit), part, options, label_weight)
 
 
-def window_examples(
-    windows: Tensor, part: BlendPart | str, options: RecoveryOptions, label_weight: float = 1.0
-) -> Examples:
+def window_examples(windows: Tensor, part: BlendPart, options: RecoveryOptions, label_weight: float = 1.0) -> Examples:
     """Windows of running text, with every token learnt. The last windows are for validation.
 
     Args:
         windows: [windows, tokens], int64.
-        part: the dataset, or its name if there is no other.
     """
     windows = evenly_spaced(windows, options.records)
     return _split([_example(window, 1, label_weight) for window in windows.tolist()], part, options)
 
 
 def instruction_examples(
-    records: list[Row], part: BlendPart | str, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float = 1.0
+    records: list[Row], part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float = 1.0
 ) -> Examples:
     """Prompts in the form of Stanford Alpaca. Only the answers are learnt, each followed by the end token.
 
     Args:
         records: with `instruction`, `output` and perhaps `input`.
-        part: the dataset, or its name if there is no other.
-
-    Raises:
-        AdaPrunerError: a record has no instruction or no output, with its number; or there are too few.
     """
-    _refuse_missing_fields(records, part, ("instruction", "output"))
     examples: list[Example] = []
     skipped = 0
-    for record in _shuffled(records, options):
+    for record in _shuffled(records, part, options, "instruction", "output"):
         if len(examples) == options.records:
             break
         if example := _instruction_example(record, tokenizer, options.seq_len, label_weight):
@@ -226,13 +212,16 @@ def _read_prompts(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOption
     records = [] if part.source.holds_windows else read_records(part.source)
     if not records or "instruction" not in records[0]:
         raise AdaPrunerError(f"{part.name} needs a dataset of instructions: {part.source} has no column instruction")
-    _refuse_missing_fields(records, part, ("instruction",))
     prompts: list[list[int]] = []
     skipped = 0
-    for record in _shuffled(records, options):
+    for record in _shuffled(records, part, options, "instruction"):
         if len(prompts) == limit:
             break
-        prompt = _prompt_to_answer(record, tokenizer)
+        asked = (str(record["instruction"]).strip(), (record.get("input") or "").strip())
+        if chat := as_chat(tokenizer, "\n\n".join(filter(None, asked))):
+            prompt = list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
+        else:
+            prompt = _prompt(record, tokenizer)
         if len(prompt) <= _LONGEST_PROMPT * options.seq_len:
             prompts.append(prompt)
         else:
@@ -241,35 +230,31 @@ def _read_prompts(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOption
     return Unwritten(part, len(prompts), prompts, skipped)
 
 
-def _prompt_to_answer(record: Row, tokenizer: Tokenizer) -> list[int]:
-    question = "\n\n".join(filter(None, (str(record["instruction"]).strip(), (record.get("input") or "").strip())))
-    if chat := as_chat(tokenizer, question):
-        return list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
-    return _prompt(record, tokenizer)
-
-
-def _refuse_missing_fields(records: list[Row], part: BlendPart | str, fields: tuple[str, ...]) -> None:
+def _shuffled(records: list[Row], part: BlendPart, options: RecoveryOptions, *fields: str) -> list[Row]:
+    """Records in random order; refuses one without one of the fields."""
     for number, record in enumerate(records, start=1):
         for field in fields:
             if record[field] is None or (field == "instruction" and not str(record[field]).strip()):
-                raise AdaPrunerError(f"record {number} of {_name(part)} has no {field}")
-
-
-def _shuffled(records: list[Row], options: RecoveryOptions) -> list[Row]:
+                raise AdaPrunerError(f"record {number} of {part.description} has no {field}")
     shuffled = list(records)
     random.Random(options.seed).shuffle(shuffled)
     return shuffled
 
 
 def _prompt(record: Row, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a prompt in the form of Stanford Alpaca."""
+    """The tokens of a prompt in the form of Stanford Alpaca, without the special tokens with which some tokenizers end
+    every text."""
     context = (record.get("input") or "").strip()
     text = _PROMPT.format(
         instruction=str(record["instruction"]).strip(),
         and_input=", paired with an input that provides further context" if context else "",
         input=f"### Input:\n{context}\n\n" if context else "",
     )
-    return _without_end(tokenize(tokenizer, text, return_special_tokens_mask=True))
+    encoding = tokenize(tokenizer, text, return_special_tokens_mask=True)
+    tokens: list[int] = encoding.input_ids
+    while tokens and encoding.special_tokens_mask[len(tokens) - 1]:
+        tokens = tokens[:-1]
+    return tokens
 
 
 def _instruction_example(record: Row, tokenizer: Tokenizer, seq_len: int, label_weight: float) -> Example | None:
@@ -292,20 +277,12 @@ def _example(tokens: list[int], start: int, label_weight: float) -> Example:
     return {"input_ids": tokens, "labels": labels, "label_weight": label_weight}
 
 
-def _without_end(encoding: BatchEncoding) -> list[int]:
-    """The tokens of a prompt, without the special tokens with which some tokenizers end every text."""
-    tokens: list[int] = encoding.input_ids
-    while tokens and encoding.special_tokens_mask[len(tokens) - 1]:
-        tokens = tokens[:-1]
-    return tokens
-
-
-def _split(examples: list[Example], part: BlendPart | str, options: RecoveryOptions, skipped: int = 0) -> Examples:
+def _split(examples: list[Example], part: BlendPart, options: RecoveryOptions, skipped: int = 0) -> Examples:
     """Holds the last examples back for validation."""
-    share = 1.0 if isinstance(part, str) else part.share
-    _refuse_too_few(len(examples), _name(part), options)
-    held_out = max(1, min(len(examples) // 10, round(most_held_out(options, len(examples) / share) * share)))
-    return Examples(_name(part), examples[:-held_out], examples[-held_out:], share, skipped)
+    _refuse_too_few(len(examples), part.description, options)
+    most = round(most_held_out(options, len(examples) / part.share) * part.share)
+    held_out = max(1, min(len(examples) // 10, most))
+    return Examples(part.description, examples[:-held_out], examples[-held_out:], part.share, skipped)
 
 
 def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
@@ -314,9 +291,3 @@ def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
             f"{name} gives {count} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
             " and one to validate on"
         )
-
-
-def _name(part: BlendPart | str) -> str:
-    if isinstance(part, str):
-        return part
-    return str(part.source) if part.source and not part.is_written else part.name

@@ -38,18 +38,13 @@ def recover_into(
     card: Callable[[RecoveryRecord], str | None] = lambda record: None,
     progress: Callable[[int], None] | None = None,
 ) -> RecoveryRecord:
-    """Trains a model and writes it as a normal checkpoint, with the record of the training in the same folder.
+    """Trains a model (see `train`) and writes it as a normal checkpoint, with the record of the training.
 
     Args:
-        load: gives the model; see `train`.
-        teacher: for distillation; None learns the labels.
-        config: the model, the data and all options; for the record.
+        config: of the record: the model, the data and all options.
         work: folder for the state from which the same call resumes; removed at the end.
-        origin: the record of the checkpoint; see `checkpoint.save_checkpoint`.
+        origin: the record of the checkpoint; see `save_checkpoint`.
         card: makes the model card from the record.
-
-    Raises:
-        AdaPrunerError: see `train`; or the folder cannot be written.
     """
     model, record = train(load, blend, options, work, teacher, progress)
     record = record.model_copy(update={"config": config})
@@ -61,11 +56,7 @@ def recover_into(
 
 
 def read_record(folder: Path) -> RecoveryRecord | None:
-    """The record of a finished recovery; None if there is none.
-
-    Raises:
-        AdaPrunerError: it is broken.
-    """
+    """The record of a finished recovery; None if there is none. Refuses a broken one."""
     path = folder / RECORD
     try:
         return RecoveryRecord.model_validate_json(path.read_bytes()) if path.is_file() else None
@@ -92,7 +83,15 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
     if overwrite and (folder / RECORD).is_file():
         return None
     record, started = read_record(folder), working_folder(folder) / _CONFIG
-    begun = _read_config(started) if started.is_file() else None
+    begun: dict[str, Any] | None = None
+    if started.is_file():
+        try:
+            content = json.loads(started.read_text(encoding="utf-8"))
+            begun = content if isinstance(content, dict) else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise AdaPrunerError(
+                f"cannot read {started}: {reason(error)}; choose another output, or `overwrite`"
+            ) from None
     # A kill between the model and its record leaves a folder without a record.
     ours = record is not None or (begun is not None and (folder / "config.json").is_file())
     if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -114,21 +113,9 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> Recov
     return None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdaPrunerError(f"cannot read {path}: {reason(error)}; choose another output, or `overwrite`") from None
-    return content if isinstance(content, dict) else {}
-
-
 @contextlib.contextmanager
 def training_alone(folder: Path) -> Iterator[None]:
-    """Keeps other commands from training into the same folder. Processes that were started together count as one.
-
-    Raises:
-        AdaPrunerError: another command trains into it, or its parent cannot be written.
-    """
+    """Keeps other commands from training into the same folder. Processes that were started together count as one."""
     if not this_process().leads:
         yield
         return

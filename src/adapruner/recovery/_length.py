@@ -6,7 +6,8 @@ import math
 
 from adapruner.config import RecoveryOptions
 
-_DEFAULT_EPOCHS = 2
+# Passes over all examples, where nothing else gives the length.
+DEFAULT_EPOCHS = 2
 # Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
 # LLM-Pruner.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 5, 200
@@ -43,7 +44,11 @@ def most_held_out(options: RecoveryOptions, examples: float) -> int:
     if options.tokens is not None:
         few = _VALIDATED / _VALIDATIONS * int(options.tokens) / options.seq_len
     else:
-        seen = examples * epochs(options) if options.steps is None else options.steps * options.batch_size
+        seen = (
+            examples * (options.epochs or DEFAULT_EPOCHS)
+            if options.steps is None
+            else options.steps * options.batch_size
+        )
         few = _VALIDATED * seen / max(_VALIDATIONS, seen / options.batch_size / _MOST_STEPS_BETWEEN)
     return min(options.validation, max(_FEWEST_HELD_OUT, int(few)))
 
@@ -51,8 +56,3 @@ def most_held_out(options: RecoveryOptions, examples: float) -> int:
 def steps_between_validations(steps: int) -> int:
     """The number of steps between two validations, in a training of so many steps."""
     return max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))
-
-
-def epochs(options: RecoveryOptions) -> int:
-    """The number of passes over all examples, where nothing else gives the length."""
-    return options.epochs or _DEFAULT_EPOCHS

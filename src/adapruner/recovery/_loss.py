@@ -22,9 +22,7 @@ def loss_and_gradient(
     student: Tensor, teacher: Tensor | None, labels: Tensor, label_weights: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The negative log-likelihood of labels and the divergence from a teacher, KL(teacher ‖ student) · T² (Hinton et
-    al., arXiv 1503.02531), each with a weight.
-
-    `torch.nn.functional.linear_cross_entropy` and the kernels of others compute labels alone, or a divergence alone.
+    al., arXiv 1503.02531), each with a weight. Published kernels compute one of the two alone.
 
     Args:
         student, teacher: logits, [predictions, vocabulary], float32 or wider; without a teacher, labels alone.
@@ -84,14 +82,10 @@ class Predictor:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._forward = model, type(model).forward
+        self.device = model.device  # of the tokens
         self._decoder: Any = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
         self._output_class: Any = None
         self._others: dict[str, Any] = {}
-
-    @property
-    def device(self) -> torch.device:
-        """Of the tokens."""
-        return self._model.device
 
     @property
     def head(self) -> nn.Module:
@@ -178,12 +172,8 @@ def loss_of_batch(
 def _with_gradients(
     loss_of: Any, rows: Tensor, chunks: list[tuple[Tensor, int]], weights: list[nn.Parameter]
 ) -> Tensor:
-    """The sum of the losses of all chunks, whose gradients are computed now, so that no logits are computed twice.
-
-    Args:
-        rows: hidden states, [rows, width], which the chunks are cut from.
-        weights: of the head.
-    """
+    """The sum of the losses of all chunks of rows. Its gradients with respect to the rows and the weights of the head
+    are computed now, so that no logits are computed twice."""
     total = torch.zeros((), device=rows.device)
     of_rows = []
     of_weights = [
@@ -199,25 +189,17 @@ def _with_gradients(
             accumulated += gradient
     # Linear in all that the loss depends on, with the gradients of the loss.
     pairs = zip([rows, *weights], [torch.cat(of_rows), *of_weights], strict=True)
-    linear = torch.stack(
-        [torch.dot(value.flatten(), gradient.to(value).flatten()).to(total) for value, gradient in pairs]
-    )
-    return total + (linear.sum() - linear.sum().detach())
+    dots = [torch.dot(value.flatten(), gradient.to(value).flatten()).to(total) for value, gradient in pairs]
+    linear = torch.stack(dots).sum()
+    return total + (linear - linear.detach())
 
 
 class _LossOfLogits(torch.autograd.Function):
     """`loss_and_gradient` of logits in any dtype, times a scale."""
 
     @staticmethod
-    def forward(
-        context: Any,
-        logits: Tensor,
-        expected: Tensor | None,
-        labels: Tensor,
-        weights: Tensor,
-        scale: float,
-        temperature: float,
-    ) -> Tensor:
+    def forward(context: Any, logits: Tensor, expected: Tensor | None, *settings: Any) -> Tensor:
+        labels, weights, scale, temperature = settings
         wide = torch.promote_types(logits.dtype, torch.float32)
         with torch.autocast(logits.device.type, enabled=False):
             teacher = None if expected is None else expected.to(logits.device, wide)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from adapruner.config import RecoveryOptions
 from adapruner.recovery._examples import Example, Examples
-from adapruner.recovery._length import epochs
+from adapruner.recovery._length import DEFAULT_EPOCHS
 
 # Shares are met exactly over so many examples, whose order repeats.
 _CYCLE = 4096
@@ -59,6 +59,6 @@ def examples_to_learn(blend: Sequence[Examples], options: RecoveryOptions) -> in
     if options.steps is not None:
         return options.steps * options.batch_size
     if options.tokens is None:
-        return epochs(options) * sum(len(examples.training) for examples in blend)
+        return (options.epochs or DEFAULT_EPOCHS) * sum(len(examples.training) for examples in blend)
     per_step = options.batch_size * sum(examples.share * examples.mean_tokens for examples in blend)
     return max(1, round(int(options.tokens) / per_step)) * options.batch_size

@@ -39,7 +39,6 @@ def write_predictions(
     Args:
         teacher: may be streamed, or sharded.
         folder: of the files; the examples are the same in every call.
-        progress: called with numbers of examples.
 
     Returns:
         The examples, each with the place of its predictions.

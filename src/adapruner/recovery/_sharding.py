@@ -24,8 +24,7 @@ from adapruner.processes import this_process
 
 
 def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
-    """Refuses to resume training with FSDP that began without it, or the reverse: the Trainer saves weights in another
-    form."""
+    """Refuses to resume training with FSDP that began without it, or the reverse: the form of the weights differs."""
     if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file() != sharded:
         way = "without FSDP" if sharded else "with FSDP: launch it as before, with any number of processes, also one"
         raise AdaPrunerError(
@@ -34,12 +33,8 @@ def refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
-    """Shares the weights of a model out over all processes, to be run and not trained; each reads its part. A layer has
-    its weights whole while it runs; all else is whole from the first call of the model on.
-
-    Args:
-        model: deferred; changed in place.
-    """
+    """Shares the weights of a deferred model out over all processes, in place, to be run, not trained; each reads its
+    part. A layer has its weights whole while it runs; all else is whole from the first call of the model on."""
     PartialState()  # connects the processes, as the Trainer does later
     state, device = model.state_dict(), model.device
     shares: Any = {"mesh": init_device_mesh(device.type, (this_process().count,))}
@@ -58,16 +53,10 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def sharded(trainer: Trainer) -> Iterator[None]:
-    """Trains with FSDP while it lasts: every process reads its part of the weights, where accelerate would have the
+    """Trains with FSDP 2 while it lasts: every process reads its part of the weights, where accelerate would have the
     first one hold and broadcast them; the loss is computed and gradients are added up in float32; and checkpoints are
-    saved unsharded, which any number of processes can read without unpickling.
-
-    At the end, the first process has all weights in main memory, in modules of their original classes, to be saved and
-    not run; the others keep their shards.
-
-    Raises:
-        AdaPrunerError: it is FSDP 1, whose modules cannot be restored.
-    """
+    saved unsharded. At the end, the first process has all weights in main memory, in modules of their original classes,
+    to be saved and not run; the others keep their shards."""
     plugin: Any = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
@@ -88,10 +77,10 @@ def sharded(trainer: Trainer) -> Iterator[None]:
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not this_process().leads:
         return
-    model = cast(nn.Module, trainer.model)
+    model: Any = trainer.model
     for module in model.modules():
         if isinstance(module, FSDPModule):  # FSDP derives a class from this one and the original
-            cast(Any, module).__class__ = type(module).__mro__[2]
+            module.__class__ = type(module).__mro__[2]
     for path, weight in whole.items():
         module_path, _, name = path.rpartition(".")
         parameters = model.get_submodule(module_path)._parameters

@@ -15,23 +15,19 @@ from adapruner.recovery._loss import Predictor, loss_of_batch
 
 
 class TokenTrainer(Trainer):
-    """A Trainer whose loss is the mean over the learnt tokens of a whole batch, or of all validation examples: of the
-    labels, or of the predictions of a teacher, which is run on every batch."""
+    """A Trainer whose loss is the mean over the learnt tokens of a whole batch, or of all validation examples.
+
+    Args:
+        student: `model` of the parts, or the model below its adapters. Its forward pass gives the loss until
+            `give_back`.
+        teacher: run on every batch; None learns the labels, or predictions on disk.
+    """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        temperature: float,
-        **parts: Any,
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, temperature: float, **parts: Any
     ) -> None:
-        """
-        Args:
-            student: `model` of the parts, or the model below its adapters. Its forward pass gives the loss until
-                `give_back`.
-        """
         self._student, self._predictor = student, Predictor(student)
         self._teacher = Predictor(teacher) if teacher else None
         self._temperature = temperature
@@ -63,12 +59,7 @@ class TokenTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _loss_of_batch(
-        self,
-        student: PreTrainedModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        **_: Any,
+        self, student: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)

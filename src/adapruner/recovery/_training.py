@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
@@ -122,7 +122,7 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state, mixed = _trained(load, blend, options, folder, teacher, _Watcher(progress, folder))
+    model, state, mixed = _trained(load, blend, options, folder, teacher, progress)
     distils = teacher is not None or "taught" in blend[0].training[0]
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
@@ -135,7 +135,7 @@ def _trained(
     options: RecoveryOptions,
     folder: Path,
     teacher: PreTrainedModel | None,
-    watcher: TrainerCallback,
+    progress: Callable[[int], None] | None,
 ) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
     the examples."""
@@ -154,7 +154,8 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: Any = model if options.train == "full" else with_adapters(model, options)
-        mixed, last = MixedExamples(blend, examples_to_learn(blend, options), options.seed), _last_checkpoint(folder)
+        mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
+        last = _last_checkpoint(folder)
         trainer = TokenTrainer(
             model,
             teacher,
@@ -164,7 +165,7 @@ def _trained(
             train_dataset=mixed,
             eval_dataset=[example for examples in blend for example in examples.validation],
             data_collator=collate,
-            callbacks=[watcher],
+            callbacks=[_Watcher(progress, folder)],
         )
         trainer.remove_callback(PrinterCallback)
         if last:
@@ -280,17 +281,16 @@ def _arguments(
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
     weight of the labels. From a teacher on disk, `taught` has its predictions for the learnt tokens of all examples."""
-    columns = {
-        "input_ids": [example["input_ids"] for example in examples],
-        "labels": [example["labels"] for example in examples],
-        "attention_mask": [[1] * len(example["input_ids"]) for example in examples],
+
+    def padded(rows: list[list[int]], padding: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+
+    batch: dict[str, Any] = {
+        "input_ids": padded([example["input_ids"] for example in examples], 0),
+        "labels": padded([example["labels"] for example in examples], IGNORED),
+        "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], 0),
+        "label_weight": torch.tensor([example["label_weight"] for example in examples]),
     }
-    padding = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
-    batch = {
-        name: pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding[name])
-        for name, rows in columns.items()
-    }
-    batch["label_weight"] = torch.tensor([example["label_weight"] for example in examples])
     if taught := [example["taught"].read() for example in examples if "taught" in example]:
         return batch | {"taught": tuple(map(torch.cat, zip(*taught, strict=True)))}
     return batch

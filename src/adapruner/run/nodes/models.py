@@ -198,7 +198,8 @@ def _tuned(
 ) -> PreTrainedModel | None:
     """A saved model with its scales tuned; None if that brings it no nearer to the dense model on windows that are held
     out."""
-    blend = [window_examples(text, "the text of the compensation", settings, label_weight=0.0)]
+    part = BlendPart("the text of the compensation", 1.0, None)
+    blend = [window_examples(text, part, settings, label_weight=0.0)]
     with reporter.stage("tuning scales", total_steps(blend, settings)) as advance:
         try:
             tuned, record = train(load, blend, settings, work, teacher, advance)
