@@ -20,7 +20,7 @@ from adapruner.config import Layout
 from adapruner.families import open_model
 from adapruner.models._config import find_wrapper
 from adapruner.models._places import find_model
-from adapruner.run.nodes.amount import ratio_of_decoder
+from adapruner.run.nodes.inputs import ratio_of_decoder
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model

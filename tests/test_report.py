@@ -590,7 +590,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
 ) -> None:
     options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0, "tune_scales": False}
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.run.nodes.result.render_report", lambda *_: pytest.fail("it cannot be drawn"))
+        patch.setattr("adapruner.run.nodes.evaluated.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
             adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     written = (tmp_path / "run" / "result.json").stat().st_mtime_ns

@@ -23,7 +23,6 @@ from adapruner.option_rules import (
     fields_of,
     level_rounds_of,
     searches_widths,
-    tunes_scales_by_default,
 )
 from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens
 from adapruner.plain_yaml import parse_options
@@ -326,11 +325,6 @@ class PruneOptions(_Options):
         """True if the widths are levelled after the search."""
         rounds = level_rounds_of(self.level_rounds, self.ratio)
         return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
-
-    @property
-    def tunes_scales(self) -> bool:
-        """True if the scales of the final model are tuned, if that is possible."""
-        return tunes_scales_by_default(self.tune_scales, self.compensation)
 
 
 class SizeLimit(_Options):

@@ -22,7 +22,7 @@ from adapruner.models._architecture import architecture_of, is_pruned
 from adapruner.models._device import trial_dtype
 from adapruner.models._generation import batches_together, texts_at_once
 from adapruner.models._layers import decoder_layers
-from adapruner.option_rules import MEASURED_AT_ONCE, fits_sequentially_by_default, scoring_bounds, written_count
+from adapruner.option_rules import MEASURED_AT_ONCE, is_on_after_least_squares, scoring_bounds, written_count
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.recovery._adapters import scale_options
@@ -68,11 +68,6 @@ class Placement:
 
     devices: tuple[torch.device, ...]
     layer_wise: bool
-
-    @property
-    def on_one_device(self) -> bool:
-        """True if one device holds all layers."""
-        return len(self.devices) == 1 and not self.layer_wise
 
     @property
     def device(self) -> str:
@@ -153,7 +148,7 @@ def _terms(
     projection, widest = max(projected, default=0) * _FLOAT32, max(block.inputs for block in blocks)
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
     statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
-    is_fitted = fits_sequentially_by_default(config.sequential, config.compensation)
+    is_fitted = is_on_after_least_squares(config.sequential, config.compensation)
     scales = scale_options(config.seed, devices[0], by_layer, length)
     tokens = min(MEASURED_AT_ONCE[by_layer], config.pool) * length
     both = {"pool": config.pool * statistics * _FLOAT32}
@@ -172,7 +167,7 @@ def _terms(
         "tuned scales": _activations(
             model, torch.float32, scales.micro_batch_size * length, scales.gradient_checkpointing or by_layer
         )
-        * (config.tunes_scales and len(devices) == 1),
+        * (is_on_after_least_squares(config.tune_scales, config.compensation) and len(devices) == 1),
     }
     return measuring | both, pruning | both
 

@@ -95,21 +95,17 @@ def written_count(self_windows: int | None, others: int, can_write: bool) -> int
     return self_windows
 
 
-def fits_sequentially_by_default(sequential: bool | None, compensation: str) -> bool:
-    """True if the final model is fitted again, layer by layer, if the family allows it."""
-    return compensation == "least-squares" if sequential is None else sequential
-
-
-def tunes_scales_by_default(tune_scales: bool | None, compensation: str) -> bool:
-    """True if the scales of the final model are tuned, if that is possible."""
-    return compensation == "least-squares" if tune_scales is None else tune_scales
+def is_on_after_least_squares(option: bool | None, compensation: str) -> bool:
+    """The value of `sequential` or `tune_scales`, which are on by default after least squares. What they ask for may
+    not be possible."""
+    return compensation == "least-squares" if option is None else option
 
 
 def searches_and_tunes(
     trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
 ) -> bool:
     """True if more is tried than the starting points, and scales are tuned."""
-    return searches(trials, space, search) and tunes_scales_by_default(tune_scales, compensation)
+    return searches(trials, space, search) and is_on_after_least_squares(tune_scales, compensation)
 
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (

@@ -16,7 +16,7 @@ from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.given import ModelGiven, TextData
 from adapruner.run.making import check, making_of, saying_what_is_kept
-from adapruner.run.nodes import chosen, result as numbers
+from adapruner.run.nodes import chosen, evaluated
 from adapruner.run.options import earlier_run, resolve, run_folder
 
 
@@ -79,4 +79,4 @@ def prune(
             run.remove_given_but(resolved)
             with saying_what_is_kept(making):
                 making.make_missing()
-            return PruneResult(run.path, making.value(chosen.plan), making.value(numbers.result), run)
+            return PruneResult(run.path, making.value(chosen.plan), making.value(evaluated.result), run)

@@ -13,7 +13,7 @@ from adapruner.graph.folder import RunFolder
 from adapruner.graph.making import Making
 from adapruner.graph.records import Record
 from adapruner.progress import Reporter, StageCost
-from adapruner.run.nodes import chosen, inputs, models, placed
+from adapruner.run.nodes import chosen, inputs, models
 from adapruner.run.nodes.declared import GRAPH
 
 
@@ -106,6 +106,6 @@ def _what_needs_less(making: Making, stage: str) -> str:
     """Advice to the user where a stage has run out of memory."""
     if stage == "recovering":
         return f"adapruner recover {making.folder.model} with a smaller `micro_batch_size` needs less memory"
-    if not making.value(placed.placement).layer_wise and making.value(inputs.location).gguf_file is None:
+    if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
         return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"
     return "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"

@@ -21,7 +21,7 @@ from adapruner.paths import given_path
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.progress import Reporter
 from adapruner.run.making import check, making_of
-from adapruner.run.nodes import amount, inputs, measured, models, placed
+from adapruner.run.nodes import chosen, inputs, models
 from adapruner.run.options import earlier_run, register_extensions, resolve
 from adapruner.structure._blocks import count_parameters
 
@@ -73,10 +73,10 @@ def preview(
     config = resolve({"model": model, **options}, None, run, recipe, None, earlier)
     making = making_of(config, run, Reporter(), earlier)
     check(making, overwrite)
-    missing, placement, structure = making.missing(), making.value(placed.placement), making.value(inputs.structure)
-    budget, empty = making.value(amount.starting_budget), making.value(inputs.empty)
+    missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
+    budget, empty = making.value(inputs.starting_budget), making.value(inputs.empty)
     after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
-    will_measure = measured.moments in missing
+    will_measure = chosen.moments in missing
     return Preview(
         ratio=making.value("ratio"),
         missing=[node.path for node in missing],
@@ -133,7 +133,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
     def placed_making(config: PruneConfig) -> tuple[Making, Placement]:
         making = making_of(config, run, reporter, known=known)
         if stated is None:
-            return making, making.value(placed.placement)
+            return making, making.value(inputs.placement)
         empty, structure, budget = map(making.value, ("empty", "structure", "starting_budget"))
         streamable = is_streamable(making.value(inputs.location), empty.config)
         about = config, empty, structure, budget, gpus, streamable, stated
@@ -146,7 +146,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         # Refused for another reason than memory, it is refused again.
         making, placement = placed_making(config.model_copy(update={"ignore_memory": True}))
         refusal = str(error)
-    needed = _memory(making, making.value(amount.starting_budget), placement)
+    needed = _memory(making, making.value(inputs.starting_budget), placement)
     return Estimate(placement, needed, None if known and stated is None else not refusal, refusal)
 
 

@@ -6,14 +6,10 @@ from __future__ import annotations
 # isort: off
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.nodes import inputs as inputs
-from adapruner.run.nodes import amount as amount
-from adapruner.run.nodes import placed as placed
 from adapruner.run.nodes import text as text
-from adapruner.run.nodes import measured as measured
 from adapruner.run.nodes import chosen as chosen
 from adapruner.run.nodes import models as models
 from adapruner.run.nodes import evaluated as evaluated
-from adapruner.run.nodes import result as result
 # isort: on
 
 GRAPH.check()

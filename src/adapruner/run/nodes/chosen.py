@@ -1,4 +1,4 @@
-"""The choice of what is removed: the search, and the plan of the candidate that it finds."""
+"""The choice of what is removed: measurements of the dense model, the search, and the plan of its best candidate."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.config import Layout, Searched, Space
+from adapruner.config import Layout, Searched, Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation._losses import compute_prefix
+from adapruner.files import is_whole, write_atomically
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Form
-from adapruner.importance._terms import TERMS, Term
-from adapruner.measurement._moments import StoredMoments
+from adapruner.importance._terms import TERMS, Term, needs_moments, needs_removal_errors
+from adapruner.measurement._moments import StoredMoments, measure_moments, projected_blocks
+from adapruner.measurement._removal import removal_errors
+from adapruner.measurement._samples import measure_in_parts
 from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
 from adapruner.option_rules import (
+    MEASURED_AT_ONCE,
     TOKENS_FOR_ATTENTION,
     TOKENS_FOR_COSTS,
     level_rounds_of,
@@ -37,8 +43,7 @@ from adapruner.option_rules import (
 from adapruner.planning._budget import Budget, can_meet, kept_counts
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
-from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import Windows, json_form
+from adapruner.run.nodes.declared import GRAPH, Windows, json_form
 from adapruner.search._attention_order import AttentionOrder, attention_order, measurements
 from adapruner.search._levelling import Levelled, level
 from adapruner.search._objective import Objective, at_budget, plan_candidate
@@ -47,9 +52,68 @@ from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, reus
 from adapruner.search._study import Search
 from adapruner.search._study_file import StudyFile
 from adapruner.search._subsets import build_subset_family
-from adapruner.structure._blocks import Block, Structure
+from adapruner.structure._blocks import Structure
 
+MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
+STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
+
+# Measurements
+
+
+@GRAPH.kept("moments", MOMENTS, is_wanted=needs_moments)
+def moments(
+    dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Tensor | None, reporter: Reporter, work: Path
+) -> StoredMoments:
+    """Second moments of all blocks; those of finished blocks are kept."""
+    moments = StoredMoments(work)
+    missing = [index for index in projected_blocks(structure) if not is_whole(moments.path(index))]
+    if missing:
+        assert text_to_fit is not None
+        with reporter.stage("reading activations", structure.layers) as advance:
+            for index, of_block in measure_moments(dense_fast, structure, text_to_fit, missing, progress=advance):
+                write_atomically(moments.path(index), of_block.save)
+    return moments
+
+
+@GRAPH.leaf(lambda compares: compares)
+def compares_removals(space: Space, terms: Terms) -> bool:
+    """True if terms need the errors that removing groups makes."""
+    return needs_removal_errors(space, terms)
+
+
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=3)
+def statistics(
+    dense: PreTrainedModel,
+    structure: Structure,
+    placement: Placement,
+    windows: Windows,
+    moments: StoredMoments | None,
+    compares_removals: bool,
+    terms: Terms,
+    reporter: Reporter,
+    work: Path,
+) -> Statistics:
+    """Statistics of the pool, measured part by part; finished parts are kept."""
+    pool, size = windows["pool"], MEASURED_AT_ONCE[placement.layer_wise]
+    parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
+    missing = [start for start, path in parts.items() if not is_whole(path)]
+    with reporter.stage("measuring", len(parts)) as advance:
+        advance(len(parts) - len(missing))
+        measured = measure_in_parts(
+            dense, structure, pool, size, terms=terms, layer_wise=placement.layer_wise, folder=work, starts=missing
+        )
+        for start, part in measured:
+            write_atomically(parts[start], part.save)
+            advance()
+    statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
+    if moments is not None and compares_removals:
+        with reporter.stage("comparing removals", len(moments)) as advance:
+            statistics = replace(statistics, **removal_errors(dense, structure, moments, advance))
+    return statistics
+
+
+# The attention that may be removed
 
 
 @GRAPH.in_memory
@@ -86,9 +150,6 @@ def ranked_attention(
     text = windows["pool"][: windows_of(TOKENS_FOR_ATTENTION, pool, seq_len)]
     with reporter.stage("ranking attention layers", sum(measurements(len(removable_attention)))) as advance:
         return attention_order(dense_fast, structure, text, removable_attention, advance)
-
-
-# How a candidate is judged
 
 
 @GRAPH.in_memory
@@ -157,96 +218,59 @@ def space_of_search(
     if space == "paper":
         return PaperSpace(*common, alignment)
     # The space reads the registry itself: `importance_terms` puts its content into the key.
+    is_routed = statistics.routed_share is not None and bool(statistics.routed_share.any())
     allocation = {"protect_first": protect_first, "protect_last": protect_last, "head_share": head_share}
     return ExtendedSpace(
         *common,
         fixed=frozenset(name for name, value in allocation.items() if value is not None),
         can_meet=partial(can_meet, structure),
-        experts=_what_ranks_experts(structure, statistics),
+        experts="none" if not structure.has_experts else "routing" if is_routed else "taylor",
         attention_order=ranked_attention.shortened(structure, starting_budget.ratio) if ranked_attention else (),
     )
 
 
-def _what_ranks_experts(structure: Structure, statistics: Statistics) -> Literal["none", "routing", "taylor"]:
-    if not structure.has_experts:
-        return "none"
-    is_known = statistics.routed_share is not None and bool(statistics.routed_share.any())
-    return "routing" if is_known else "taylor"
-
-
-Judging = Callable[[Tensor], Objective]
-
-
-@GRAPH.costly
-def judging(
+@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True)
+def found(
     dense_fast: PreTrainedModel,
     structure: Structure,
     statistics: Statistics,
     moments_to_correct: StoredMoments | None,
-    layout: Layout,
-    protect_first: int | None,
-    memory_for_moments: dict[torch.device, int],
-) -> Judging:
-    """For windows, [windows, tokens], what judges candidates on them during the search."""
-    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
-
-    def judge(windows: Tensor) -> Objective:
-        reused = reused_layers(layout, protect_first, structure.layers)
-        prefix = compute_prefix(dense_fast, windows, reused) if reused else None
-        return Objective(dense_fast, structure, statistics, windows, held, prefix)
-
-    return judge
-
-
-@GRAPH.costly
-def trial_count(space_of_search: SearchSpace, trials: int | None, space: Space, search: Searched) -> int:
-    """The number of trials."""
-    return trials_of(trials, space, search, len(space_of_search.starting_points()))
-
-
-@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True)
-def found(
-    judging: Judging,
     space_of_search: SearchSpace,
     windows: Windows,
     placement: Placement,
-    trial_count: int,
+    layout: Layout,
+    protect_first: int | None,
+    trials: int | None,
+    space: Space,
+    search: Searched,
     seed: int,
     objective_windows: int | None,
     final_windows: int,
+    memory_for_moments: dict[torch.device, int],
     reporter: Reporter,
     run_folder: RunFolder,
     key: str,
 ) -> SearchResult:
     """The outcome of the search."""
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
+    reused = reused_layers(layout, protect_first, structure.layers)
+
+    def objective(windows: Tensor) -> Objective:
+        prefix = compute_prefix(dense_fast, windows, reused) if reused else None
+        return Objective(dense_fast, structure, statistics, windows, held, prefix)
+
     text = windows["objective"]
     scoring = scoring_count(objective_windows, final_windows, len(text))
-    judge = judging(text[:scoring])
+    judge, further = objective(text[:scoring]), text[scoring:]
+    count = trials_of(trials, space, search, len(space_of_search.starting_points()))
     judge_together = judge.together if placement.layer_wise else None
-    study = StudyFile(run_folder.study, key)
-    search = Search(space_of_search, judge, trial_count, seed, study, judge_together)
-
-    def report(best: float) -> None:
-        advance(1, text=f"best loss {best:.4f}")
-
-    with reporter.stage("searching", trial_count) as advance:
-        search.run(report)
-        further = text[scoring:]
-        return search.result(judging(further) if len(further) else None)
+    study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
+    with reporter.stage("searching", count) as advance:
+        study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
+        return study.result(objective(further) if len(further) else None)
 
 
 # The candidate at the ratio of the run
-
-
-@GRAPH.in_memory
-def levelled_blocks(structure: Structure, prunable_layers: range, head_share: float | None) -> list[Block]:
-    """The blocks whose groups are moved between layers, if that pays; heads not where their share is given."""
-    return [
-        block
-        for block in structure.blocks
-        if block.layer in prunable_layers
-        and (head_share is None if block.kind == "heads" else block.kind == "channels" and not block.experts)
-    ]
 
 
 @GRAPH.kept(
@@ -268,7 +292,6 @@ def levelled(
     level_rounds: int | None,
     ratio: float,
     prunable_layers: range,
-    levelled_blocks: list[Block],
     head_share: float | None,
     pool: int,
     seq_len: int,
@@ -283,7 +306,13 @@ def levelled(
     text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     objective = Objective(dense_fast, structure, statistics, windows["objective"], held)
-    with reporter.stage("levelling widths", len(levelled_blocks) * rounds) as advance:
+    blocks = [
+        block
+        for block in structure.blocks
+        if block.layer in prunable_layers
+        and (head_share is None if block.kind == "heads" else block.kind == "channels" and not block.experts)
+    ]
+    with reporter.stage("levelling widths", len(blocks) * rounds) as advance:
         return level(objective, text, candidate, rounds, prunable_layers, head_share is None, advance)
 
 

@@ -1,4 +1,4 @@
-"""Measurements of each model: perplexity, signs of breakage, scores in tasks."""
+"""Measurements of each model, the result that holds them, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import EvaluationText
 from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
+from adapruner.card import model_card
+from adapruner.checkpoint._folder import write_card
+from adapruner.config import PruneConfig
 from adapruner.evaluation._breakage import Breakage, Writing, judge_writing, measure_breakage
 from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
 from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, measure_tasks
 from adapruner.evaluation._writing import Written, end_tokens, number_of_texts, write
-from adapruner.graph.declaring import Kept
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.records import Form
 from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
+from adapruner.models._config import load_config
+from adapruner.models._device import describe_device, in_fastest_dtype
+from adapruner.models._loading import empty_model, load_model
+from adapruner.models._places import ModelLocation, find_model
 from adapruner.planning._budget import Budget
-from adapruner.progress import Reporter
-from adapruner.result import IS_WANTED, Role
-from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import TENSORS, json_form
+from adapruner.planning._plan import PruningPlan
+from adapruner.progress import Reporter, StageCost
+from adapruner.recovery._folder import read_record
+from adapruner.report._page import render_report
+from adapruner.result import IS_WANTED, ModelNumbers, Role, RunResult, roles_of, verdict_of
+from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows, json_form
+from adapruner.search._levelling import Levelled
 from adapruner.search._objective import at_budget, plan_candidate
 from adapruner.search._result import SearchResult
 from adapruner.structure._blocks import Structure
+from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
 from adapruner.texts import Texts
 
+PAGE: Form[str] = Form(
+    lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
+)
 # The models that are evaluated: by role, the node of the model.
 _MODELS: dict[Role, str] = {
     "dense": "dense",
@@ -40,10 +53,9 @@ _MODELS: dict[Role, str] = {
     "searched": "pruned_model",
     "recovered": "recovered_model",
 }
-# The same in the dtype of trials, in which text is written and tasks are run.
+# The same in the dtype of trials, in which text is written and tasks are run. Of the steps on the way nothing but the
+# perplexity is measured.
 _FAST_MODELS: dict[Role, str] = {"dense": "dense_fast", "searched": "pruned_fast", "recovered": "recovered_fast"}
-# Of the steps on the way nothing but the perplexity is measured.
-_STEPS: tuple[Role, ...] = ("best_fixed", "compensated")
 
 
 @GRAPH.costly
@@ -106,19 +118,6 @@ def judged_writing(
         return judge_writing(tokenizer, written, end_tokens(dense_fast, tokenizer), dense_fast)
 
 
-def _kept_text(role: Role, model: str) -> None:
-    """Declares what is kept of the text that the model of a role writes."""
-    options: dict[str, Any] = {"is_wanted": IS_WANTED[role]}
-    path, needs = f"evaluation/written-{role}.safetensors", {"model": model}
-    GRAPH.kept(path, TENSORS, name=f"written_{role}", needs=needs, version=2, **options)(written_text)
-    path, needs, content = f"evaluation/writing-{role}.json", {"written": f"written_{role}"}, dict[str, Writing]
-    GRAPH.kept(path, json_form(content), name=f"writing_{role}", needs=needs, **options)(judged_writing)
-
-
-for _role, _model in _FAST_MODELS.items():
-    _kept_text(_role, _model)
-
-
 def measured_breakage(
     role: Role,
     model: PreTrainedModel,
@@ -166,34 +165,118 @@ def measured_tasks(
         return {score.task: score for score in scores}
 
 
-def _kept_for(role: Role, what: str, content: Any, make: Callable[..., Any], **options: Any) -> Kept[Any]:
-    """Declares what is measured of the model of a role."""
-    model = (_MODELS if what == "perplexity" else _FAST_MODELS)[role]
-    needs = {"model": model, "texts": "report_texts", "writing": f"writing_{role}"}
-    path = f"evaluation/{what}-{role}.json"
-    return GRAPH.kept(path, json_form(content), name=f"{what}_{role}", needs=needs, **options)(make)
+def _keep(
+    what: str, role: Role, form: Form[Any], make: Callable[..., Any], needs: dict[str, str], **options: Any
+) -> None:
+    """Declares what is kept about the model of a role."""
+    path = f"evaluation/{what}-{role}.{'safetensors' if form is TENSORS else 'json'}"
+    GRAPH.kept(path, form, name=f"{what}_{role}", needs=needs, **{"is_wanted": IS_WANTED[role]} | options)(make)
 
 
-def _is_wanted_with_tasks(role: Role) -> Callable[..., bool]:
-    if role == "recovered":
-        return lambda tasks, recover: bool(tasks) and recover is not None
-    return lambda tasks: bool(tasks)
+for _role, _model in _FAST_MODELS.items():
+    _keep("written", _role, TENSORS, written_text, {"model": _model}, version=2)
+    _keep("writing", _role, json_form(dict[str, Writing]), judged_writing, {"written": f"written_{_role}"})
+for _role, _model in _MODELS.items():
+    _needs = {"model": _model, "texts": "report_texts"}
+    _keep("perplexity", _role, json_form(dict[str, Perplexity]), measured_perplexity, _needs, version=2)
+for _role, _model in _FAST_MODELS.items():
+    _needs = {"model": _model}
+    _wanted = (lambda tasks, recover: tasks and recover is not None) if _role == "recovered" else (lambda tasks: tasks)
+    _keep("tasks", _role, json_form(dict[str, TaskScore]), measured_tasks, _needs, version=2, is_wanted=_wanted)
+for _role, _model in _FAST_MODELS.items():
+    _needs = {"model": _model, "writing": f"writing_{_role}"}
+    _keep("breakage", _role, json_form(Breakage), partial(measured_breakage, _role), _needs, version=6)
 
 
-perplexity = {
-    role: _kept_for(
-        role, "perplexity", dict[str, Perplexity], measured_perplexity, version=2, is_wanted=IS_WANTED[role]
+# The result
+
+Measured = tuple[dict[str, Perplexity] | None, dict[str, TaskScore] | None, Breakage | None]
+
+
+@GRAPH.in_memory
+def measured(
+    perplexity_dense: dict[str, Perplexity],
+    perplexity_best_fixed: dict[str, Perplexity] | None,
+    perplexity_compensated: dict[str, Perplexity] | None,
+    perplexity_searched: dict[str, Perplexity],
+    perplexity_recovered: dict[str, Perplexity] | None,
+    tasks_dense: dict[str, TaskScore] | None,
+    tasks_searched: dict[str, TaskScore] | None,
+    tasks_recovered: dict[str, TaskScore] | None,
+    breakage_dense: Breakage,
+    breakage_searched: Breakage,
+    breakage_recovered: Breakage | None,
+) -> dict[Role, Measured]:
+    """Perplexity, scores in tasks and signs of breakage, as far as they were measured."""
+    return {
+        "dense": (perplexity_dense, tasks_dense, breakage_dense),
+        "best_fixed": (perplexity_best_fixed, None, None),
+        "compensated": (perplexity_compensated, None, None),
+        "searched": (perplexity_searched, tasks_searched, breakage_searched),
+        "recovered": (perplexity_recovered, tasks_recovered, breakage_recovered),
+    }
+
+
+@GRAPH.kept(
+    "result.json",
+    json_form(RunResult),
+    version=4,
+    is_result=True,
+    is_record=True,
+    beside=("model/README.md", "recovered/README.md"),
+)
+def result(
+    config: PruneConfig,
+    location: ModelLocation,
+    windows: Windows,
+    self_written: Windows | None,
+    found: SearchResult,
+    levelled: Levelled | None,
+    plan: PruningPlan,
+    pruned: Path,
+    tuned_scales: bool,
+    recovered: Path | None,
+    measured: dict[Role, Measured],
+    main_device: torch.device,
+    stage_costs: Callable[[], dict[str, StageCost]],
+) -> RunResult:
+    """All numbers of a run; the model cards are written too, which show them."""
+    config_after = load_config(find_model(str(pruned)))
+    after = build_structure(empty_model(config_after)).total_parameters
+    breakages = {role: breakage for role, (_, _, breakage) in measured.items()}
+    numbers = [
+        ModelNumbers(
+            role=role,
+            parameters=plan.total_parameters if role == "dense" else after,
+            perplexity=measured[role][0] or {},
+            tasks=measured[role][1] or {},
+            breakage=breakages[role],
+            verdict=verdict_of(role, breakages),
+        )
+        for role in roles_of(config)
+        if role != "compensated" or tuned_scales
+    ]
+    written = {"self": len(self_written["compensation"])} if self_written else {}
+    result = RunResult(
+        config=config,
+        plan_hash=plan.hash,
+        search=found,
+        levelled=levelled,
+        recovery=read_record(recovered) if recovered else None,
+        models=tuple(numbers),
+        windows={use: len(tokens) for use, tokens in windows.items()} | written,
+        tuned_scales=tuned_scales,
+        stages=stage_costs(),
+        device=describe_device(main_device),
     )
-    for role in _MODELS
-}
-_WHOLE = [role for role in _MODELS if role not in _STEPS]
-scores = {
-    role: _kept_for(
-        role, "tasks", dict[str, TaskScore], measured_tasks, version=2, is_wanted=_is_wanted_with_tasks(role)
-    )
-    for role in _WHOLE
-}
-breakage = {
-    role: _kept_for(role, "breakage", Breakage, partial(measured_breakage, role), version=6, is_wanted=IS_WANTED[role])
-    for role in _WHOLE
-}
+    folders: dict[Role, Path | None] = {"searched": pruned, "recovered": recovered}
+    for role, folder in folders.items():
+        if folder:
+            write_card(folder, model_card(location, config_after, plan, result, role))
+    return result
+
+
+@GRAPH.kept("report.html", PAGE, is_result=True, is_page=True)
+def report(result: RunResult, run_folder: RunFolder) -> str:
+    """The page that shows the run."""
+    return render_report(run_folder, result)

@@ -1,7 +1,8 @@
-"""The given model, where it runs, and which texts are used for what."""
+"""The given model, which texts are used for what, the budget that the search starts from, and where the model is."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,44 +11,23 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapruner.calibration._blend import BlendPart
 from adapruner.calibration._reading import fingerprint
 from adapruner.calibration._sources import Source
-from adapruner.config import PruneConfig
+from adapruner.config import Layout, PruneConfig, RatioOf
+from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
-from adapruner.memory import dtype_of_weights
-from adapruner.models._architecture import Architecture
-from adapruner.models._config import load_config
-from adapruner.models._device import resolve_devices, trial_dtype
+from adapruner.memory import Placement, choose_placement, dtype_of_weights, estimate_memory, room_for_moments
+from adapruner.models._architecture import Architecture, check_length, is_pruned
+from adapruner.models._config import find_wrapper, load_config
+from adapruner.models._device import copy_in_dtype, resolve_devices, trial_dtype, usable_devices
 from adapruner.models._fingerprint import fingerprint as fingerprint_of_model
-from adapruner.models._loading import empty_model, load_tokenizer
+from adapruner.models._loading import check_streamable, empty_model, is_streamable, load_model, load_tokenizer
 from adapruner.models._places import ModelLocation, find_model
+from adapruner.planning._budget import Budget, UnreachableRatioError, default_budget
+from adapruner.progress import Reporter
+from adapruner.recovery._checks import check_trainer_options
 from adapruner.run.nodes.declared import GRAPH
-from adapruner.structure._blocks import Structure
+from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure
 from adapruner.texts import Texts, assign_texts
-
-
-class Precision(NamedTuple):
-    """The dtypes in which a run computes.
-
-    Attributes:
-        asked: as the options name that of the weights.
-        weights: in which the model is loaded, cut and saved.
-        trials: in which candidates are judged.
-        device: the type of the device.
-    """
-
-    asked: str
-    weights: torch.dtype
-    trials: torch.dtype
-    device: str
-
-
-def content_of_text(source: Source | None) -> dict[str, str | None] | None:
-    """The content of a leaf for a text; that of the text itself is None where it is not at hand."""
-    if source is None:
-        return None
-    columns = f":{source.columns}" if source.columns else ""
-    return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
-
 
 # The model as it was given
 
@@ -94,6 +74,14 @@ def structure(
 # Which text is used for what
 
 
+def content_of_text(source: Source | None) -> dict[str, str | None] | None:
+    """The content of a leaf for a text; that of the text itself is None where it is not at hand."""
+    if source is None:
+        return None
+    columns = f":{source.columns}" if source.columns else ""
+    return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
+
+
 @GRAPH.leaf()
 def texts(config: PruneConfig) -> Texts:
     return assign_texts(config, missing_ok=True)
@@ -119,7 +107,69 @@ def evaluated_texts(texts: Texts) -> dict[str, Source]:
     return texts.report
 
 
-# Where it runs
+# How much is removed
+
+
+@GRAPH.in_memory
+def share_of_decoder(location: ModelLocation, model_config: PreTrainedConfig) -> float:
+    """The share of the parameters of a multimodal model that its decoder has; 1 for a text model."""
+    wrapper = find_wrapper(location)
+    if wrapper is None:
+        return 1
+    return count_parameters(empty_model(model_config)) / count_parameters(wrapper.around(model_config))
+
+
+@GRAPH.in_memory
+def ratio_of_decoder(share_of_decoder: float, ratio: float, ratio_of: RatioOf) -> float:
+    """The share of the parameters of the decoder, or of its groups, that is removed."""
+    if ratio_of != "parameters":
+        return ratio
+    if ratio >= share_of_decoder:
+        raise UnreachableRatioError(
+            f"`ratio` {ratio} is not reachable: the decoder, which alone is pruned, has {share_of_decoder:.3f} of the"
+            " parameters"
+        )
+    return ratio / share_of_decoder
+
+
+@GRAPH.in_memory
+def starting_budget(
+    structure: Structure,
+    family: Architecture,
+    ratio_of_decoder: float,
+    layout: Layout,
+    ratio_of: RatioOf,
+    round_to: int,
+    protect_first: int | None,
+    protect_last: int | None,
+    head_share: float | None,
+) -> Budget:
+    """The budget that the search starts from."""
+    if layout not in family.layouts:
+        raise AdaPrunerError(
+            f"the layers of a {family.model_type} cannot be cut differently: set `layout` to {family.layouts[0]}"
+        )
+    options = layout, ratio_of, round_to, protect_first, protect_last, head_share
+    return default_budget(structure, ratio_of_decoder, *options)
+
+
+# Where the dense model is, and in which dtype
+
+
+class Precision(NamedTuple):
+    """The dtypes in which a run computes.
+
+    Attributes:
+        asked: as the options name that of the weights.
+        weights: in which the model is loaded, cut and saved.
+        trials: in which candidates are judged.
+        device: the type of the device.
+    """
+
+    asked: str
+    weights: torch.dtype
+    trials: torch.dtype
+    device: str
 
 
 @GRAPH.leaf()
@@ -132,3 +182,47 @@ def main_device(device: str) -> torch.device:
 def precision(empty: PreTrainedModel, dtype: Any, main_device: torch.device) -> Precision:
     weights = dtype_of_weights(empty, dtype)
     return Precision(dtype, weights, trial_dtype(weights, main_device), main_device.type)
+
+
+@GRAPH.leaf()
+def is_mapped(location: ModelLocation) -> bool:
+    """True if weights are mapped from files, which takes no time and no memory of their own."""
+    return location.gguf_file is None
+
+
+@GRAPH.leaf(lambda placement: {"layer_wise": placement.layer_wise})
+def placement(
+    config: PruneConfig, location: ModelLocation, empty: PreTrainedModel, structure: Structure, starting_budget: Budget
+) -> Placement:
+    """The devices of the layers. How much memory is free decides only whether the run is refused."""
+    check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
+    if config.recover:
+        check_trainer_options(config.recovery)
+    if config.layer_wise:
+        check_streamable(location, empty.config)
+    streamable = is_streamable(location, empty.config)
+    return choose_placement(config, empty, structure, starting_budget, usable_devices(config.device), streamable)
+
+
+@GRAPH.leaf()
+def memory_for_moments(
+    config: PruneConfig, empty: PreTrainedModel, structure: Structure, starting_budget: Budget, placement: Placement
+) -> dict[torch.device, int]:
+    """Bytes that second moments may occupy on each device; none where the memory of the run cannot be told."""
+    if is_pruned(empty.config):
+        return {}
+    devices = placement.devices
+    needed = estimate_memory(config, empty, structure, starting_budget, devices, placement.layer_wise)
+    return room_for_moments(devices[0], needed)
+
+
+@partial(GRAPH.costly, is_read_again_if="is_mapped")
+def dense(location: ModelLocation, precision: Precision, placement: Placement, reporter: Reporter) -> PreTrainedModel:
+    with reporter.stage("loading"):
+        return load_model(location, precision.asked, placement.device, placement.layer_wise)
+
+
+@GRAPH.costly
+def dense_fast(dense: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """The same in the dtype of trials."""
+    return dense if precision.trials == dense.dtype else copy_in_dtype(dense, precision.trials)

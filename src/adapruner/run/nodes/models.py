@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from adapruner.memory import Placement
 from adapruner.models._architecture import Architecture, check_tokens
 from adapruner.models._loading import empty_model, load_model
 from adapruner.models._places import ModelLocation, find_model
-from adapruner.option_rules import fits_sequentially_by_default, tunes_scales_by_default
+from adapruner.option_rules import is_on_after_least_squares
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
 from adapruner.recovery._adapters import check_adapters, scale_options
@@ -34,8 +33,7 @@ from adapruner.recovery._folder import recover_into
 from adapruner.recovery._predictions import write_predictions
 from adapruner.recovery._training import total_steps, train
 from adapruner.result import shown_name
-from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import TENSORS, Windows
+from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows
 from adapruner.run.nodes.text import seed_of_writing
 from adapruner.structure._blocks import Structure
 from adapruner.surgery._cut import prune_model
@@ -57,27 +55,10 @@ def fits_sequentially(sequential: bool | None, compensation: str, family: Archit
             f"`sequential` is not possible for {family.model_type}, which scales or normalises the outputs of its"
             " blocks: leave it out, compensation is one-shot then"
         )
-    return possible and fits_sequentially_by_default(sequential, compensation)
+    return possible and is_on_after_least_squares(sequential, compensation)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """The wish to tune the scales of the pruned model, and what hinders it.
-
-    Attributes:
-        is_asked: by the options or their defaults.
-        hindrance: why it is not possible, if it is asked for and is not.
-    """
-
-    is_asked: bool
-    hindrance: AdaPrunerError | None
-
-    @property
-    def is_done(self) -> bool:
-        return self.is_asked and self.hindrance is None
-
-
-@GRAPH.leaf(lambda tuning: tuning.is_done)
+@GRAPH.leaf(lambda possible: possible is True)
 def possible_tuning(
     tune_scales: bool | None,
     compensation: str,
@@ -85,35 +66,34 @@ def possible_tuning(
     main_device: torch.device,
     empty: PreTrainedModel,
     seed: int,
-) -> Tuning:
-    """Scales can be tuned on one device that can train."""
-    if not tunes_scales_by_default(tune_scales, compensation):
-        return Tuning(False, None)
+) -> bool | AdaPrunerError:
+    """True if the options or their defaults ask for tuned scales, and one device that can train holds all layers; what
+    hinders it if that alone is missing."""
+    if not is_on_after_least_squares(tune_scales, compensation):
+        return False
     try:
         if len(placement.devices) > 1:
             raise AdaPrunerError("`tune_scales` needs all layers on one device: leave it out")
         check_device(main_device)
         check_adapters(empty_model(empty.config), scale_options(seed, main_device))
     except AdaPrunerError as error:
-        return Tuning(True, error)
-    return Tuning(True, None)
+        return error
+    return True
 
 
 @GRAPH.in_memory
-def tuning(possible_tuning: Tuning, tune_scales: bool | None, reporter: Reporter) -> bool:
+def tuning(possible_tuning: bool | AdaPrunerError, tune_scales: bool | None, reporter: Reporter) -> bool:
     """True if scales are tuned.
 
     Raises:
         AdaPrunerError: they cannot be, and the options ask for it.
     """
-    if hindrance := possible_tuning.hindrance:
-        if tune_scales:
-            raise hindrance
-        reporter.note(f"The scales of the pruned model will not be tuned: {hindrance}")
-    return possible_tuning.is_done
-
-
-Save = Callable[..., Path]
+    if isinstance(possible_tuning, bool):
+        return possible_tuning
+    if tune_scales:
+        raise possible_tuning
+    reporter.note(f"The scales of the pruned model will not be tuned: {possible_tuning}")
+    return False
 
 
 @GRAPH.leaf()
@@ -123,19 +103,14 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.in_memory
-def save(tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], reporter: Reporter) -> Save:
+def save_pruned(
+    model: PreTrainedModel, tokenizer: Tokenizer, plan: PruningPlan, origin: dict[str, Any], folder: Path, tuned: bool
+) -> None:
     """Writes the pruned model to a folder, with a record that says whether its scales are tuned."""
-
-    def save_model(pruned: PreTrainedModel, folder: Path, tuned_scales: bool = False) -> Path:
-        with reporter.stage("saving"):
-            # Another model is fine-tuned, or none yet.
-            texts = [text for text in origin["texts"] if text.get("use") != "recovery"]
-            record = origin | {"texts": texts, "plan": plan.hash, "tuned_scales": tuned_scales}
-            save_checkpoint(pruned, tokenizer, folder, record=record)
-        return folder
-
-    return save_model
+    # Another model is fine-tuned, or none yet.
+    texts = [text for text in origin["texts"] if text.get("use") != "recovery"]
+    record = origin | {"texts": texts, "plan": plan.hash, "tuned_scales": tuned}
+    save_checkpoint(model, tokenizer, folder, record=record)
 
 
 @GRAPH.kept("compensated", FOLDER, version=4, is_step=True)
@@ -147,7 +122,8 @@ def compensated(
     moments_to_correct: StoredMoments | None,
     text_to_fit: Tensor | None,
     fits_sequentially: bool,
-    save: Save,
+    tokenizer: Tokenizer,
+    origin: dict[str, Any],
     reporter: Reporter,
     work: Path,
 ) -> Path:
@@ -159,7 +135,9 @@ def compensated(
         dense_fast = dense_fast_later()
         with reporter.stage("compensating", structure.layers) as advance:
             refit_sequentially(dense_fast, pruned, structure, plan, moments_to_correct, text_to_fit, advance)
-    return save(pruned, work / "model")
+    with reporter.stage("saving"):
+        save_pruned(pruned, tokenizer, plan, origin, work / "model", tuned=False)
+    return work / "model"
 
 
 @GRAPH.kept("model", FOLDER, version=8, is_result=True)
@@ -167,7 +145,9 @@ def pruned(
     compensated: Path,
     tuning: bool,
     dense_fast_later: Callable[[], PreTrainedModel],
-    save: Save,
+    plan: PruningPlan,
+    tokenizer: Tokenizer,
+    origin: dict[str, Any],
     text_to_fit: Tensor | None,
     main_device: torch.device,
     placement: Placement,
@@ -183,7 +163,9 @@ def pruned(
         settings = scale_options(seed, main_device, placement.layer_wise, text_to_fit.shape[1], ratio)
         model = _tuned(read, text_to_fit, dense_fast_later(), settings, reporter, work / "tuning")
         if model is not None:
-            return save(model, work / "model", tuned_scales=True)
+            with reporter.stage("saving"):
+                save_pruned(model, tokenizer, plan, origin, work / "model", tuned=True)
+            return work / "model"
     copy_folder(compensated, work / "model")
     return work / "model"
 
@@ -221,9 +203,6 @@ def tuned_scales(pruned: Path) -> bool:
     """True if the scales of the saved model were tuned."""
     origin = read_origin(find_model(str(pruned)))
     return bool(origin and origin.get("tuned_scales"))
-
-
-# The saved model, loaded
 
 
 @GRAPH.costly

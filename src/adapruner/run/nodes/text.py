@@ -26,8 +26,7 @@ from adapruner.importance._terms import needs_moments
 from adapruner.models._architecture import check_length, check_tokens
 from adapruner.option_rules import scoring_bounds, written_count
 from adapruner.progress import Reporter
-from adapruner.run.nodes.declared import GRAPH
-from adapruner.run.nodes.forms import TENSORS, Windows
+from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
 # What the dense model may write in a run, in the order of the seeds.
