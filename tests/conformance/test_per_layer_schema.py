@@ -42,7 +42,7 @@ def pruned(model_type: str) -> PreTrainedModel:
     config = tiny_config(model_type, **{name: size for name, size in sizes.items() if name in names})
     learn(config)
     dense = random_model(config)
-    can_lose_attention = build_structure(dense).removable_attention
+    can_lose_attention = build_structure(dense).architecture.removable_attention
 
     def kept(block: Block) -> int:
         lost = 2 * block.layer if block.kind == "channels" else block.layer % 2
@@ -112,7 +112,7 @@ def test_stock_classes_of_today_refuse_missing_attention(
     config = tiny_config(model_type)
     learn(config)
     dense = random_model(config)
-    if not build_structure(dense).removable_attention:
+    if not build_structure(dense).architecture.removable_attention:
         pytest.skip("cannot lose its attention")
     pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) == (2, "heads") else block.groups)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")

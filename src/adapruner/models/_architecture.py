@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from adapruner.errors import AdaPrunerError, first_problem, reason
-from adapruner.models.modeling_pruned import ATTENTION as ATTENTION, Family, RemovableAttention, register_family
+from adapruner.models.modeling_pruned import ATTENTION as ATTENTION, Family, register_family
 from adapruner.plain_yaml import parse_yaml
 
 # The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
@@ -162,11 +162,16 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     def pruned_class(self) -> Any:
         """The class of causal language models of this family whose layers differ."""
         attention, channels = self.attention, self.feed_forward
-        attention_output = attention.output if attention and self.fixed_attention_width else None
-        feed_forward = (*channels.inputs, channels.output) if channels and self.fixed_channels else ()
-        removable = RemovableAttention(attention.module, attention.returned) if attention else None
-        width = self.config_fields.channels
-        return register_family(Family(self.model_type, self.layers, attention_output, feed_forward, width, removable))
+        family = Family(
+            model_type=self.model_type,
+            layers=self.layers,
+            attention_output=attention.output if attention and self.fixed_attention_width else None,
+            feed_forward=(*channels.inputs, channels.output) if channels and self.fixed_channels else (),
+            channels=self.config_fields.channels,
+            attention=attention.module if attention else None,
+            returned=attention.returned if attention else 0,
+        )
+        return register_family(family)
 
     def module_of(self, kind: str) -> str:
         """Path, in a layer, of the attention (of `heads`) or the feed-forward (of `channels`)."""
@@ -196,16 +201,13 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
 
     def has_plain_residual(self, config: PreTrainedConfig) -> bool:
         """True if the output of a block is added to the hidden state without being scaled or normalised."""
-        return self.plain_residual and not _holds_any(config, self.plain_residual_unless)
+        exceptions = self.plain_residual_unless.items()
+        return self.plain_residual and all(getattr(config, field, None) != value for field, value in exceptions)
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""
         explicit = getattr(config, self.config_fields.channels, None)
         return int((self.default_channels or 0) * config.hidden_size if explicit is None else explicit)
-
-
-def _holds_any(config: PreTrainedConfig, fields: Mapping[str, bool]) -> bool:
-    return any(getattr(config, field, None) == value for field, value in fields.items())
 
 
 # Of this process, by `model_type`: the families of the user's files; and inferred families, or the reason why one
@@ -242,22 +244,21 @@ def register_architectures(path: Path) -> list[str]:
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise AdaPrunerError(f"{path} has no .yaml file that describes a family")
-    return [_register(file) for file in files]
-
-
-def _register(file: Path) -> str:
-    try:
-        family = Architecture.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise AdaPrunerError(f"{file} describes no family: {first_problem(error)}") from None
-    except (OSError, ValueError) as error:
-        raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
-    if known_architectures().get(family.model_type, family) != family:
-        raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
-    if not has_causal_model(family.model_type):
-        raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
-    _registered[family.model_type] = family
-    return family.model_type
+    model_types = []
+    for file in files:
+        try:
+            family = Architecture.model_validate(parse_yaml(file.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise AdaPrunerError(f"{file} describes no family: {first_problem(error)}") from None
+        except (OSError, ValueError) as error:
+            raise AdaPrunerError(f"{file} cannot be read: {reason(error)}") from None
+        if known_architectures().get(family.model_type, family) != family:
+            raise AdaPrunerError(f"{file}: there is another description of {family.model_type!r} already")
+        if not has_causal_model(family.model_type):
+            raise AdaPrunerError(f"{file}: transformers has no causal language model {family.model_type!r}")
+        _registered[family.model_type] = family
+        model_types.append(family.model_type)
+    return model_types
 
 
 def has_causal_model(model_type: str) -> bool:

@@ -30,7 +30,9 @@ def resolve_device(device: str) -> torch.device:
         raise AdaPrunerError(f"`device` {device}: some sums are in float64, which MPS does not support; use cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise AdaPrunerError(f"`device` {device}: PyTorch finds no CUDA GPU here; use cpu")
-    process, accelerator = this_process(), _accelerator()
+    process = this_process()
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = current.type if current and current.type != "mps" else None
     if device == "auto" and accelerator is None:
         return torch.device("cpu")
     if accelerator and (device == "auto" or (device == accelerator and process.count_here > 1)):
@@ -67,21 +69,12 @@ def resolve_devices(device: str) -> tuple[torch.device, ...]:
 
 
 def usable_devices(device: str) -> tuple[torch.device, ...]:
-    """The devices over which layers may be spread: the named ones; with `auto`, all devices of this process.
-
-    Raises:
-        AdaPrunerError: see `resolve_devices`.
-    """
+    """The devices over which layers may be spread: the named ones (see `resolve_devices`); with `auto`, all devices of
+    this process."""
     named = resolve_devices(device)
     if device != "auto" or named[0].type == "cpu" or this_process().count > 1:
         return named
     return tuple(torch.device(named[0].type, index) for index in range(torch.accelerator.device_count()))
-
-
-def _accelerator() -> str | None:
-    """The type of the available accelerator, if it supports float64."""
-    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if current is None or current.type == "mps" else current.type
 
 
 @contextlib.contextmanager
@@ -123,11 +116,9 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
     """True if the device multiplies bfloat16 faster than float32; assumed for GPUs that are not installed."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return True
-    is_supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     if device.type == "cuda":
-        return bool(is_supported(including_emulation=False))
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    is_supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return bool(is_supported and is_supported())
 
 
@@ -151,12 +142,12 @@ def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     layers are read from the same files and converted each time, deferred weights when they are read."""
     # For deepcopy these are copied already: there is never a second copy in the first dtype.
     deferred = deferred_by_module(model)
-    known: dict[int, Any] = {
-        id(parameter): placeholder(parameter, parameter.device, dtype)
-        if deferred
-        else nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-        for parameter in model.parameters()
-    } | {id(sources): sources for sources in deferred.values()}
+    known: dict[int, Any] = {id(sources): sources for sources in deferred.values()}
+    for parameter in model.parameters():
+        if deferred:
+            known[id(parameter)] = placeholder(parameter, parameter.device, dtype)
+        else:
+            known[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     layers: list[Any] = list(decoder_layers(model)) if is_streamed(model) else []
     copied = copy.deepcopy(model, known | {id(layer.stream): layer.stream for layer in layers})
     if layers:

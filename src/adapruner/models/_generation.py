@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -117,13 +117,8 @@ def _continue(
     ends: Sequence[int],
     step: Callable[[int], None],
 ) -> Tensor:
-    """[prompts, length], int64: prompts with their continuations.
-
-    Args:
-        prompts: [prompts, tokens], int64, padded on the left.
-        generators: of each prompt; see `_Sampling`.
-        step: called with the number of tokens that all prompts have been continued by.
-    """
+    """[prompts, length], int64: prompts with their continuations; `step` gets the number of tokens that all prompts
+    have been continued by."""
     rows, numbers, longest = prompts, torch.arange(len(prompts)), prompts.shape[1]
     written = functional.pad(prompts, (0, length - longest), value=NO_TOKEN)
     last, caches = torch.tensor(ends, dtype=torch.int64), dict[str, Any]()
@@ -136,7 +131,19 @@ def _continue(
             return_dict_in_generate=True,
         )
         sampling = _Sampling(temperatures[numbers].to(model.device), [generators[number] for number in numbers], step)
-        generated = _generate(model, rows, settings, sampling, caches)
+        # Settings that are left open are taken from those of the model.
+        settings_of_model, model.generation_config = model.generation_config, settings
+        try:
+            with _FastAttention() if model.device.type == "cpu" else contextlib.nullcontext():
+                generated: Any = cast(Any, model).generate(
+                    rows.clamp(min=0).to(model.device),
+                    attention_mask=(rows != NO_TOKEN).long().to(model.device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([sampling]),
+                    **caches,
+                )
+        finally:
+            model.generation_config = settings_of_model
         rows = torch.cat([rows, generated.sequences[:, rows.shape[1] :].cpu()], 1)
         written[numbers, : rows.shape[1]] = rows
         going_on = ~torch.isin(rows[:, longest:], last).any(1)
@@ -150,26 +157,6 @@ def _continue(
     is_end = torch.isin(written[:, longest:], last).long()
     written[:, longest:][is_end.cumsum(1) > is_end] = NO_TOKEN
     return written
-
-
-def _generate(
-    model: PreTrainedModel, rows: Tensor, settings: GenerationConfig, sampling: LogitsProcessor, caches: dict[str, Any]
-) -> Any:
-    """The output of `generate` with these settings alone."""
-    generate: Any = model.generate
-    # Settings that are left open are taken from those of the model.
-    settings_of_model, model.generation_config = model.generation_config, settings
-    try:
-        with _FastAttention() if model.device.type == "cpu" else contextlib.nullcontext():
-            return generate(
-                rows.clamp(min=0).to(model.device),
-                attention_mask=(rows != NO_TOKEN).long().to(model.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sampling]),
-                **caches,
-            )
-    finally:
-        model.generation_config = settings_of_model
 
 
 class _Sampling(LogitsProcessor):

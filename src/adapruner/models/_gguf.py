@@ -35,73 +35,67 @@ def check_header(path: Path) -> None:
         ValueError: the file does not hold what its header describes, or two tensors share bytes or a name.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        _Header(content).check()
+        header = _Header(content)
+        magic, _, tensors, fields = header.take("4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file")
+        _check_count("fields", fields, _MOST_FIELDS)
+        _check_count("tensors", tensors, _MOST_TENSORS)
+        alignment, entries = gguf.GGUF_DEFAULT_ALIGNMENT, 0
+        for _ in range(fields):
+            name, kind, count = header.text(), GGUFValueType(*header.take("I")), 1
+            if name == b"general.alignment" and kind == GGUFValueType.UINT32:
+                (alignment,) = struct.unpack_from("<I", content, header.place)
+            if kind == GGUFValueType.ARRAY:
+                kind, count = header.take("IQ")
+                entries += count
+                _check_count("entries of lists", entries, _MOST_ENTRIES)
+            if kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    header.text()
+            elif kind in _WIDTHS:
+                header.skip(count * _WIDTHS[kind])
+            else:
+                raise ValueError("it has a list of lists")
+        if alignment.bit_count() != 1:
+            raise ValueError(f"its alignment is {alignment}, not a power of two")
+        spans = sorted(header.span() for _ in range(tensors))
+        if len({tensor for _, _, tensor in spans}) < tensors:
+            raise ValueError("two tensors have the same name")
+        free = start = -(-header.place // alignment) * alignment
+        for offset, size, tensor in spans:
+            if start + offset < free:
+                raise ValueError(f"the tensor {tensor!r} shares bytes with another")
+            free = start + offset + size
+        if free > len(content):
+            raise ValueError(f"its tensors need {free:,} bytes, and it has {len(content):,}")
 
 
 class _Header:
     """A position in the header of a GGUF file."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.place, self.entries = content, 0, 0
+        self.content, self.place = content, 0
 
-    def check(self) -> None:
-        magic, _, tensors, fields = self._take("4sIQQ")
-        if magic != b"GGUF":
-            raise ValueError("it does not begin as a GGUF file")
-        _check_count("fields", fields, _MOST_FIELDS)
-        _check_count("tensors", tensors, _MOST_TENSORS)
-        alignment = gguf.GGUF_DEFAULT_ALIGNMENT
-        for _ in range(fields):
-            name, kind = self._text(), GGUFValueType(*self._take("I"))
-            if name == b"general.alignment" and kind == GGUFValueType.UINT32:
-                (alignment,) = struct.unpack_from("<I", self.content, self.place)
-            self._skip_value(kind)
-        if alignment.bit_count() != 1:
-            raise ValueError(f"its alignment is {alignment}, not a power of two")
-        spans = sorted(self._span() for _ in range(tensors))
-        if len({tensor for _, _, tensor in spans}) < tensors:
-            raise ValueError("two tensors have the same name")
-        free = start = -(-self.place // alignment) * alignment
-        for offset, size, tensor in spans:
-            if start + offset < free:
-                raise ValueError(f"the tensor {tensor!r} shares bytes with another")
-            free = start + offset + size
-        if free > len(self.content):
-            raise ValueError(f"its tensors need {free:,} bytes, and it has {len(self.content):,}")
-
-    def _span(self) -> tuple[int, int, str]:
+    def span(self) -> tuple[int, int, str]:
         """Offset, bytes and name of the next tensor."""
-        name, (count,) = self._text().decode(), self._take("I")
+        name, (count,) = self.text().decode(), self.take("I")
         _check_count("dimensions", count, _MOST_DIMENSIONS)
-        shape, (kind, offset) = self._take(f"{count}Q"), self._take("IQ")
+        shape, (kind, offset) = self.take(f"{count}Q"), self.take("IQ")
         block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         return offset, math.prod(shape) // block * size, name
 
-    def _skip_value(self, kind: GGUFValueType) -> None:
-        count = 1
-        if kind == GGUFValueType.ARRAY:
-            kind, count = self._take("IQ")
-            self.entries += count
-            _check_count("entries of lists", self.entries, _MOST_ENTRIES)
-        if kind == GGUFValueType.STRING:
-            for _ in range(count):
-                self._text()
-        elif kind in _WIDTHS:
-            self._skip(count * _WIDTHS[kind])
-        else:
-            raise ValueError("it has a list of lists")
-
-    def _text(self) -> bytes:
-        (length,) = self._take("Q")
-        self._skip(length)
+    def text(self) -> bytes:
+        (length,) = self.take("Q")
+        self.skip(length)
         return self.content[self.place - length : self.place]
 
-    def _take(self, layout: str) -> tuple[Any, ...]:
+    def take(self, layout: str) -> tuple[Any, ...]:
         size = struct.calcsize(f"<{layout}")
-        self._skip(size)
+        self.skip(size)
         return struct.unpack_from(f"<{layout}", self.content, self.place - size)
 
-    def _skip(self, size: int) -> None:
+    def skip(self, size: int) -> None:
         self.place += size
         if self.place > len(self.content):
             raise ValueError("it ends within its header")
@@ -117,22 +111,20 @@ class _WithoutTokens(gguf.GGUFReader):
     seconds for a vocabulary; only the number of entries is kept, from which transformers counts the tokens."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        data, kind, count = cast(Any, self.data), 0, 0
         if raw_type == GGUFValueType.ARRAY and self.byte_order == "I":
-            kind, count = _ARRAY_HEADER.unpack_from(cast(Any, self.data), orig_offs)
-            if count > _LONGEST_LIST:
-                end = self._end_of_list(orig_offs + _ARRAY_HEADER.size, GGUFValueType(kind), count)
-                entries = [0] * count if kind == GGUFValueType.STRING else []
-                return end - orig_offs, [_NOTHING], entries, [GGUFValueType.ARRAY, GGUFValueType.UINT8]
-        parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
-        return parts
-
-    def _end_of_list(self, start: int, kind: GGUFValueType, count: int) -> int:
-        if kind != GGUFValueType.STRING:
-            return start + count * _WIDTHS[kind]
-        end, data = start, cast(Any, self.data)
-        for _ in range(count):
-            end += _STRING_LENGTH.size + _STRING_LENGTH.unpack_from(data, end)[0]
-        return end
+            kind, count = _ARRAY_HEADER.unpack_from(data, orig_offs)
+        if count <= _LONGEST_LIST:
+            parts: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
+            return parts
+        end, entries = orig_offs + _ARRAY_HEADER.size, list[int]()
+        if kind == GGUFValueType.STRING:
+            entries = [0] * count
+            for _ in range(count):
+                end += _STRING_LENGTH.size + _STRING_LENGTH.unpack_from(data, end)[0]
+        else:
+            end += count * _WIDTHS[GGUFValueType(kind)]
+        return end - orig_offs, [_NOTHING], entries, [GGUFValueType.ARRAY, GGUFValueType.UINT8]
 
 
 @contextlib.contextmanager
@@ -155,11 +147,7 @@ _SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 
 
 def refuse_missing_weights(reader: gguf.GGUFReader, name: str, parameters: int) -> None:
-    """Refuses a file with fewer weights than its model, before transformers allocates those.
-
-    Raises:
-        AdaPrunerError: with both numbers.
-    """
+    """Refuses a file with fewer weights than its model, before transformers allocates those."""
     stored = sum(tensor.n_elements for tensor in reader.tensors)
     if stored < parameters:
         raise AdaPrunerError(
@@ -172,13 +160,9 @@ def refuse_what_is_not_read(reader: gguf.GGUFReader, name: str, config: PreTrain
     biases that its model class lacks.
 
     Args:
-        reader: reader of the file.
-        name: name of the model, for the message.
+        name: of the model, for the message.
         config: the config that transformers reads from the file.
         has_biases: the layers of the model class have biases.
-
-    Raises:
-        AdaPrunerError: something would be dropped; the message has an alternative.
     """
     names = {tensor.name for tensor in reader.tensors}
     scaling = {name.partition(".")[2]: field for name, field in reader.fields.items() if ".rope.scal" in name}

@@ -180,11 +180,7 @@ class _Stream:
         self.read, self._layer, self._users = read, weakref.ref(layer), 0
         self._placeholders = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
         # Adapters change the paths of modules.
-        paths = {name: name.rpartition(".") for name in self._placeholders}
-        self._places = {
-            name: (weakref.ref(layer.get_submodule(module)), attribute)
-            for name, (module, _, attribute) in paths.items()
-        }
+        self._owners = {name: weakref.ref(layer.get_submodule(name.rpartition(".")[0])) for name in self._placeholders}
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if self._users or not torch.is_grad_enabled():
@@ -213,17 +209,15 @@ class _Stream:
         # Assigned and not copied into place: a backward pass uses the tensors of its forward pass.
         with torch.inference_mode(False):
             for name, weight in weights.items():
-                reference, attribute = self._places[name]
-                module: Any = reference()
+                module: Any = self._owners[name]()
+                attribute = name.rpartition(".")[2]
                 is_parameter = attribute in module._parameters
                 setattr(module, attribute, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
 
     def hold_places(self, device: torch.device) -> None:
-        """See the function."""
-        self._placeholders = {
-            name: torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
-            for name, tensor in self._placeholders.items()
-        }
+        """Gives weights that are not in use a device, each with one number in memory."""
+        for name, tensor in self._placeholders.items():
+            self._placeholders[name] = torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape)
         self._put(self._placeholders)
 
 
@@ -282,11 +276,18 @@ def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
 def change_weight(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Changes a parameter in place; that of a streamed layer, whenever it is read."""
     stream, name_in_layer = _stream_of(model, name)
-    if stream:
-        stream.read = _Changed(stream.read, name_in_layer, change)
-    else:
+    if stream is None:
         weight = model.get_parameter(name).data
         weight.copy_(change(weight))
+        return
+    read = stream.read
+
+    def read_changed() -> dict[str, Tensor]:
+        weights = read()
+        with torch.no_grad():
+            return weights | {name_in_layer: change(weights[name_in_layer]).to(weights[name_in_layer].dtype)}
+
+    stream.read = read_changed
 
 
 def _stream_of(model: PreTrainedModel, name: str) -> tuple[Any, str]:
@@ -296,18 +297,6 @@ def _stream_of(model: PreTrainedModel, name: str) -> tuple[Any, str]:
         return None, name
     index, _, name_in_layer = name.removeprefix(prefix).partition(".")
     return vars(decoder_layers(model)[int(index)]).get("stream"), name_in_layer
-
-
-@dataclass(frozen=True)
-class _Changed:
-    read: ReadLayer
-    name: str
-    change: Callable[[Tensor], Tensor]
-
-    def __call__(self) -> dict[str, Tensor]:
-        weights = self.read()
-        with torch.no_grad():
-            return weights | {self.name: self.change(weights[self.name]).to(weights[self.name].dtype)}
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:

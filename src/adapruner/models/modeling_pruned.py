@@ -62,23 +62,8 @@ if is_torch_available():
 FILE_NAME = "modeling_pruned.py"
 # The counterpart for mlx-lm, which the config names as `model_file`.
 MLX_FILE_NAME = "mlx_pruned.py"
-
-
 # The entry in the `skip` of a layer without attention.
 ATTENTION = "attention"
-
-
-class RemovableAttention(NamedTuple):
-    """The attention module, which a layer may lack.
-
-    Attributes:
-        module: path in the layer.
-        returned: number of values that it returns, the first of which is added to the hidden state; 0 if it returns a
-            single tensor.
-    """
-
-    module: str
-    returned: int
 
 
 class Family(NamedTuple):
@@ -91,7 +76,9 @@ class Family(NamedTuple):
         feed_forward: feed-forward projections, in families whose config has no field for their width; the last one
             reads the channels.
         channels: config field for the width of the feed-forward projections.
-        attention: the attention, if the family has any.
+        attention: the attention, which a layer may lack; None if the family has none.
+        returned: number of values that the attention returns, the first of which is added to the hidden state; 0 if it
+            returns a single tensor.
     """
 
     model_type: str
@@ -99,7 +86,8 @@ class Family(NamedTuple):
     attention_output: str | None
     feed_forward: tuple[str, ...]
     channels: str
-    attention: RemovableAttention | None = None
+    attention: str | None
+    returned: int
 
 
 class Wrapper(NamedTuple):
@@ -116,21 +104,19 @@ class Wrapper(NamedTuple):
 
 
 class _Saved:
-    """Mixin that saves the code of a model with it.
+    """Mixin that saves the code of a model with it."""
 
-    Attributes:
-        registration: the line of code that makes the classes of the model.
-    """
-
-    registration: str
+    registration: str  # the line of code that makes the classes of the model
 
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
         """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
         file for mlx-lm, if it is next to this one and there are no other models beside the decoder."""
         text = self.config.get_text_config(decoder=True)
         self.config.auto_map = dict(self.auto_map)
-        if not _loads_as_stock(text):
-            # The stock class then reads that size of the dense model.
+        try:
+            text.stock_class.from_dict(text.to_dict())
+        except RuntimeError:  # of transformers: the stock class reads a size in which layers differ
+            # It then reads that size of the dense model.
             text.__dict__["allow_global_per_layer_attribute_access"] = True
         for_mlx = Path(__file__).with_name(MLX_FILE_NAME)
         is_for_mlx = for_mlx.is_file() and text is self.config
@@ -168,7 +154,10 @@ class _AroundPerLayer(_Saved):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         stock, text = copy.copy(config), getattr(config, self.wrapper.text)
-        setattr(stock, self.wrapper.text, _stock_text_config(text))
+        # Multimodal models choose the class of their decoder by a config of a stock class.
+        stock_text = text.stock_class.from_dict(without_layers(text.to_dict()))
+        stock_text._attn_implementation = text._attn_implementation
+        setattr(stock, self.wrapper.text, stock_text)
         super().__init__(stock)
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and isinstance(module.config, text.stock_class):
@@ -213,13 +202,6 @@ def _stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return stock
 
 
-def _stock_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the dense decoder, of a stock class: multimodal models choose the class of their decoder by it."""
-    stock = config.stock_class.from_dict(without_layers(config.to_dict()))
-    stock._attn_implementation = config._attn_implementation
-    return stock
-
-
 def without_layers(fields: dict) -> dict:
     """The fields of a config with the layers of the dense model."""
     layers = {"per_layer_config": fields.get("stock_per_layer_config")}
@@ -242,26 +224,24 @@ def _build_layer(layer_class: type[nn.Module], family: Family, config: PreTraine
         reads_channels = path == family.feed_forward[-1]
         _resize(layer, path, **{"inputs" if reads_channels else "outputs": getattr(layer_config, family.channels)})
     if ATTENTION in layer_config.skip:
-        layer.set_submodule(family.attention.module, Nothing(family.attention.returned))
+        layer.set_submodule(family.attention, Nothing(family.returned))
     return layer
 
 
 def _renumber_caches(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:
     """Gives layers with attention the first places in the cache among the layers of their type, where transformers
     reads the length of the cache. Layers without attention have no cache."""
-    attention = family.attention
-    layers_by_type: dict[str | None, list[int]] = {}
+    attentions_by_type: dict[str | None, dict[int, nn.Module]] = {}
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
     for index, layer in enumerate(layers):
-        if attention and any(name == attention.module for name, _ in layer.named_modules()):
-            types = getattr(config, "layer_types", None)
-            layers_by_type.setdefault(types[index] if types else None, []).append(index)
-    for places in layers_by_type.values():
-        modules = [layers[index].get_submodule(attention.module) for index in places]
-        kept = [module for module in modules if not isinstance(module, Nothing)]
-        if len(kept) == len(modules):
+        if attention := dict(layer.named_modules()).get(family.attention):
+            attentions_by_type.setdefault(types[index], {})[index] = attention
+    for attentions in attentions_by_type.values():
+        kept = [attention for attention in attentions.values() if not isinstance(attention, Nothing)]
+        if len(kept) == len(attentions):
             continue
         # There are more places than attention layers: the last places are empty.
-        for place, attention_module in zip(places, kept, strict=False):
+        for place, attention_module in zip(attentions, kept, strict=False):
             for module in attention_module.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = place
@@ -302,32 +282,16 @@ def _alibi_of(heads: list[int]):
     return select
 
 
-def _accept_any_heads(self: PreTrainedConfig) -> None:
-    """Accepts any number of heads: with head_dim, it need not divide the hidden size."""
-
-
-def _validate_stock_rope(self: PreTrainedConfig) -> None:
-    """Checks the positions of the stock model, with all its heads."""
-    self.stock_class.validate_rope(_stock_config(self))
-
-
-def _loads_as_stock(config: PreTrainedConfig) -> bool:
-    """True if the stock config class reads no size in which layers differ."""
-    try:
-        config.stock_class.from_dict(config.to_dict())
-    except RuntimeError:  # of transformers, for such a size
-        return False
-    return True
-
-
 def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The config class for models of a family whose layers differ, which the stock config class refuses."""
     stock_config = CONFIG_MAPPING[model_type]
     members = {
         "__module__": __name__,
         "stock_class": stock_config,
-        "validate_architecture": _accept_any_heads,
-        "validate_rope": _validate_stock_rope,
+        # With head_dim, the number of heads need not divide the hidden size.
+        "validate_architecture": lambda config: None,
+        # The positions of the stock model, with all its heads.
+        "validate_rope": lambda config: stock_config.validate_rope(_stock_config(config)),
         # Here, reading such a size is an error.
         "allow_global_per_layer_attribute_access": property(lambda config: False, lambda config, value: None),
     }

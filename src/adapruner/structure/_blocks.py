@@ -173,7 +173,6 @@ class Structure:
         architecture: architecture of the family of the model.
         total_parameters: all parameters of the model, tied ones counted once.
         embedding_parameters: parameters of the embedding and the output layer.
-        removable_attention: the attention of a layer can be removed whole.
     """
 
     architecture: Architecture
@@ -182,7 +181,6 @@ class Structure:
     total_parameters: int
     embedding_parameters: int
     blocks: tuple[Block, ...]
-    removable_attention: bool
 
     @property
     def model_type(self) -> str:
@@ -221,7 +219,7 @@ class Structure:
 
     def is_removable(self, block: Block) -> bool:
         """True if a block can be removed whole: attention, in most families."""
-        return block.kind == "heads" and self.removable_attention
+        return block.kind == "heads" and self.architecture.removable_attention
 
     @property
     def parts(self) -> dict[str, int]:

@@ -45,7 +45,6 @@ def build_structure(
         total_parameters=count_parameters(model),
         embedding_parameters=count_parameters(nn.ModuleList(module for module in embeddings if module is not None)),
         blocks=tuple(block for block in blocks if block),
-        removable_attention=architecture.removable_attention,
     )
 
 
