@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import (
-    Architecture,
     family_named,
     is_pruned,
     lacks_attention,
@@ -49,11 +48,7 @@ def load_config(location: ModelLocation) -> PreTrainedConfig:
 
 
 def find_wrapper(location: ModelLocation) -> Wrapper | None:
-    """The multimodal model at a location, whose decoder `load_config` describes; None for a text model.
-
-    Raises:
-        AdaPrunerError: as for `load_config`.
-    """
+    """The multimodal model at a location, whose decoder `load_config` describes; None for a text model."""
     return _read(location)[1]
 
 
@@ -90,7 +85,12 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
             " safetensors folder that the file was made from"
         )
     wrapper = None
-    _refuse_too_many_layers(fields, location)
+    # Config classes make lists of layers.
+    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
+            raise AdaPrunerError(
+                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
+            )
     pruned_text = _pruned_text(fields)
     if location.gguf_file:
         config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
@@ -140,8 +140,10 @@ def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _pruned_text(fields: dict[str, Any]) -> str | None:
     """The name of the config of the decoder inside a multimodal model, if its layers differ."""
-    inside = {name: value for name, value in fields.items() if isinstance(value, dict)} if "auto_map" in fields else {}
-    return next((name for name, value in inside.items() if value.get("per_layer_config") is not None), None)
+    for name, value in fields.items():
+        if "auto_map" in fields and isinstance(value, dict) and value.get("per_layer_config") is not None:
+            return name
+    return None
 
 
 def _is_of_pruned(fields: dict[str, Any]) -> bool:
@@ -160,15 +162,6 @@ def drop_negative_tokens(settings: Any) -> None:
             setattr(settings, name, None)
 
 
-def _refuse_too_many_layers(fields: dict[str, Any], location: ModelLocation) -> None:
-    """Refuses a config with too many layers before a config class makes lists of them."""
-    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
-            raise AdaPrunerError(
-                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
-            )
-
-
 def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
     """Refuses values of `per_layer_config` that are neither counts nor lists of counts, nor say that a layer has no
     attention."""
@@ -185,12 +178,8 @@ def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
 
 
 def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
-    """Refuses a config of a known family from which no model can be built.
-
-    Raises:
-        AdaPrunerError: layers differ in fields that do not count groups, a layer lacks the attention that it needs, or
-            a count is impossible.
-    """
+    """Refuses a config of a known family from which no model can be built: layers differ in fields that do not count
+    groups, a layer lacks the attention that it needs, or a count is impossible."""
     architecture = family_named(config.model_type)
     if architecture is None:
         return
@@ -198,31 +187,26 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     def refuse(problem: str) -> None:
         raise AdaPrunerError(f"the config of {str(location)!r} {problem}")
 
-    differing = set(config.per_layer_attributes or ()) if is_pruned(config) else set()
-    if odd := differing - architecture.layer_fields:
-        refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
-    for layer in range(config.num_hidden_layers) if is_pruned(config) and not architecture.removable_attention else ():
-        if lacks_attention(config.per_layer_config[layer]):
-            refuse(f"says that layer {layer} has no attention, without which no {config.model_type} works")
-    for name, count in _counts(config, architecture).items():
-        largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
-        if not isinstance(count, int) or not 1 <= count <= largest:
-            refuse(f"says {name}: {count!r}, which no model has")
-
-
-def _counts(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
-    """The counts in a config by their names, with the number of the layer if layers differ."""
+    if is_pruned(config):
+        if odd := set(config.per_layer_attributes or ()) - architecture.layer_fields:
+            refuse(f"says {str(min(odd))[:50]} in per_layer_config, in which layers cannot differ")
+        for layer in range(config.num_hidden_layers):
+            if not architecture.removable_attention and lacks_attention(config.per_layer_config[layer]):
+                refuse(f"says that layer {layer} has no attention, without which no {config.model_type} works")
     fields, experts = architecture.config_fields, architecture.experts
     names = [fields.heads, fields.key_value_heads, fields.head_dim] if architecture.attention else []
     names += [fields.channels] if architecture.feed_forward else []
     names += [experts.count] if experts else []
     counts = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
     for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
-        layer = config.per_layer_config[index] if config.is_heterogeneous else config
+        layer_config = config.per_layer_config[index] if config.is_heterogeneous else config
         place = f" of layer {index}" if config.is_heterogeneous else ""
-        stated = {name: getattr(layer, name, None) for name in names if name}
+        stated = {name: getattr(layer_config, name, None) for name in names if name}
         counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
-    return counts
+    for name, count in counts.items():
+        largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
+        if not isinstance(count, int) or not 1 <= count <= largest:
+            refuse(f"says {name}: {count!r}, which no model has")
 
 
 def clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:

@@ -199,11 +199,7 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
-    """Refuses a model that has to be read as a whole.
-
-    Raises:
-        AdaPrunerError: the model is a GGUF file, is of an unknown family, or has experts that are stored one by one.
-    """
+    """Refuses a model that has to be read as a whole: a GGUF file, or experts that are stored one by one."""
     architecture_of(config)
     if not is_streamable(location, config):
         why = (

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import architecture_of, new_model
 from adapruner.models._deferred import StoredWeight, defer
-from adapruner.models._layers import ReadLayer, decoder_layers, move_resident, plain_weights, stream_layers
+from adapruner.models._layers import ReadLayer, move_resident, plain_weights, stream_layers
 from adapruner.models._places import ModelLocation
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,14 +71,9 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
 
 
 def is_of_multi_token_head(name: str, config: PreTrainedConfig) -> bool:
-    """True for a tensor of a multi-token prediction head, which transformers leaves out: its name has a part that
-    begins with `mtp`, or it belongs to one of the layers that follow the last decoder layer, as many as the config
-    counts.
-
-    Args:
-        name: in the files.
-        config: of the model in these files.
-    """
+    """True for a tensor, by its name in the files, of a multi-token prediction head, which transformers leaves out: its
+    name has a part that begins with `mtp`, or it belongs to one of the layers that follow the last decoder layer, as
+    many as the config counts."""
     if _NAMED_HEAD.search(name):
         return True
     # transformers has one name, the files of most models the other.
@@ -100,11 +95,7 @@ def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
 
 
 def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the model, on the CPU, mapped from the files.
-
-    Args:
-        names: see `names_in_files`.
-    """
+    """Tensors by their names in the model, on the CPU, mapped from the files; for `names`, see `names_in_files`."""
     tensors: dict[str, torch.Tensor] = {}
     for file in {stored[key].file for key in names.values()}:
         with safe_open(file, "pt") as opened:
@@ -206,8 +197,7 @@ def load_streamed(
     resident = reader({name: key for name, key in names.items() if not name.startswith(layers_prefix)})
     model.load_state_dict(resident(), strict=False, assign=True)
     model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)
-    count = len(decoder_layers(model))
-    stream_layers(model, [reader(below(f"{layers_prefix}{index}.")) for index in range(count)])
+    stream_layers(model, [reader(below(f"{layers_prefix}{index}.")) for index in range(config.num_hidden_layers)])
     move_resident(model, device)
     return model
 
@@ -228,9 +218,8 @@ def load_deferred(
     buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
     model.load_state_dict(buffers, strict=False, assign=True)
     move_resident(model, device)
-    defer(
-        model, {name: StoredWeight(files[names[name]].file, files[names[name]].name) for name in weights}, device, dtype
-    )
+    stored = {name: files[names[name]] for name in weights}
+    defer(model, {name: StoredWeight(tensor.file, tensor.name) for name, tensor in stored.items()}, device, dtype)
     return model
 
 

@@ -34,9 +34,8 @@ from adapruner.models.modeling_pruned import Wrapper as WrapperNames, pruned_con
 
 _ATTRIBUTE = "multimodal_wrapper"
 # They are copied; in older models, the template of chats is not that of the tokenizer.
-_PROCESSOR_FILES = {
-    *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, "chat_template.json"),
-}
+_PROCESSOR_FILES = {PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME}
+_PROCESSOR_FILES |= {"chat_template.json"}
 
 
 class _Causal:
@@ -127,21 +126,19 @@ class Wrapper:
         for module in whole.modules():
             for name, weight in module._parameters.items():
                 if weight is not None and weight.is_meta:
-                    # Takes no memory.
-                    nothing = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)
+                    nothing = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)  # takes no memory
                     module._parameters[name] = nn.Parameter(nothing, requires_grad=False)
         return whole.eval()
 
     def fits(self, decoder: PreTrainedConfig) -> bool:
         """True if the other parts have the same shapes around a decoder of a config: some read sizes of the decoder."""
-        dense = getattr(self.config, self.text)
-        return self._other_shapes(decoder) == self._other_shapes(dense)
-
-    def _other_shapes(self, decoder: PreTrainedConfig) -> dict[str, torch.Size]:
-        whole = self.around(decoder)
-        with torch.device("meta"):
-            inside = {*self.names(new_model(decoder), whole).values()}
-        return {name: tensor.shape for name, tensor in whole.state_dict().items() if name not in inside}
+        shapes = []
+        for inner in (decoder, getattr(self.config, self.text)):
+            whole = self.around(inner)
+            with torch.device("meta"):
+                inside = {*self.names(new_model(inner), whole).values()}
+            shapes.append({name: tensor.shape for name, tensor in whole.state_dict().items() if name not in inside})
+        return shapes[0] == shapes[1]
 
     def with_decoder(self, decoder: PreTrainedConfig) -> Wrapper:
         """The same with another dense decoder inside."""
@@ -155,11 +152,8 @@ class Wrapper:
         return _empty(_model_class(self.config), copy.deepcopy(self.config))
 
     def names(self, model: PreTrainedModel, whole: PreTrainedModel) -> dict[str, str]:
-        """The names of tensors in the multimodal model, by their names in its decoder.
-
-        Raises:
-            AdaPrunerError: the decoder has tensors that the multimodal model lacks.
-        """
+        """The names of tensors in the multimodal model, by their names in its decoder; refuses a decoder with tensors
+        that the multimodal model lacks."""
         state = whole.state_dict()
         names = dict(_renamed(model.state_dict(), model, whole))
         for name, tensor in model.state_dict().items():
@@ -235,11 +229,7 @@ def find_text(config: PreTrainedConfig) -> str | None:
 
 def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTrainedConfig:
     """The config of the decoder inside a multimodal model, whose causal language model is known to transformers from
-    then on.
-
-    Args:
-        pruned: the fields of the decoder, if its layers differ.
-    """
+    then on; `pruned` has the fields of the decoder if its layers differ."""
     dense: PreTrainedConfig = getattr(wrapper.config, wrapper.text)
     whole = wrapper._dense()
     decoder = _inner_decoder(whole)
@@ -255,11 +245,7 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTra
 
 
 def decoder_alone(whole: PreTrainedModel, wrapper: Wrapper, config: PreTrainedConfig) -> PreTrainedModel:
-    """The decoder of a loaded multimodal model as a causal language model, which shares its weights.
-
-    Args:
-        config: of the decoder.
-    """
+    """The decoder of a loaded multimodal model, with this config, as a causal language model with the same weights."""
     with init_empty_weights(include_buffers=False):
         model = new_model(config)
     state = whole.state_dict()
@@ -314,19 +300,13 @@ def _path(model: PreTrainedModel, module: nn.Module | None) -> str:
     raise AdaPrunerError(f"a {model.config.model_type} has no decoder with an output layer")
 
 
-def _below(model: PreTrainedModel, module: nn.Module | None) -> str:
-    """The beginning of the names of the tensors of a module."""
-    return f"{_path(model, module)}.".removeprefix(".")
-
-
 def _renamed(names: Any, model: PreTrainedModel, whole: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Names in a causal language model with those in the multimodal model: below the decoder, or in the head."""
-    pairs = [
-        (_below(model, _inner_decoder(model)), _below(whole, _inner_decoder(whole))),
-        (_below(model, model.get_output_embeddings()), _below(whole, _output_layer(whole))),
-    ]
+    decoders = _path(model, _inner_decoder(model)), _path(whole, _inner_decoder(whole))
+    heads = _path(model, model.get_output_embeddings()), _path(whole, _output_layer(whole))
+    prefixes = [[f"{path}.".removeprefix(".") for path in paths] for paths in (decoders, heads)]
     for name in names:
-        inner, outer = next((pair for pair in pairs if name.startswith(pair[0])), ("", ""))
+        inner, outer = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
         yield name, outer + name.removeprefix(inner)
 
 
