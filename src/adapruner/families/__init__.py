@@ -32,7 +32,6 @@ from adapruner.models._architecture import (
 from adapruner.models._config import FILE_FIELDS, check_config, find_wrapper, load_config
 from adapruner.models._loading import load_model
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
-from adapruner.models._wrapper import Wrapper
 from adapruner.progress import Reporter
 
 # Changes when families are inferred or proven in another way.
@@ -40,7 +39,7 @@ _FORMAT = 5
 
 # For this process only: another version of this package may be able to prune the family.
 _refused: dict[Path, str] = {}
-# Types of multimodal models around a family of decoders, for this process.
+# Types of multimodal models that read text as their decoders do, which are of a family, for this process.
 _proven: set[tuple[str, Path]] = set()
 
 
@@ -55,7 +54,12 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
         learn(config)
         check_config(config, location)
         if wrapper := find_wrapper(location):
-            _check_around(wrapper, config)
+            key = (wrapper.config.model_type, _file(stock_config(config)))
+            if key not in _proven:
+                family = family_named(config.model_type)
+                with torch.inference_mode(False):
+                    prove_around(wrapper, config, family.layouts if family else ())
+                _proven.add(key)
     return config
 
 
@@ -69,16 +73,6 @@ def open_model(
     """Loads a model as `models.load_model` does, after `open_config`."""
     open_config(location)
     return load_model(location, dtype, device, layer_wise, deferred)
-
-
-@torch.inference_mode(False)
-def _check_around(wrapper: Wrapper, config: PreTrainedConfig) -> None:
-    """Proves, once for this process, that a multimodal model reads text as its decoder does."""
-    key = (wrapper.config.model_type, _file(stock_config(config)))
-    if key not in _proven:
-        family = family_named(config.model_type)
-        prove_around(wrapper, config, family.layouts if family else ())
-        _proven.add(key)
 
 
 def resolve(config: PreTrainedConfig) -> Architecture:

@@ -40,10 +40,7 @@ class InferenceError(AdaPrunerError):
 
 
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
-    """The removable parts of the models of a family, read off a tiny model of one config.
-
-    Args:
-        config: config of a stock model.
+    """The removable parts of the models of a family, read off a tiny model of the config of a stock model.
 
     Raises:
         InferenceError: transformers cannot build or run such a model in a small size, or nothing is removable.
@@ -94,25 +91,21 @@ class _Counting:
 
     def __init__(self, config: PreTrainedConfig, layers: str) -> None:
         self.config, self._layers = config, layers
-        self.now, embedding = self._built({}) or ({}, None)
+        self.now, embedding = self.shapes({})
         self._wider: dict[str, _Shapes] = {}
         self._doubled: dict[str, _Shapes] = {}
         for name, value in config.to_dict().items():
-            if not _is_count(value):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
                 continue
-            for shapes, changed in ((self._wider, (value or 0) + _STEP), (self._doubled, 2 * (value or 0))):
-                built = self._built({name: changed}) if changed else None
+            for by_field, changed in ((self._wider, (value or 0) + _STEP), (self._doubled, 2 * (value or 0))):
+                shapes, changed_embedding = self.shapes({name: changed}) if changed else ({}, None)
                 # Fields that change the embedding are the hidden size or the vocabulary.
-                if built and built[0] != self.now and built[1] == embedding:
-                    shapes[name] = built[0]
+                if shapes and shapes != self.now and changed_embedding == embedding:
+                    by_field[name] = shapes
 
-    def shapes(self, changes: Mapping[str, Any]) -> _Shapes | None:
-        """Shapes of all tensors in the layers, with other fields; None if such a model cannot be built."""
-        built = self._built(changes)
-        return built and built[0]
-
-    def _built(self, changes: Mapping[str, Any]) -> tuple[_Shapes, tuple[int, ...]] | None:
-        """The shapes of the tensors in the layers, and of the input embedding."""
+    def shapes(self, changes: Mapping[str, Any]) -> tuple[_Shapes, tuple[int, ...] | None]:
+        """Shapes of all tensors in the layers, and of the input embedding, with other fields; none if such a model
+        cannot be built."""
         config = copy.deepcopy(self.config)
         try:
             for name, value in changes.items():
@@ -121,7 +114,7 @@ class _Counting:
                 model = AutoModelForCausalLM.from_config(config)
             embedding = tuple(model.get_input_embeddings().weight.shape)
         except Exception:  # anything that a config or model class raises over an unexpected value
-            return None
+            return {}, None
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         return {name: tuple(tensors[name].shape) for name in tensors if name.startswith(f"{self._layers}.")}, embedding
 
@@ -159,10 +152,6 @@ class _Counting:
         return None
 
 
-def _is_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-
-
 @dataclass(frozen=True)
 class _Kind:
     """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, the number
@@ -175,17 +164,15 @@ class _Kind:
 
 
 def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
-    attention: dict[str, list[_Kind]] = {}
-    feed_forward: dict[str, list[_Kind]] = {}
+    by_output: dict[str, dict[str, list[_Kind]]] = {"attention": {}, "feed_forward": {}}
     with_experts = [layer for layer in layers if counting.expert_field(layer.path)]
     for layer in layers:
         for writer in layer.writers:
             if heads := _heads(layer, writer, counting):
-                attention.setdefault(writer.path, []).append(heads)
+                by_output["attention"].setdefault(writer.path, []).append(heads)
             # Shared experts are kept whole: every token needs them.
             elif layer not in with_experts and (channels := _channels(layer, writer, counting)):
-                feed_forward.setdefault(writer.path, []).append(channels)
-    by_output = {"attention": attention, "feed_forward": feed_forward}
+                by_output["feed_forward"].setdefault(writer.path, []).append(channels)
     kinds = {name: _largest(writers.values()) for name, writers in by_output.items() if writers}
     experts = _experts(counting, with_experts)
     if not kinds and experts is None:
@@ -194,12 +181,15 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
         )
     fields = {name: value for kind in kinds.values() for name, value in kind.fields.items()}
     counts = {name: fields.pop(name) for name in list(fields) if name in ConfigFields.model_fields}
+    longest, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
+    lengths = [table.num_embeddings for table in tables]
     return Architecture(
         model_type=model.config.model_type,
         layers=path,
         config_fields=ConfigFields(**counts),
         plain_residual=all(kind.plain for kind in kinds.values()),
-        learned_positions=_has_learned_positions(model),
+        learned_positions=longest is not None and any(longest <= length <= longest + 2 for length in lengths),
         experts=experts,
         **(fields | {name: kind.names for name, kind in kinds.items()}),
     )
@@ -222,8 +212,8 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     fewer = {_HEADS: heads // 2, "head_dim": getattr(config, "head_dim", None) or writer.inputs // heads}
     if key_value_heads:
         fewer[_KEY_VALUE_HEADS] = max(1, key_value_heads // 2)
-    shapes = counting.shapes(fewer)
-    is_narrower = shapes is not None and 2 * shapes[writer.weight][writer.axis] == writer.inputs
+    shapes, _ = counting.shapes(fewer)
+    is_narrower = bool(shapes) and 2 * shapes[writer.weight][writer.axis] == writer.inputs
     if not is_narrower and writer.inputs != config.hidden_size:
         return None
     count, parts = layer.groups(writer, heads)
@@ -255,7 +245,7 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
     channel: tuple[RowKind, ...] = ("channels",)
     for rows in parts:
         passes = rows.passes(count)
-        if passes is None or (field is None and rows.parameter.rpartition(".")[0] not in layer.linears()):
+        if passes is None or (field is None and rows.parameter.rpartition(".")[0] not in layer.linears):
             return None
         inputs[rows.parameter] = channel * len(passes)
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
@@ -283,11 +273,10 @@ def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None
             channels = _expert_channels(counting, layer, [path for path, axis in axes.items() if axis == 0])
     if field is None:
         return None
-
-    def named(names: Sequence[str]) -> str | None:
-        return next((name for name in names if getattr(counting.config, name, None)), None)
-
-    fields = {"top_k": named(TOP_K), "groups": named(EXPERT_GROUPS), "chosen_groups": named(CHOSEN_GROUPS)}
+    fields = {
+        field_name: next((name for name in names if getattr(counting.config, name, None)), None)
+        for field_name, names in (("top_k", TOP_K), ("groups", EXPERT_GROUPS), ("chosen_groups", CHOSEN_GROUPS))
+    }
     return ExpertNames(tensors=tensors, count=field, channels=channels, **fields)
 
 
@@ -308,9 +297,3 @@ def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -
     }
     axes = {**writer.axes, writer.parameter: writer.axis}
     return ExpertChannels(inputs=inputs, output=writer.parameter, axes=axes, count=field)
-
-
-def _has_learned_positions(model: PreTrainedModel) -> bool:
-    longest, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
-    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words)
-    return longest is not None and any(longest <= table.num_embeddings <= longest + 2 for table in tables)

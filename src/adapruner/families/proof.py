@@ -38,7 +38,6 @@ _EFFECT = 1e-4
 _ROUNDING = 1e-5
 _NEW_TOKENS = 8
 _NEVER_CHOSEN = -1e9
-_KINDS: tuple[Kind, ...] = get_args(Kind)
 _PARTS: dict[Kind, str] = {"heads": "attention", "channels": "feed_forward", "experts": "experts"}
 _LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -91,7 +90,10 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
     for layout in (None, *layouts):
         try:
             with torch.no_grad(), quiet_transformers():
-                decoder = _pruned(model, layout) if layout else model
+                decoder = model
+                if layout:
+                    structure = build_structure(model)
+                    decoder = prune_model(model, structure, _random_plan(structure, _counts_of(structure, layout)))
                 logits = around.holding(decoder)(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         except Exception as error:  # anything that a model class raises that needs more than text
             raise ConformanceError(f"a {name} cannot be run with text alone: {reason(error)}") from error
@@ -101,10 +103,9 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
             raise ConformanceError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
 
 
-def _pruned(model: PreTrainedModel, layout: Layout) -> PreTrainedModel:
-    structure = build_structure(model)
+def _random_plan(structure: Structure, counts: list[int]) -> PruningPlan:
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
-    return prune_model(model, structure, make_plan(structure, scores, _counts_of(structure, layout)))
+    return make_plan(structure, scores, counts)
 
 
 def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Architecture:
@@ -171,13 +172,20 @@ def failed_parts(config: PreTrainedConfig, architecture: Architecture) -> dict[s
 
 
 def failed_without_attention(model: PreTrainedModel, architecture: Architecture) -> str | None:
-    """The check that fails, with the reason, for a model without the attention of a layer; None if all pass.
+    """The check that fails, with the reason, for a random model of a stock class without the attention of a layer; None
+    if all pass."""
 
-    Args:
-        model: a random model of a stock class.
-    """
+    def counts(structure: Structure) -> list[int]:
+        # Transformers reads the length of the cache in the first layer with attention.
+        removable = structure.attention_parameters
+        if not removable:
+            raise ConformanceError("there is none")
+        return [
+            0 if block.kind == "heads" and block.layer == min(removable) else block.groups for block in structure.blocks
+        ]
+
     with using_architecture(architecture):
-        return _failure(model, _counts_without_attention)
+        return _failure(model, counts)
 
 
 def _failure(
@@ -186,22 +194,10 @@ def _failure(
     checks = ["the structure is that of the model"]
     try:
         structure = build_structure(model, experts=experts)
-        scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(3))
-        _check(model, structure, make_plan(structure, scores, counts(structure)), checks.append)
+        _check(model, structure, _random_plan(structure, counts(structure)), checks.append)
     except Exception as error:  # anything that a model class with another architecture raises
         return f"{checks[-1]} fails: {reason(error)}"
     return None
-
-
-def _counts_without_attention(structure: Structure) -> list[int]:
-    """The groups that each block keeps when the first layer that can lose its attention does: transformers reads the
-    length of the cache there."""
-    removable = structure.attention_parameters
-    if not removable:
-        raise ConformanceError("there is none")
-    return [
-        0 if block.kind == "heads" and block.layer == min(removable) else block.groups for block in structure.blocks
-    ]
 
 
 def _counts_of(structure: Structure, layout: Layout) -> list[int]:

@@ -53,18 +53,15 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same class with the same options, for a model of a few hundred thousand parameters; the config of
-    a small model is copied.
-
-    Args:
-        config: config of a stock model.
+    """A config of the same class as that of a stock model, with the same options, for a model of a few hundred thousand
+    parameters; the config of a small model is copied.
 
     Raises:
         Exception: the config class refuses the sizes.
     """
-    if config.num_hidden_layers <= _MOST_LAYERS and parameters_of(config) <= _MOST_PARAMETERS:
-        return copy.deepcopy(config)
     config = copy.deepcopy(config)
+    if config.num_hidden_layers <= _MOST_LAYERS and parameters_of(config) <= _MOST_PARAMETERS:
+        return config
     config.allow_global_per_layer_attribute_access = True
     heads, key_value_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     fields = {
@@ -112,19 +109,13 @@ def parameters_of(config: PreTrainedConfig) -> int:
 def _shrunk_layers(
     per_layer: Mapping[Any, Mapping[str, Any]], types: list[Any], tiny_types: list[Any]
 ) -> dict[int, dict[str, Any]]:
-    """The fields that a tiny config sets for single layers: the fields of the first layer of the same type.
-
-    Args:
-        types: types of the layers of the given config.
-        tiny_types: types of the layers of the tiny config.
-    """
-    by_layer = fields_by_layer(per_layer)
-    first = [by_layer.get(types.index(kind), {}) for kind in tiny_types]
-    return {
-        layer: {name: _shrunk(name, value, 0) for name, value in fields.items()}
-        for layer, fields in enumerate(first)
-        if fields
-    }
+    """The fields that a tiny config, with layers of `tiny_types`, sets for single layers: the fields of the first layer
+    of the same type."""
+    by_layer, shrunk = fields_by_layer(per_layer), dict[int, dict[str, Any]]()
+    for layer, layer_type in enumerate(tiny_types):
+        if fields := by_layer.get(types.index(layer_type)):
+            shrunk[layer] = {name: _shrunk(name, value, 0) for name, value in fields.items()}
+    return shrunk
 
 
 def _shrunk(name: str, value: Any, layers: int) -> Any:

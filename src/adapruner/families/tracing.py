@@ -5,7 +5,7 @@ Found by differentiation on a tiny random model. Parameter names are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -132,11 +132,13 @@ class Layer:
         self.index, self.path = index, f"{path}.{index}"
         self._model, self._layer = model, layers[index]
         self.parameters = dict(self._layer.named_parameters())
-        hidden = model.config.hidden_size
+        modules = dict(self._layer.named_modules())
+        # By path, the plain projections, and those into the hidden state.
+        self.linears = {path: module for path, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
         self._projections = {
-            name: module
-            for name, module in self._layer.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and _outputs(module) == hidden
+            path: module
+            for path, module in self.linears.items()
+            if (module.nf if isinstance(module, Conv1D) else module.out_features) == model.config.hidden_size
         }
         self._read: dict[str, Tensor] = {}
         hooks = [
@@ -144,17 +146,13 @@ class Layer:
             for name, module in self._projections.items()
         ]
         self._run(hooks)
-        self.writers = list(self._find_writers())
+        self.writers = self._find_writers()
 
     def returned(self, path: str) -> int:
         """Number of values that a module returns; 0 for a single tensor."""
         seen: list[Any] = []
         self._run([self._layer.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
-
-    def linears(self) -> set[str]:
-        """Paths of the plain projections."""
-        return {name for name, module in self._layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
     def size(self, inputs: Iterable[str], writer: Writer) -> int:
         """Number of elements of the parameters and of the weight of a writer."""
@@ -175,12 +173,8 @@ class Layer:
         ]
 
     def expert_writer(self, stacks: Iterable[str]) -> ExpertWriter | None:
-        """The down projections of the experts, and the parameters that compute their channels; None if they are not
-        found.
-
-        Args:
-            stacks: paths of the parameters with a part for every expert along their first axis.
-        """
+        """The down projections of the experts, and the parameters that compute their channels, among the parameters
+        with a part for every expert along their first axis; None if they are not found."""
         path = next((name.rpartition(".")[0] for name in stacks if self.parameters[name].dim() == 3), None)
         if path is None:
             return None
@@ -219,8 +213,9 @@ class Layer:
         owner = self._layer.get_submodule(name.rpartition(".")[0])
         return int(isinstance(owner, Conv1D) and self.parameters[name].dim() > 1)
 
-    def _find_writers(self) -> Iterator[Writer]:
+    def _find_writers(self) -> list[Writer]:
         """Projections whose output is added to the hidden state; with all others silent, nothing else is added."""
+        writers = []
         for name in self._projections:
             read = self._read.get(name)
             if read is None or not read.requires_grad or read.shape[-1] > _MOST_INPUTS:
@@ -232,13 +227,11 @@ class Layer:
             if gradient is not None and (gradient.flatten(0, -2) != 0).any(0).nonzero().flatten().tolist() == [5]:
                 plain = torch.allclose(after, before + written.view_as(before))
                 axis = 0 if isinstance(self._projections[name], Conv1D) else 1
-                normalized = not plain and self._is_normalized(name, before, after)
-                yield Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized)
-
-    def _is_normalized(self, name: str, before: Tensor, after: Tensor) -> bool:
-        """True if doubling the output of a writer changes nothing."""
-        change = self._alone(name, times=2)[2] - after
-        return bool(change.norm() < 0.01 * (after - before).norm())
+                # Under a norm, doubling the output changes nothing.
+                change = torch.zeros(()) if plain else self._alone(name, times=2)[2] - after
+                normalized = not plain and bool(change.norm() < 0.01 * (after - before).norm())
+                writers.append(Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized))
+        return writers
 
     def _alone(self, name: str, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """[tokens, hidden]: the input of the layer, the output of a candidate times a factor, and the output of the
@@ -338,10 +331,6 @@ def _silenced(output: Any) -> Any:
 def _first(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple | list) else output
     return tensor
-
-
-def _outputs(module: Any) -> int:
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
 def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
