@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ValidationError
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from adapruner.errors import AdaPrunerError, first_problem, reason
-from adapruner.models.modeling_pruned import ATTENTION as ATTENTION, Family, register_family
+from adapruner.models.modeling_pruned import ATTENTION as ATTENTION, Family, register_family, without_layers
 from adapruner.plain_yaml import parse_yaml
 
 # The output of rows of a projection: all query heads, all key heads, all value heads; query, key and value of one head
@@ -275,9 +275,9 @@ def remember_family(model_type: str, answer: Architecture | str) -> None:
     _inferred[model_type] = answer
 
 
-def family_named(model_type: Any) -> Architecture | None:
+def family_named(model_type: str) -> Architecture | None:
     """The architecture of a known family; None for others."""
-    answer = _answer(model_type) if isinstance(model_type, str) else None
+    answer = _answer(model_type)
     return answer if isinstance(answer, Architecture) else None
 
 
@@ -303,8 +303,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises:
         AdaPrunerError: the family is not known or cannot be pruned, or the model is quantized.
     """
-    quantization: Any = getattr(config, "quantization_config", None)
-    if quantization is not None:
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
         raise AdaPrunerError(
             f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
         )
@@ -342,19 +341,15 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not is_pruned(config):
         return config
     fields = {name: value for name, value in stock_fields(config).items() if name != "model_type"}
-    stock: PreTrainedConfig = CONFIG_MAPPING[config.model_type].from_dict(fields)
-    return stock
+    return cast(PreTrainedConfig, CONFIG_MAPPING[config.model_type].from_dict(fields))
 
 
 def stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config without remote code; for a pruned model, with the layers of the dense model."""
-    fields = config.to_dict()
+    fields = without_layers(config.to_dict()) if is_pruned(config) else config.to_dict()
     omitted = {"auto_map", "model_file", "architectures", "allow_global_per_layer_attribute_access"}
-    layers = fields.pop("per_layer_config", None)
-    if is_pruned(config):
-        layers = fields.pop("stock_per_layer_config", None)
-    kept = {name: value for name, value in fields.items() if name not in omitted}
-    return kept | ({"per_layer_config": layers} if layers else {})
+    omitted |= set() if fields.get("per_layer_config") else {"per_layer_config"}
+    return {name: value for name, value in fields.items() if name not in omitted}
 
 
 def lacks_attention(layer_config: PreTrainedConfig) -> bool:
@@ -374,8 +369,7 @@ def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[i
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a config, with random weights of transformers; meant for devices on which they cost nothing."""
     make: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config
-    model: PreTrainedModel = make(config)
-    return model
+    return cast(PreTrainedModel, make(config))
 
 
 def check_length(config: PreTrainedConfig, length: int) -> str | None:

@@ -7,7 +7,7 @@ import copy
 import re
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -134,8 +134,7 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
 def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The stock model of a config, without weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
 
 
 def _pruned_text(fields: dict[str, Any]) -> str | None:

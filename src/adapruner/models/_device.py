@@ -85,25 +85,22 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
         yield
         return
     settings: Any = torch.utils.deterministic
-    precision, fills = torch.get_float32_matmul_precision(), settings.fill_uninitialized_memory
-    convolves_in_tf32 = torch.backends.cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn
     is_strict = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     # Read by cuBLAS on first use: without it, sums may differ between streams.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
+    with contextlib.ExitStack() as restoring, warnings.catch_warnings():
+        restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        restoring.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        restoring.callback(torch.use_deterministic_algorithms, is_strict, warn_only=only_warns)
+        restoring.callback(setattr, settings, "fill_uninitialized_memory", settings.fill_uninitialized_memory)
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         settings.fill_uninitialized_memory = False
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(deterministic|CUBLAS_WORKSPACE_CONFIG)")
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolves_in_tf32
-        torch.use_deterministic_algorithms(is_strict, warn_only=only_warns)
-        settings.fill_uninitialized_memory = fills
+        warnings.filterwarnings("ignore", message=".*(deterministic|CUBLAS_WORKSPACE_CONFIG)")
+        yield
 
 
 def describe_device(device: torch.device) -> str:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -38,14 +38,12 @@ class LayerCall:
     def run(self, layer: nn.Module, state: Tensor) -> Tensor:
         """[batch, tokens, hidden]: the hidden state after a layer."""
         output = layer(state, *self.arguments, **self.named)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     """The decoder layers, from the input to the output."""
-    layers: Any = model.get_submodule(architecture_of(model.config).layers)
-    return list(layers)
+    return list(cast(nn.ModuleList, model.get_submodule(architecture_of(model.config).layers)))
 
 
 def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tuple[Tensor, list[LayerCall]]]:
@@ -244,12 +242,13 @@ def hold_places(model: PreTrainedModel) -> None:
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
     """Keeps the layers of a model in the memory of the CPU, and moves each to a device while it is in use; everything
     else is kept on the device."""
-    layers = decoder_layers(model)
-    weights = [{name: tensor.detach() for name, tensor in layer.state_dict().items()} for layer in layers]
-    for layer in layers:
-        layer.load_state_dict({name: tensor.to("meta") for name, tensor in layer.state_dict().items()}, assign=True)
+    readers = []
+    for layer in decoder_layers(model):
+        weights = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+        readers.append(_FromMemory(weights, device))
+        layer.load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, assign=True)
     move_resident(model, device)
-    stream_layers(model, [_FromMemory(layer_weights, device) for layer_weights in weights])
+    stream_layers(model, readers)
 
 
 def move_resident(model: PreTrainedModel, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -170,8 +170,7 @@ def load_model(
         clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):
         drop_negative_tokens(settings)
-    finished: PreTrainedModel = model
-    return finished
+    return cast(PreTrainedModel, model)
 
 
 def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:

@@ -145,18 +145,15 @@ def quiet_transformers() -> Iterator[None]:
     if logging.getLogger("adapruner").isEnabledFor(logging.DEBUG):
         yield
         return
-    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    hub_verbosity = hub_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.ERROR)
     gguf: Any = modeling_gguf_pytorch_utils
-    gguf_bar, gguf.tqdm = gguf.tqdm, lambda items, **_: items
-    try:
+    with contextlib.ExitStack() as restoring:
+        if transformers_logging.is_progress_bar_enabled():
+            restoring.callback(transformers_logging.enable_progress_bar)
+        restoring.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        restoring.callback(hub_logging.set_verbosity, hub_logging.get_verbosity())
+        restoring.callback(setattr, gguf, "tqdm", gguf.tqdm)
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity(logging.ERROR)
+        gguf.tqdm = lambda items, **_: items
         yield
-    finally:
-        gguf.tqdm = gguf_bar
-        transformers_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if enabled:
-            transformers_logging.enable_progress_bar()

@@ -257,8 +257,14 @@ def _narrow_attention(layer: nn.Module, output: str, layer_config: PreTrainedCon
     for name, child in list(attention.named_children()):
         if isinstance(child, (nn.Linear, Conv1D)):
             _resize(attention, name, **{"outputs" if name == output_name else "inputs": layer_config.hidden_size})
-    if getattr(layer_config, "alibi_heads", None) is not None:
-        attention.register_forward_pre_hook(_alibi_of(layer_config.alibi_heads), with_kwargs=True)
+    heads = getattr(layer_config, "alibi_heads", None)
+
+    def select_slopes(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        alibi = kwargs["alibi"]  # [batch * all heads of the model, 1, keys]
+        return args, kwargs | {"alibi": alibi.unflatten(0, (len(args[0]), -1))[:, heads].flatten(0, 1)}
+
+    if heads is not None:
+        attention.register_forward_pre_hook(select_slopes, with_kwargs=True)
     layer.set_submodule(path, attention)
 
 
@@ -270,16 +276,6 @@ def _resize(parent: nn.Module, path: str, inputs: int | None = None, outputs: in
     else:
         new = nn.Linear(inputs or old.in_features, outputs or old.out_features, old.bias is not None)
     parent.set_submodule(path, new.to(old.weight.dtype))
-
-
-def _alibi_of(heads: list[int]):
-    """A hook that selects the slopes of the heads of an attention from the slopes of all heads of the model."""
-
-    def select(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        alibi = kwargs["alibi"]  # [batch * all heads, 1, keys]
-        return args, kwargs | {"alibi": alibi.unflatten(0, (len(args[0]), -1))[:, heads].flatten(0, 1)}
-
-    return select
 
 
 def pruned_config_class(model_type: str) -> type[PreTrainedConfig]:
@@ -309,16 +305,19 @@ def register_family(family: Family) -> type[PreTrainedModel]:
     stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     name = f"Pruned{stock_class.__name__.removesuffix('ForCausalLM').removesuffix('LMHeadModel')}"
     names = {"AutoConfig": config.__name__, "AutoModel": f"{name}Model", "AutoModelForCausalLM": f"{name}ForCausalLM"}
-    auto_map = {auto_class: f"{FILE_NAME.removesuffix('.py')}.{name}" for auto_class, name in names.items()}
-    registration = f"register_family({family!r})"
-    members = {"__module__": __name__, "family": family, "auto_map": auto_map, "config_class": config}
-    members |= {"registration": registration}
+    members = _members(f"register_family({family!r})", config, names) | {"family": family}
     decoder = type(names["AutoModel"], (_PerLayer, MODEL_MAPPING[stock_config]), members)
     causal = type(names["AutoModelForCausalLM"], (_PerLayer, stock_class), members)
     # The causal model needs no conversions: its decoder is a stock one.
     _take_conversions(decoder, MODEL_MAPPING[stock_config], family.model_type)
     globals().update({model_class.__name__: model_class for model_class in (decoder, causal)})
     return causal
+
+
+def _members(registration: str, config: type[PreTrainedConfig], names: dict[str, str]) -> dict[str, object]:
+    """The members of a class of models: the line of code that makes it, its config, and the names in this file."""
+    auto_map = {auto_class: f"{FILE_NAME.removesuffix('.py')}.{name}" for auto_class, name in names.items()}
+    return {"__module__": __name__, "registration": registration, "config_class": config, "auto_map": auto_map}
 
 
 def _take_conversions(model_class: type[PreTrainedModel], stock_class: type, model_type: str) -> None:
@@ -351,14 +350,8 @@ def register_wrapper(family: Family, wrapper: Wrapper) -> type[PreTrainedModel]:
     stock_class = MODEL_FOR_MULTIMODAL_LM_MAPPING[stock_config]
     model_name = f"Pruned{stock_class.__name__}"
     names = {"AutoConfig": name, "AutoModelForImageTextToText": model_name, "AutoModelForMultimodalLM": model_name}
-    members = {
-        "__module__": __name__,
-        "family": family,
-        "wrapper": wrapper,
-        "auto_map": {auto_class: f"{FILE_NAME.removesuffix('.py')}.{made}" for auto_class, made in names.items()},
-        "config_class": config,
-        "registration": f"register_wrapper({family!r}, {wrapper!r})",
-    }
+    members = _members(f"register_wrapper({family!r}, {wrapper!r})", config, names)
+    members |= {"family": family, "wrapper": wrapper}
     model_class = type(model_name, (_AroundPerLayer, stock_class), members)
     _take_conversions(model_class, stock_class, wrapper.model_type)
     globals()[model_name] = model_class

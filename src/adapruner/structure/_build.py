@@ -71,8 +71,7 @@ def _head_block(
     if fields.key_value_heads and not by_query_head:
         counts[fields.key_value_heads] = 1
     groups = heads if by_query_head else key_value_heads
-    rows: dict[RowKind, int] = {"query": heads, "key": key_value_heads, "value": key_value_heads}
-    rows["query-key-value"] = key_value_heads
+    rows: dict[RowKind, int] = dict.fromkeys(("key", "value", "query-key-value"), key_value_heads) | {"query": heads}
     kept: set[RowKind] = {"key", "value"} if by_query_head else set()
     block = Block(
         layer=layer,
