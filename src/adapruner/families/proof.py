@@ -141,12 +141,7 @@ def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Archite
 def failed_checks(
     model: PreTrainedModel, architecture: Architecture, experts: ExpertGranularity = "expert"
 ) -> dict[Layout, str]:
-    """The first failing check for each layout, with the reason; empty if all pass.
-
-    Args:
-        model: a random model of a stock class.
-        experts: as in `build_structure`.
-    """
+    """The first failing check of a random model of a stock class for each layout, with the reason; empty if none."""
     with using_architecture(architecture):
         failures = {layout: _failure(model, partial(_counts_of, layout=layout), experts) for layout in _LAYOUTS}
     return {layout: failure for layout, failure in failures.items() if failure}

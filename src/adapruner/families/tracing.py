@@ -205,13 +205,13 @@ class Layer:
         read = self._read[writer.path]
         mix = torch.randn(read.shape[:-1], generator=torch.Generator().manual_seed(2))
         inputs = ((read[..., number] * mix).sum() for number in range(writer.inputs))
-        touched = _touched(inputs, self.parameters, lambda name, entries: _any_beside(entries, self._axis(name)))
-        return {name: rows for name, rows in touched.items() if rows.any(1).all() and not rows.all(1).any()}
 
-    def _axis(self, name: str) -> int:
-        """The axis of a parameter along which its outputs lie."""
-        owner = self._layer.get_submodule(name.rpartition(".")[0])
-        return int(isinstance(owner, Conv1D) and self.parameters[name].dim() > 1)
+        def by_output(name: str, entries: Tensor) -> Tensor:
+            is_transposed = isinstance(self._layer.get_submodule(name.rpartition(".")[0]), Conv1D)
+            return _any_beside(entries, int(is_transposed and entries.dim() > 1))
+
+        touched = _touched(inputs, self.parameters, by_output)
+        return {name: rows for name, rows in touched.items() if rows.any(1).all() and not rows.all(1).any()}
 
     def _find_writers(self) -> list[Writer]:
         """Projections whose output is added to the hidden state; with all others silent, nothing else is added."""
@@ -237,20 +237,18 @@ class Layer:
         """[tokens, hidden]: the input of the layer, the output of a candidate times a factor, and the output of the
         layer with all other candidates silent."""
         noted: dict[str, Tensor] = {}
-        # Experts are parameters of three axes, not projections.
-        experts = [
-            module
-            for module in self._layer.modules()
-            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-        ]
         silent = [module for projection, module in self._projections.items() if projection != name]
+        # Experts are parameters of three axes, not projections.
+        for module in self._layer.modules():
+            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+                silent.append(module)
 
         def note_written(*call: Any) -> Tensor:
             noted["written"] = call[2] * times
             return noted["written"]
 
         hooks = [
-            *(module.register_forward_hook(lambda *call: _silenced(call[2])) for module in (*silent, *experts)),
+            *(module.register_forward_hook(lambda *call: _silenced(call[2])) for module in silent),
             self._projections[name].register_forward_hook(note_written),
             self._layer.register_forward_pre_hook(
                 lambda _, args, named: noted.update(before=(args or list(named.values()))[0]), with_kwargs=True
@@ -272,11 +270,8 @@ class Layer:
 
 
 def _other_axis(writes: Tensor) -> int | None:
-    """The axis of the inputs in a stack of matrices, if output 5 depends on row or column 5 alone.
-
-    Args:
-        writes: [·, ·], bool: the elements of one matrix on which the output depends.
-    """
+    """The axis of the inputs in a stack of matrices, if output 5 depends on row or column 5 alone; from the elements of
+    one matrix on which it depends, [·, ·] bool."""
     for axis in (0, 1):
         if writes.any(1 - axis).nonzero().flatten().tolist() == [5]:
             return 2 - axis

@@ -124,17 +124,20 @@ def load_model(
         AdaPrunerError: it cannot be found or read, or its files do not match its config.
     """
     target, *others = devices = resolve_devices(device)
-    config = load_config(location)
-    with reported_as_unloadable(location):
-        check_config(config, location)
-    if layer_wise:
-        check_streamable(location, config)
-    files = _matching_files(location, config)
-    if not location.is_local:
-        config = load_config(location)  # which sees the files once they are downloaded
-    wrapper = find_wrapper(location)
+    config, wrapper, files = load_config(location), find_wrapper(location), dict[str, StoredTensor]()
     model: Any
     with reported_as_unloadable(location):
+        check_config(config, location)
+        if layer_wise:
+            check_streamable(location, config)
+        # Weights that do not match the config are refused before memory is allocated.
+        if is_streamable(location, config):
+            files = wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
+            empty = empty_model(config)
+            _refuse_other_weights(location, config, differences(empty, names_in_files(empty, files), files))
+        if not location.is_local:
+            # These see the files once they are downloaded.
+            config, wrapper = load_config(location), find_wrapper(location)
         # Transformers compares two output matrices when it reads them.
         if layer_wise or (deferred and files and not has_own_output(empty_model(config), files)):
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
@@ -171,20 +174,6 @@ def load_model(
     for settings in (model.config, model.generation_config):
         drop_negative_tokens(settings)
     return cast(PreTrainedModel, model)
-
-
-def _matching_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The tensors in the files of a model of a known family; refuses weights that do not match the config before memory
-    is allocated."""
-    if not is_streamable(location, config):
-        return {}
-    with reported_as_unloadable(location):
-        wrapper = find_wrapper(location)
-        stored = wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
-        model = empty_model(config)
-        report = differences(model, names_in_files(model, stored), stored)
-    _refuse_other_weights(location, config, report)
-    return stored
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:

@@ -319,9 +319,8 @@ def _register(config_class: type[PreTrainedConfig], decoder: Any, whole: PreTrai
     embedding = f"model.{_path(decoder, decoder.get_input_embeddings())}.weight"
     members = {"__module__": __name__, "decoder_class": decoder_class, "config_class": config_class}
     members |= {"_tied_weights_keys": {"lm_head.weight": embedding}}
-    causal = type(
-        f"{decoder_class.__name__.removesuffix('Model')}ForCausalLM", (_Causal, base, GenerationMixin), members
-    )
+    name = f"{decoder_class.__name__.removesuffix('Model')}ForCausalLM"
+    causal = type(name, (_Causal, base, GenerationMixin), members)
     for mapping, model_class in ((MODEL_MAPPING, decoder_class), (MODEL_FOR_CAUSAL_LM_MAPPING, causal)):
         if config_class not in mapping:
             register: Any = mapping.register

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from adapruner.config import HeadGranularity
 from adapruner.errors import AdaPrunerError
@@ -137,11 +136,6 @@ class Block:
         return self.inputs // (self.experts or 1)
 
     @property
-    def row_wise_path(self) -> str:
-        """Path of the projection in its layer."""
-        return self.row_wise.module.split(f".{self.layer}.", 1)[1]
-
-    @property
     def slices_by_parameter(self) -> dict[str, list[TensorSlice]]:
         """The slices of each parameter; several for a fused projection."""
         by_parameter: dict[str, list[TensorSlice]] = {}
@@ -152,17 +146,6 @@ class Block:
     @property
     def parameters_per_group(self) -> int:
         return sum(tensor_slice.width * tensor_slice.elements for tensor_slice in self.slices)
-
-    def with_rest(self, model: PreTrainedModel, module: str | None) -> Block:
-        """The block with `rest`.
-
-        Args:
-            module: path of the attention or feed-forward; None if the layer itself is that module.
-        """
-        if module is None:
-            return self
-        in_groups = self.groups * self.parameters_per_group
-        return replace(self, rest=count_parameters(model.get_submodule(module)) - in_groups)
 
 
 @dataclass(frozen=True)

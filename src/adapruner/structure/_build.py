@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
 
@@ -82,7 +83,7 @@ def _head_block(
         strata=key_value_heads if by_query_head else 1,
         is_normalized=names.normalized,
     )
-    return block.with_rest(model, f"{path}.{names.module}")
+    return _with_rest(model, block, f"{path}.{names.module}")
 
 
 def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:
@@ -99,7 +100,13 @@ def _channel_block(model: PreTrainedModel, architecture: Architecture, layer: in
         config_counts={architecture.config_fields.channels: 1},
         is_normalized=names.normalized,
     )
-    return block.with_rest(model, f"{path}.{names.module}" if names.module else None)
+    return _with_rest(model, block, f"{path}.{names.module}") if names.module else block
+
+
+def _with_rest(model: PreTrainedModel, block: Block, module: str) -> Block:
+    """The block with the remaining parameters of its attention or feed-forward, the module at a path."""
+    in_groups = block.groups * block.parameters_per_group
+    return replace(block, rest=count_parameters(model.get_submodule(module)) - in_groups)
 
 
 def _expert_block(model: PreTrainedModel, architecture: Architecture, layer: int) -> Block | None:

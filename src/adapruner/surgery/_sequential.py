@@ -159,7 +159,7 @@ class _Layer:
 
     def projection(self, block: Block) -> Any:
         """The row-wise projection of a block."""
-        return self.module.get_submodule(block.row_wise_path)
+        return self.module.get_submodule(block.row_wise.module.split(f".{block.layer}.", 1)[1])
 
     def watch(self, number: int, block: Block) -> _Seen:
         """Runs the layer on a batch and records the row-wise projection of a block."""
