@@ -13,8 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._fingerprint import fingerprint
-from adapruner.models._places import find_model
+from adapruner.models._places import find_model, fingerprint
 
 
 @pytest.fixture

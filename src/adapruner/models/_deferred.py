@@ -72,19 +72,18 @@ def read_parts(model: nn.Module, others: Mapping[str, Tensor], device: torch.dev
     for path, weight in model.state_dict().items():
         parent, _, name = path.rpartition(".")
         source = vars(model.get_submodule(parent)).get(_ATTRIBUTE, {}).get(name, others.get(path))
-        state[path] = _part(source, weight, device) if isinstance(weight, DTensor) else source.to(device)
+        if not isinstance(weight, DTensor):
+            state[path] = source.to(device)
+            continue
+        layout: Any = weight.device_mesh, weight.placements
+        shape, start = compute_local_shape_and_global_offset(weight.shape, *layout)
+        local = torch.empty(shape, dtype=weight.dtype, device=device)
+        if local.numel():
+            local.copy_(source[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))])
+        state[path] = DTensor.from_local(local, *layout, run_check=False, shape=weight.shape, stride=weight.stride())
     model.load_state_dict(state, assign=True)
     for module in deferred_by_module(model):
         del vars(module)[_ATTRIBUTE]
-
-
-def _part(source: Source, weight: DTensor, device: torch.device) -> DTensor:
-    layout: Any = weight.device_mesh, weight.placements
-    shape, start = compute_local_shape_and_global_offset(weight.shape, *layout)
-    local = torch.empty(shape, dtype=weight.dtype, device=device)
-    if local.numel():
-        local.copy_(source[tuple(slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))])
-    return DTensor.from_local(local, *layout, run_check=False, shape=weight.shape, stride=weight.stride())
 
 
 def read_all(model: nn.Module) -> None:

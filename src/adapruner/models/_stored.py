@@ -29,13 +29,11 @@ _FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.floa
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """The file, shape, dtype and name of a tensor in its file; the dtype is its name in safetensors."""
+class StoredTensor(StoredWeight):
+    """A tensor in a safetensors file, with its shape and the name of its dtype there."""
 
-    file: str
     shape: tuple[int, ...]
     dtype: str
-    name: str
 
 
 def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
@@ -66,7 +64,7 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
         with safe_open(shard, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensor = opened.get_slice(name)
-                stored[name] = StoredTensor(shard, tuple(tensor.get_shape()), tensor.get_dtype(), name)
+                stored[name] = StoredTensor(shard, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return stored
 
 
@@ -218,8 +216,7 @@ def load_deferred(
     buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
     model.load_state_dict(buffers, strict=False, assign=True)
     move_resident(model, device)
-    stored = {name: files[names[name]] for name in weights}
-    defer(model, {name: StoredWeight(tensor.file, tensor.name) for name, tensor in stored.items()}, device, dtype)
+    defer(model, {name: files[names[name]] for name in weights}, device, dtype)
     return model
 
 

@@ -20,9 +20,8 @@ from adapruner.families import open_config, open_model
 from adapruner.memory import place_weights
 from adapruner.models._architecture import check_length, check_tokens
 from adapruner.models._device import in_fastest_dtype, resolve_device, usable_devices
-from adapruner.models._fingerprint import fingerprint
 from adapruner.models._loading import empty_model, is_streamable, load_tokenizer
-from adapruner.models._places import ModelLocation, find_model
+from adapruner.models._places import ModelLocation, find_model, fingerprint
 from adapruner.paths import given_path, output_path
 from adapruner.processes import end_with_parent, this_process
 from adapruner.progress import Reporter

@@ -18,9 +18,8 @@ from adapruner.memory import Placement, choose_placement, dtype_of_weights, esti
 from adapruner.models._architecture import Architecture, check_length, is_pruned
 from adapruner.models._config import find_wrapper, load_config
 from adapruner.models._device import copy_in_dtype, resolve_devices, trial_dtype, usable_devices
-from adapruner.models._fingerprint import fingerprint as fingerprint_of_model
 from adapruner.models._loading import check_streamable, empty_model, is_streamable, load_model, load_tokenizer
-from adapruner.models._places import ModelLocation, find_model
+from adapruner.models._places import ModelLocation, find_model, fingerprint as fingerprint_of_model
 from adapruner.planning._budget import Budget, UnreachableRatioError, default_budget
 from adapruner.progress import Reporter
 from adapruner.recovery._checks import check_trainer_options
