@@ -32,7 +32,7 @@ from adapruner.calibration._tokenizing import tokens_of
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.texts import assign_texts
-from adapruner.tokens._counting import count_tokens
+from adapruner.tokens._selecting import count_tokens
 from machine import memory, reset_peak
 
 

@@ -24,7 +24,7 @@ from adapruner.run.nodes.inputs import ratio_of_decoder
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
-from adapruner.tokens._choosing import Vocabulary, VocabularySummary
+from adapruner.tokens._choosing import Vocabulary
 from adapruner.tokens._model import configs_with_tokens, cut_vocabulary, named_tokens
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import random_plan
@@ -198,8 +198,7 @@ def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tm
     inputs = with_image(dense)
     rows = range(decoder.config.vocab_size)
     kept = tuple(sorted({*inputs["input_ids"].flatten().tolist(), *named, *range(20)} & {*rows}))
-    summary = VocabularySummary(before=len(rows), after=len(kept), occurring=1, counted_bytes=1)
-    vocabulary = Vocabulary(kept=kept, summary=summary)
+    vocabulary = Vocabulary(kept=kept)
     cut_vocabulary(decoder, vocabulary)
     save_checkpoint(decoder, tokenizer, tmp_path / "cut")
     model = loaded(tmp_path / "cut")

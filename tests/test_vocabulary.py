@@ -34,9 +34,9 @@ from adapruner.calibration._sources import parse_source, source_names
 from adapruner.errors import AdaPrunerError
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
-from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
-from adapruner.tokens._counting import count_tokens
+from adapruner.tokens._choosing import Vocabulary, choose_tokens
 from adapruner.tokens._model import cut_vocabulary, named_tokens
+from adapruner.tokens._selecting import count_tokens
 from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import QUICK, exit_code
@@ -206,8 +206,7 @@ def tokenizer_and_cut(kind: str) -> tuple[Any, Any, Vocabulary]:
 
 
 def vocabulary_of(kept: Sequence[int], rows: int) -> Vocabulary:
-    summary = VocabularySummary(before=rows, after=len(kept), occurring=1, counted_bytes=1)
-    return Vocabulary(kept=tuple(kept), summary=summary)
+    return Vocabulary(kept=tuple(kept))
 
 
 def cut(tokenizer: Any, texts: list[str], rows: int | None = None, **options: Any) -> tuple[Any, Vocabulary]:

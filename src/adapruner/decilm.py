@@ -32,9 +32,6 @@ def check_decilm(config: PreTrainedConfig) -> None:
 
     Args:
         config: of a pruned model, or of a dense one to see before pruning if anything but the counts stands against it.
-
-    Raises:
-        AdaPrunerError: the model cannot be exported.
     """
     if config.model_type not in ("llama", "mistral"):
         raise AdaPrunerError(f"a DeciLM checkpoint is computed as Llama or Mistral, not as {config.model_type}")
@@ -55,16 +52,6 @@ def check_decilm(config: PreTrainedConfig) -> None:
             f" has {rope}"
         )
     layers = layer_counts(config)
-    _check_counts(layers)
-    if config.hidden_size % layers[0][0]:
-        raise AdaPrunerError(
-            f"the hidden size, {config.hidden_size}, is no multiple of the {layers[0][0]} heads, which the config of a"
-            " DeciLM checkpoint refuses: prune with `head_share` 0"
-        )
-
-
-def _check_counts(layers: list[tuple[int, int, int]]) -> None:
-    """Refuses numbers of query heads, key/value heads and channels that a DeciLM checkpoint cannot express."""
     first: dict[tuple[int, int], int] = {}
     for layer, (heads, groups, width) in enumerate(layers):
         if heads:
@@ -84,6 +71,11 @@ def _check_counts(layers: list[tuple[int, int, int]]) -> None:
         raise AdaPrunerError(
             "layer 0 has no attention, without which vLLM and SGLang do not run a DeciLM checkpoint: prune with"
             " `protect_first` 1"
+        )
+    if config.hidden_size % layers[0][0]:
+        raise AdaPrunerError(
+            f"the hidden size, {config.hidden_size}, is no multiple of the {layers[0][0]} heads, which the config of a"
+            " DeciLM checkpoint refuses: prune with `head_share` 0"
         )
 
 
@@ -139,9 +131,5 @@ def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str,
             "replace_with_linear": False,
             "n_heads_in_group": heads // groups if heads else None,
         },
-        "ffn": {
-            "no_op": False,
-            "replace_with_linear": False,
-            "ffn_mult": 3 * width / (2 * hidden),
-        },
+        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * width / (2 * hidden)},
     }

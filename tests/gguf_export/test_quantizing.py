@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
-from adapruner.gguf._types import read_stored_types
+from adapruner.gguf._size import read_stored_types
 from adapruner.gguf._write import write_gguf
 from tiny_families import cut_to
 

@@ -87,15 +87,15 @@ def blend_sources(blend: Sequence[BlendPart]) -> list[Source]:
 
 def absolute_blend(text: str) -> str:
     """The same blend with absolute paths, which is valid in any working directory."""
-    return ",".join(f"{_absolute(name)}{number and f':{number}'}" for name, number in _split(text))
+    parts = []
+    for name, number in _split(text):
+        prefix = ANSWERS if name.startswith(ANSWERS) else ""
+        parts.append(f"{prefix}{absolute_source(name.removeprefix(ANSWERS))}{number and f':{number}'}")
+    return ",".join(parts)
 
 
 def _is_written(name: str) -> bool:
     return name == SELF_GENERATED or name.startswith(ANSWERS)
-
-
-def _absolute(name: str) -> str:
-    return f"{ANSWERS}{_absolute(name[len(ANSWERS) :])}" if name.startswith(ANSWERS) else absolute_source(name)
 
 
 def _source(name: str, missing_ok: bool) -> Source | None:

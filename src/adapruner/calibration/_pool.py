@@ -26,12 +26,7 @@ _CHARACTERS, _PIECES = 8, 32
 
 
 def draw_windows(
-    text: Source | Iterable[str],
-    tokenizer: Tokenizer,
-    count: int,
-    seq_len: int,
-    seed: int,
-    at_least: int | None = None,
+    text: Source | Iterable[str], tokenizer: Tokenizer, count: int, seq_len: int, seed: int, at_least: int | None = None
 ) -> Tensor:
     """Draws windows from the beginnings of documents in random order; documents shorter than a window are dropped.
 
@@ -101,7 +96,7 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
     tokens = tokens_of(tokenizer, "\n\n".join(chosen))
     if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
         tokens = tokens_of(tokenizer, "\n\n".join(documents))
-    return _starting_with(start, _cut_into_windows(tokens, str(source), size))
+    return _cut_into_windows(tokens, str(source), start, size, size)
 
 
 def _pieces(documents: list[str], characters: int) -> list[str]:
@@ -132,27 +127,22 @@ def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
     return windows
 
 
-def _cut_into_windows(tokens: Tensor, name: str, size: int, stride: int | None = None) -> Tensor:
-    """[windows, size], int64: windows of running tokens; by default they do not overlap."""
+def _cut_into_windows(tokens: Tensor, name: str, start: Tensor, size: int, stride: int) -> Tensor:
+    """[windows, start + size], int64: windows of running tokens, each after the same tokens."""
     if len(tokens) < size:
         raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
-    return tokens.unfold(0, size, stride or size).clone()
+    windows = tokens.unfold(0, size, stride)
+    return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
 def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> Tensor:
-    """[tokens], int64: the special tokens that a tokenizer puts in front of a text; refuses windows that have no room
-    for others."""
+    """[tokens], int64: the special tokens in front of a text; refuses windows that have no room for others."""
     start = start_tokens(tokenizer)
     if seq_len <= len(start):
         raise AdaPrunerError(
             f"`seq_len` {seq_len} leaves no room for text: every window begins with {len(start)} special tokens"
         )
     return torch.tensor(start, dtype=torch.int64)
-
-
-def _starting_with(start: Tensor, windows: Tensor) -> Tensor:
-    """Windows with the same tokens in front of each."""
-    return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -223,7 +213,7 @@ def evaluation_text(
         tokens, ends = tokens_with_ends(tokenizer, text, special=not bos)
     else:
         tokens, ends = tokens_of(tokenizer, text, special=not bos), None
-    cut = _cut_into_windows(tokens, name or "the text", size, stride)
+    windows = evenly_spaced(_cut_into_windows(tokens, name or "the text", start, size, stride), limit)
     predicted_bytes = None
     if ends is not None:
         counted = _bytes_of_tokens(text, ends).unfold(0, size, stride)
@@ -233,7 +223,6 @@ def evaluation_text(
     about["tokenizer"] = f"{tokenizer_name}, {len(tokenizer):,} tokens"
     if len(start):
         about["every_window_after"] = "".join(tokenizer.convert_ids_to_tokens(start.tolist()))
-    windows = _starting_with(start, evenly_spaced(cut, limit))
     return EvaluationText(windows, stride, about, predicted_bytes, len(start))
 
 
@@ -268,7 +257,7 @@ def start_token(model: PreTrainedModel) -> int | None:
     names neither, or its vocabulary has no such token."""
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    start: int | None = settings.bos_token_id if settings.bos_token_id is not None else ends[0]
+    start: int | None = ends[0] if settings.bos_token_id is None else settings.bos_token_id
     embedding: Any = model.get_input_embeddings()
     return start if start is not None and 0 <= start < len(embedding.weight) else None
 

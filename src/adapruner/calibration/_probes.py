@@ -49,10 +49,8 @@ def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
     tokens = {"openings": {opening: list(tokenize(tokenizer, opening).input_ids) for opening in OPENINGS}}
     asked = {question: as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
     if all(asked.values()):
-        tokens["questions"] = {
-            question: list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
-            for question, chat in asked.items()
-        }
+        encoded = tokenize(tokenizer, list(asked.values()), add_special_tokens=False).input_ids
+        tokens["questions"] = dict(zip(asked, encoded, strict=True))
     return tokens
 
 

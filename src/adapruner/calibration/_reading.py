@@ -44,16 +44,13 @@ def read_documents(source: Source) -> list[str]:
         AdaPrunerError: it cannot be read, or has no text.
     """
     documents = [_joined(row) for row in read_records(source)]
-    _refuse_no_text(source, any(document.strip() for document in documents))
+    if not any(document.strip() for document in documents):
+        raise AdaPrunerError(f"there is no text in {source}")
     return documents
 
 
 def stream_documents(source: Source) -> Iterator[str]:
-    """The documents that `read_documents` gives, in their order, without holding them in memory.
-
-    Raises:
-        AdaPrunerError: it cannot be read, or has no text.
-    """
+    """The documents that `read_documents` gives, in their order, without holding them in memory."""
     has_text = False
     with _reading(source):
         for row in _open(source, streamed=True)[0]:
@@ -61,10 +58,6 @@ def stream_documents(source: Source) -> Iterator[str]:
             if _is_of_part(document, source.part):
                 has_text = has_text or bool(document.strip())
                 yield document
-    _refuse_no_text(source, has_text)
-
-
-def _refuse_no_text(source: Source, has_text: bool) -> None:
     if not has_text:
         raise AdaPrunerError(f"there is no text in {source}")
 
@@ -102,11 +95,7 @@ def read_windows(source: Source) -> Tensor:
 
 
 def provenance(source: Source) -> dict[str, str]:
-    """Dataset, split and revision of a source; the revision of a local file is the hash of its content.
-
-    Raises:
-        AdaPrunerError: it cannot be read.
-    """
+    """Dataset, split and revision of a source; the revision of a local file is the hash of its content."""
     if source.holds_windows and source.path is not None:
         return {"data_set": source.dataset, "revision": _revision_of_file(source.path)}
     name = source.dataset
@@ -117,12 +106,8 @@ def provenance(source: Source) -> dict[str, str]:
 
 
 def fingerprint(source: Source) -> str | None:
-    """A hash of the content of a source; nothing is parsed, and the network is not used.
-
-    Returns:
-        `content_hash`, and of a known source a hash of it and of the entry in sources.yaml. None if a local file is
-        missing.
-    """
+    """`content_hash`, and of a known source a hash of it and of the entry in sources.yaml; None if a local file is
+    missing. Nothing is parsed, and the network is not used."""
     content = content_hash(source)
     known = known_sources().get(split_name(source.name)[0])
     if known is None or content is None:
@@ -186,23 +171,9 @@ def _read(source: Source, stamp: tuple[object, ...]) -> tuple[list[Row], str]:
 
 @contextlib.contextmanager
 def _reading(source: Source) -> Iterator[None]:
-    """Turns errors of the libraries that read datasets into one line, and silences their logs, which say the same.
-
-    Raises:
-        AdaPrunerError: a library failed, or a local file is missing.
-    """
+    """Turns errors of the libraries that read datasets into one line, and silences their logs, which say the same;
+    refuses a local file that is missing."""
     source.refuse_missing()
-    try:
-        with _quiet_datasets():
-            yield
-    except StopIteration:  # raised by datasets for an empty file
-        raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
-    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
     hub_verbosity = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -210,6 +181,10 @@ def _quiet_datasets() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         yield
+    except StopIteration:  # raised by datasets for an empty file
+        raise AdaPrunerError(f"cannot read {source.name!r}: there is nothing in it") from None
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise AdaPrunerError(f"cannot read {source.name!r}: {reason(error.__cause__ or error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
@@ -263,11 +238,8 @@ def _rows_of_file(source: Source, path: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, without the byte order mark of some editors.
-
-    Raises:
-        ValueError: it is not UTF-8; with the place in the file, while the decoder knows only the place in its buffer.
-    """
+    """A text file, without the byte order mark of some editors. The error of what is not UTF-8 has the place in the
+    file, while the decoder knows only the place in its buffer."""
     with path.open("rb") as content, io.TextIOWrapper(content, encoding="utf-8-sig") as file:
         try:
             yield file
@@ -277,11 +249,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one on each line, or of a .json file with a list of them.
-
-    Raises:
-        ValueError: it holds something else; with the place.
-    """
+    """The objects of a file with one on each line, or of a .json file with a list of them."""
     with _opened(path) as file:
         lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
         first = next(lines, None)
@@ -337,13 +305,7 @@ def _paragraphs(file: Iterable[str]) -> Iterator[str]:
 
 
 def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns that hold the text.
-
-    Args:
-        columns: the existing columns.
-        name: of the dataset, for messages.
-        wanted: the columns that the user named.
-    """
+    """Those of the columns that hold the text: the ones that the user named, or else the usual ones."""
     if wanted and set(wanted) <= set(columns):
         return wanted
     if wanted or not columns:

@@ -84,11 +84,7 @@ def save_checkpoint(
 
 @contextlib.contextmanager
 def made_beside(path: Path) -> Iterator[Path]:
-    """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete.
-
-    Raises:
-        AdaPrunerError: it cannot be written.
-    """
+    """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete."""
     with saying_what_cannot_be_written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=path.parent) as scratch:
@@ -102,8 +98,7 @@ def is_replaceable(folder: Path) -> bool:
 
 def read_origin(location: ModelLocation) -> dict[str, Any] | None:
     """The origin of a checkpoint: the `record` of `save_checkpoint` with its `format`; None if it has none, or one of
-    unknown format. `texts` is always a list of dictionaries, whatever the file says.
-    """
+    unknown format. `texts` is always a list of dictionaries, whatever the file says."""
     try:
         with quiet_transformers():
             file = None if location.gguf_file else cached_file(location.path, _ORIGIN)
@@ -121,11 +116,9 @@ def read_origin(location: ModelLocation) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Makes the generation config of a model one that transformers writes, while this lasts.
-
-    Some models have settings for sampling but do not sample; transformers reads such a config and refuses to write it.
-    Here they sample. Of other settings that exclude each other, the last ones are left out.
-    """
+    """Makes the generation config of a model one that transformers writes, while this lasts. Some models have settings
+    for sampling but do not sample, which transformers reads and refuses to write; here they sample. Of other settings
+    that exclude each other, the last ones are left out."""
     settings: Any = model.generation_config
     if not _is_valid(settings):
         model.generation_config = copy.deepcopy(settings)
@@ -158,7 +151,7 @@ def write_card(folder: Path, card: str) -> None:
 
 def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:
     """Adds tensors to the weights in a folder: in further files, which the index of all files lists."""
-    stock, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    stock = folder / "model.safetensors"
     if stock.is_file():
         # Loaders that find a file of this name read no index.
         stock.rename(folder / "model-00001-of-00001.safetensors")
@@ -171,6 +164,7 @@ def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -
             weight_map |= dict.fromkeys(opened.keys(), file.name)
             size += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - it is no mapping
     content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -181,15 +175,8 @@ def add_older_keys(path: Path, text: str | None = None) -> None:
     Args:
         text: name of the decoder's config in the config of a multimodal model.
     """
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if text:
-        fields[text] = _with_older_keys(fields[text])
-    else:
-        fields = _with_older_keys(fields)
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _with_older_keys(fields: dict[str, Any]) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    fields = content[text] if text else content
     renamed = CONFIG_MAPPING[fields["model_type"]].attribute_map.get("num_experts")
     if renamed in fields:
         fields["num_experts"] = fields[renamed]
@@ -203,4 +190,4 @@ def _with_older_keys(fields: dict[str, Any]) -> dict[str, Any]:
         scaling = {name: value for name, value in parameters.items() if name not in names}
         if scaling.get("rope_type", "default") != "default":
             fields["rope_scaling"] = scaling
-    return fields
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,11 +26,8 @@ _ROPE_SETTINGS: dict[str, set[str]] = {
 
 
 def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
-    """Refuses a model that llama.cpp would not compute exactly. Needs no weights.
-
-    Raises:
-        AdaPrunerError: the model cannot be exported, or writing it needs llama.cpp, which is not installed.
-    """
+    """Refuses a model that llama.cpp would not compute exactly, or a type that needs llama.cpp, if that is not
+    installed. Needs no weights."""
     if gguf_type in QUANTIZED_BY_LLAMA_CPP and find_spec("cyllama") is None:
         raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
     config = model.config

@@ -1,9 +1,13 @@
-"""The size of a GGUF file, from the names and shapes of its tensors."""
+"""The types and sizes of the tensors in a GGUF file: from their names and shapes, or as llama.cpp wrote them."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import gguf
 from gguf import GGMLQuantizationType
@@ -15,6 +19,8 @@ _WITHOUT_SUPERBLOCKS = {
     GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
     GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
 }
+# Weights in a block of K-quants, and of the older types.
+_K_BLOCK, _BLOCK = 256, 32
 
 
 def gguf_tensor_bytes(
@@ -74,3 +80,50 @@ def _q4_k_m(shapes: Mapping[str, Sequence[int]]) -> dict[str, GGMLQuantizationTy
         first, last = count // 8, 7 * count // 8
         six_bits |= {name for at, name in enumerate(names) if at < first or at >= last or (at - first) % 3 == 2}
     return {name: GGMLQuantizationType.Q6_K if name in six_bits else GGMLQuantizationType.Q4_K for name in shapes}
+
+
+@dataclass(frozen=True)
+class StoredTypes:
+    """The types of the tensors in a GGUF file.
+
+    Attributes:
+        tensor_bytes: bytes of all tensors of a type, by its name in llama.cpp.
+        fallbacks: the number of matrices in another type than requested, because the length of their rows is not a
+            multiple of `block`; by the name of that type.
+        matrices: the number of matrices.
+        block: weights that the requested type stores together.
+    """
+
+    tensor_bytes: dict[str, int]
+    fallbacks: dict[str, int]
+    matrices: int
+    block: int
+
+    @property
+    def k_quant_share(self) -> float:
+        """The fraction of the bytes of all tensors that is in K-quants."""
+        in_k_quants = sum(size for name, size in self.tensor_bytes.items() if re.fullmatch("Q[2-6]_K", name))
+        return in_k_quants / sum(self.tensor_bytes.values())
+
+    @property
+    def sentence(self) -> str:
+        """The storage in one line, for the user."""
+        parts = [f"{self.k_quant_share:.1%} of the bytes are in K-quants"] if self.block == _K_BLOCK else []
+        if self.fallbacks:
+            parts.append(
+                f"{sum(self.fallbacks.values())} of {self.matrices} matrices are stored as"
+                f" {' and '.join(sorted(self.fallbacks))}, because their rows are no multiple of {self.block} long"
+            )
+        return "; ".join(parts)
+
+
+def read_stored_types(path: Path, gguf_type: GgufType) -> StoredTypes:
+    """Reads the types of a file that was written as `gguf_type`."""
+    block = _K_BLOCK if "_k" in gguf_type else _BLOCK
+    tensors = gguf.GGUFReader(path).tensors
+    stored = Counter[str]()
+    for tensor in tensors:
+        stored[tensor.tensor_type.name] += int(tensor.n_bytes)
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    fallbacks = Counter(tensor.tensor_type.name for tensor in matrices if int(tensor.shape[0]) % block)
+    return StoredTypes(dict(stored), dict(fallbacks), len(matrices), block)

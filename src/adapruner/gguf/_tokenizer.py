@@ -58,12 +58,14 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> 
     model = definition["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _not_writable(f"its model is {model['type']}, or marks the ends of words")
-    if model["byte_fallback"]:
-        _add_sentencepiece_like(writer, definition, vocabulary)
-    else:
-        _add_byte_level(writer, definition, vocabulary)
+    add = _add_sentencepiece_like if model["byte_fallback"] else _add_byte_level
+    add(writer, definition, _tokens(definition, vocabulary))
     _add_special_tokens(writer, tokenizer)
-    _add_chat_template(writer, tokenizer)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def _not_writable(reason: str) -> AdaPrunerError:
@@ -74,7 +76,7 @@ def _not_writable(reason: str) -> AdaPrunerError:
     )
 
 
-def _add_byte_level(writer: GGUFWriter, definition: dict[str, Any], vocabulary: int) -> None:
+def _add_byte_level(writer: GGUFWriter, definition: dict[str, Any], tokens: list[_Token]) -> None:
     """BPE over bytes that are written as letters, as in GPT-2, Llama 3 and Qwen."""
     model = definition["model"]
     if (definition["normalizer"] or {"type": "NFC"})["type"] != "NFC":
@@ -83,7 +85,6 @@ def _add_byte_level(writer: GGUFWriter, definition: dict[str, Any], vocabulary: 
     name = _PRE_TOKENIZER_NAMES.get((steps, model["ignore_merges"]))
     if name is None:
         raise _not_writable(f"no name is known for the way it splits text: {', '.join(steps)}")
-    tokens = _tokens(definition, vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list([text for text, _ in tokens])
@@ -109,19 +110,20 @@ def _word_splitting_steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[str]
             yield json.dumps(pre_tokenizer)
 
 
-def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], vocabulary: int) -> None:
+def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], tokens: list[_Token]) -> None:
     """BPE over characters with bytes for unknown ones, as in Llama 2 and Mistral, whose tokenizer was SentencePiece.
 
     llama.cpp merges any two neighbours that form a token, the pair with the highest score first. That equals merging by
     rank if every way to split a token in two is a merge, as in all tokenizers converted from SentencePiece.
     """
-    tokens = _tokens(definition, vocabulary)
     if not _BYTE_TOKENS.issubset(definition["model"]["vocab"]):
         raise _not_writable("it falls back to bytes, but not all 256 are tokens")
     merges = [(left, right) for left, right in definition["model"]["merges"]]
-    absent = next(_splits_that_are_no_merges(tokens, merges), None)
-    if absent:
-        raise _not_writable(f"it would not merge {absent[0]!r} and {absent[1]!r}, which llama.cpp does")
+    normal, known = {text for text, kind in tokens if kind == TokenType.NORMAL}, set(merges)
+    for text in normal:
+        for left, right in ((text[:middle], text[middle:]) for middle in range(1, len(text))):
+            if left in normal and right in normal and (left, right) not in known:
+                raise _not_writable(f"it would not merge {left!r} and {right!r}, which llama.cpp does")
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -133,22 +135,8 @@ def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], voca
     writer.add_add_space_prefix(_prefixes_a_space(definition))
 
 
-def _splits_that_are_no_merges(tokens: list[_Token], merges: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    normal = {text for text, kind in tokens if kind == TokenType.NORMAL}
-    known = set(merges)
-    for text in normal:
-        for middle in range(1, len(text)):
-            left, right = text[:middle], text[middle:]
-            if left in normal and right in normal and (left, right) not in known:
-                yield left, right
-
-
 def _prefixes_a_space(definition: dict[str, Any]) -> bool:
-    """True if text gets a space in front.
-
-    Raises:
-        AdaPrunerError: the tokenizer changes text in other ways than SentencePiece does.
-    """
+    """True if text gets a space in front; refuses a tokenizer that changes text in other ways than SentencePiece."""
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     # If all spaces are replaced, there is nothing left to split at.
@@ -201,11 +189,3 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
         raise _not_writable(f"it frames text by other tokens than those for beginning and end: {framed}")
     writer.add_add_bos_token(adds_begin)
     writer.add_add_eos_token(adds_end)
-
-
-def _add_chat_template(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)

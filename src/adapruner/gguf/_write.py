@@ -107,30 +107,20 @@ def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType
             a larger type are counted in it.
 
     Raises:
-        AdaPrunerError: llama.cpp would compute other numbers than the model, or split text in another way than the
-            tokenizer.
+        AdaPrunerError: see `write_gguf`.
     """
     check_gguf(model)
     tensors = _named_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     steps = None if round_to is None else {"ffn_down": round_to, "attn_output": head_dim(model.config)}
-    return _header_bytes(model, tokenizer, tensors) + gguf_tensor_bytes(shapes, gguf_type, steps)
-
-
-def _header_bytes(model: PreTrainedModel, tokenizer: Tokenizer, tensors: dict[str, Tensor]) -> int:
-    """Bytes before the tensors, in a file named model.gguf."""
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(_new_writer(model, tokenizer, "model")) as writer:
         writer.add_file_type(LlamaFileType.ALL_F32)
         _write_header(writer, path := Path(folder) / "model.gguf", tensors, GGMLQuantizationType.F32)
-        return aligned(path.stat().st_size)
+        return aligned(path.stat().st_size) + gguf_tensor_bytes(shapes, gguf_type, steps)
 
 
 def _tensor_names(model: PreTrainedModel) -> dict[str, str]:
-    """The name in llama.cpp of every parameter of a model, by its path.
-
-    Raises:
-        AdaPrunerError: llama.cpp has no such parameter.
-    """
+    """The name in llama.cpp of every parameter of a model, by its path; refuses one that llama.cpp does not have."""
     config = model.config
     # Qwen 3 has every parameter of the other families.
     architecture = gguf.MODEL_ARCH.GEMMA3 if config.model_type == "gemma3_text" else gguf.MODEL_ARCH.QWEN3
@@ -144,28 +134,17 @@ def _tensor_names(model: PreTrainedModel) -> dict[str, str]:
     return names
 
 
-def _written_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
-    """The counts of every layer in the file. llama.cpp reads the width of heads from the first layer: if that has no
-    attention, the file has one head of zeros."""
-    first, *others = layer_counts(config)
-    return [first if first[0] else (1, 1, first[2]), *others]
-
-
 def _llama_cpp_architecture(config: PreTrainedConfig) -> str:
     """Where layers differ, `deci` computes what `llama` computes."""
     if config.model_type == "gemma3_text":
         return "gemma3"
     if layers_differ(config):
         return "deci"
-    if config.model_type == "qwen3" or (config.model_type == "qwen2" and _is_plain_qwen2(config)):
-        return str(config.model_type)
-    return "llama"
-
-
-def _is_plain_qwen2(config: PreTrainedConfig) -> bool:
-    """True if llama.cpp's architecture for Qwen 2 fits: heads as wide as the hidden size."""
-    is_full_width: bool = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
-    return is_full_width and config.rope_parameters["rope_type"] != "llama3"
+    if config.model_type == "qwen2":
+        # llama.cpp's architecture has heads as wide as the hidden size.
+        is_full_width = config.per_layer_config[0].num_attention_heads * head_dim(config) == config.hidden_size
+        return "qwen2" if is_full_width and config.rope_parameters["rope_type"] != "llama3" else "llama"
+    return "qwen3" if config.model_type == "qwen3" else "llama"
 
 
 def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
@@ -174,8 +153,11 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    # llama.cpp reads the width of heads from the first layer: without attention there, the file has one head of zeros.
+    first, *others = layer_counts(config)
+    written = [first if first[0] else (1, 1, first[2]), *others]
     adders = (writer.add_head_count, writer.add_head_count_kv, writer.add_feed_forward_length)
-    for add, counts in zip(adders, zip(*_written_counts(config), strict=True), strict=True):
+    for add, counts in zip(adders, zip(*written, strict=True), strict=True):
         add(counts[0] if len(set(counts)) == 1 else list(counts))
     # The default would be the hidden size divided by the heads.
     writer.add_key_length(head_dim(config))
@@ -209,19 +191,13 @@ def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         # Weights of Gemma's norms are stored less one.
         is_less_one = config.model_type == "gemma3_text" and names[path].endswith("norm.weight")
         tensors[names[path]] = parameter + 1 if is_less_one else parameter
-    tensors |= _zeros(config)
+    if 0 in without_attention:  # llama.cpp requires attention in the first layer
+        hidden, width = config.hidden_size, head_dim(config)
+        shapes = {"norm": (hidden,), "output": (hidden, width), **dict.fromkeys("qkv", (width, hidden))}
+        tensors |= {f"blk.0.attn_{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
     if config.rope_parameters.get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _frequency_divisors(config)
     return tensors
-
-
-def _zeros(config: PreTrainedConfig) -> dict[str, Tensor]:
-    """Tensors of zeros for the attention that llama.cpp requires in the first layer."""
-    if layer_counts(config)[0][0]:
-        return {}
-    hidden, width = config.hidden_size, head_dim(config)
-    shapes = {"norm": (hidden,), "output": (hidden, width), **dict.fromkeys("qkv", (width, hidden))}
-    return {f"blk.0.attn_{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def _frequency_divisors(config: PreTrainedConfig) -> Tensor:

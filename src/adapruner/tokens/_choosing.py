@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 
 from pydantic import BaseModel
@@ -27,9 +28,9 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
     after: int
     occurring: int
     counted_bytes: int
-    scripts: dict[str, tuple[int, int]] = {}
-    parameters_before: int = 0
-    parameters_after: int = 0
+    scripts: dict[str, tuple[int, int]]
+    parameters_before: int
+    parameters_after: int
 
     @property
     def removed_parameters(self) -> int:
@@ -44,7 +45,8 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
         )
 
 
-class Vocabulary(BaseModel, extra="forbid", frozen=True):
+@dataclass(frozen=True)
+class Vocabulary:
     """The kept tokens.
 
     Attributes:
@@ -55,7 +57,6 @@ class Vocabulary(BaseModel, extra="forbid", frozen=True):
 
     kept: tuple[int, ...]
     beyond: tuple[int, ...] = ()
-    summary: VocabularySummary
 
     @cached_property
     def new_ids(self) -> dict[int, int]:

@@ -29,11 +29,8 @@ _SIZES = re.compile(r"(.*_)?vocab_size(_.*)?")
 
 
 def named_tokens(settings: PreTrainedConfig | GenerationConfig) -> set[int]:
-    """The tokens that a config names: for beginning, end and padding, suppressed ones, and so on.
-
-    Raises:
-        AdaPrunerError: a field names tokens in a form that cannot be renumbered.
-    """
+    """The tokens that a config names: for beginning, end and padding, suppressed ones, and so on. Refuses a field that
+    names tokens in a form that cannot be renumbered."""
     for name in _NOT_REWRITABLE:
         if getattr(settings, name, None):
             raise AdaPrunerError(f"the config of the model sets {name}, whose tokens cannot be renumbered: remove it")
@@ -121,20 +118,13 @@ def _cut_rows(name: str, tensor: Tensor, wanted: Tensor, kept: Tensor) -> Tensor
     return nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
 
 
-def _configs(settings: Any) -> Iterator[Any]:
-    """A config and the configs inside it."""
-    yield settings
-    for value in vars(settings).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _configs(value)
-
-
 def _token_fields(settings: Any) -> Iterator[tuple[Any, str, Any]]:
-    """The config, name and value of every field that holds tokens."""
-    for config in _configs(settings):
-        for name, value in vars(config).items():
-            if _TOKENS.fullmatch(name) and value is not None:
-                yield config, name, value
+    """The config, name and value of every field that holds tokens, in a config and those inside it."""
+    for name, value in vars(settings).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _token_fields(value)
+        elif _TOKENS.fullmatch(name) and value is not None:
+            yield settings, name, value
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -1,23 +1,29 @@
-"""From texts to the tokens that a model keeps."""
+"""From texts to the tokens that a model keeps: counting, choosing, and the scripts of tokens."""
 
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._reading import stream_documents
 from adapruner.calibration._sources import Source
+from adapruner.calibration._tokenizing import tokens_of
 from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import new_model
 from adapruner.structure._blocks import count_parameters
 from adapruner.tokens._choosing import Vocabulary, VocabularySummary, choose_tokens
-from adapruner.tokens._counting import count_tokens, scripts_of
 from adapruner.tokens._model import cut_config, named_tokens
 from adapruner.tokens._tokenizer import TokenizerParts
+
+# Characters that are encoded at once: long enough that its ends do not matter, short enough for any memory.
+_CHARACTERS_AT_ONCE = 1 << 17
 
 
 def select_vocabulary(
@@ -25,20 +31,16 @@ def select_vocabulary(
     config: PreTrainedConfig,
     naming: Iterable[PreTrainedConfig | GenerationConfig],
     sources: Sequence[Source],
-    size: int | None = None,
-    multiple: int = 64,
-    progress: Callable[[int], None] | None = None,
-) -> Vocabulary:
+    size: int | None,
+    multiple: int,
+    progress: Callable[[int], None],
+) -> tuple[Vocabulary, VocabularySummary]:
     """Counts the tokens of texts and chooses the tokens that a model keeps; reads no weights.
 
     Args:
         naming: the configs whose tokens are kept.
         size, multiple: see `choose_tokens`.
         progress: called with the number of documents read.
-
-    Raises:
-        AdaPrunerError: the tokenizer or the model cannot be cut, a text cannot be read, `size` is too small, or nothing
-            would be removed.
     """
     parts, rows = TokenizerParts.of(tokenizer), config.get_text_config().vocab_size
     named = set[int]().union(*map(named_tokens, naming))
@@ -54,21 +56,64 @@ def select_vocabulary(
     known = [token for token in parts.texts if token < rows]
     scripts = dict(zip(known, scripts_of(tokenizer, known), strict=True))
     before, after = Counter(scripts.values()), Counter(scripts[token] for token in kept if token in scripts)
+    vocabulary = Vocabulary(kept=kept, beyond=tuple(sorted(token for token in parts.texts if token >= rows)))
+    with torch.device("meta"):
+        parameters = [count_parameters(new_model(of)) for of in (config, cut_config(config, vocabulary))]
     summary = VocabularySummary(
         before=rows,
         after=len(kept),
         occurring=occurring,
         counted_bytes=read,
         scripts={script: (count, after[script]) for script, count in before.most_common()},
-        parameters_before=_parameters(config),
+        parameters_before=parameters[0],
+        parameters_after=parameters[1],
     )
-    beyond = tuple(sorted(token for token in parts.texts if token >= rows))
-    vocabulary = Vocabulary(kept=kept, beyond=beyond, summary=summary)
-    left = _parameters(cut_config(config, vocabulary))
-    return vocabulary.model_copy(update={"summary": summary.model_copy(update={"parameters_after": left})})
+    return vocabulary, summary
 
 
-def _parameters(config: PreTrainedConfig) -> int:
-    """The number of parameters of a config's model, tied ones counted once; for any family."""
-    with torch.device("meta"):
-        return count_parameters(new_model(config))
+def count_tokens(
+    tokenizer: Tokenizer, documents: Iterable[str], size: int, progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, int]:
+    """The frequency of each token in text. Documents are joined by an empty line, as in evaluations.
+
+    Args:
+        size: only smaller ids are counted.
+        progress: called with the number of documents read.
+
+    Returns:
+        [size], int64; and the bytes of the text in UTF-8.
+    """
+    counts, read = torch.zeros(size, dtype=torch.int64), 0
+    for text, number in _chunks(documents):
+        tokens = tokens_of(tokenizer, text)
+        counts += torch.bincount(tokens[tokens < size], minlength=size)
+        read += len(text.encode())
+        if progress:
+            progress(number)
+    return counts, read
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Documents joined until they are long enough, with their number."""
+    joined: list[str] = []
+    length = 0
+    for document in documents:
+        joined.append(document)
+        length += len(document)
+        if length >= _CHARACTERS_AT_ONCE:
+            yield "\n\n".join(joined) + "\n\n", len(joined)
+            joined, length = [], 0
+    if joined:
+        yield "\n\n".join(joined), len(joined)
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(sign: str) -> str | None:
+    return unicodedata.name(sign, "").partition(" ")[0] if sign.isalpha() else None
+
+
+def scripts_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
+    """The script of every token: the first word of the Unicode name of its first letter, as LATIN or CJK; OTHER without
+    letters, as for parts of characters."""
+    texts = tokenizer.batch_decode([[token] for token in tokens])
+    return [next((script for sign in text if (script := _script(sign))), "OTHER") for text in texts]

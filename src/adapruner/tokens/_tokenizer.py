@@ -29,27 +29,21 @@ _BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """The content of `tokenizer.json`.
-
-    Attributes:
-        definition: the parsed content of the file.
-    """
+    """The parsed content of `tokenizer.json`."""
 
     definition: dict[str, Any]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerParts:
-        """Reads and checks the definition of a tokenizer.
-
-        Raises:
-            AdaPrunerError: it cannot be rewritten exactly.
-        """
+        """Reads the definition of a tokenizer; refuses one that cannot be rewritten exactly."""
         if not tokenizer.is_fast:
             raise _not_rewritable("it is not a fast tokenizer (one with a tokenizer.json)")
         parts = cls(json.loads(tokenizer.backend_tokenizer.to_str()))
         _check_model(parts)
         _check_decoder(parts)
-        _check_post_processor(parts.definition["post_processor"])
+        for step in _flat(parts.definition["post_processor"], "processors"):
+            if step["type"] not in ("TemplateProcessing", "RobertaProcessing", "BertProcessing", "ByteLevel"):
+                raise _not_rewritable(f"its post-processor {step['type']} is not known")
         return parts
 
     @property
@@ -87,7 +81,11 @@ class TokenizerParts:
         """Tokens that every text needs: added tokens, bytes for unknown characters, all characters if there are no such
         bytes or the model is Unigram, the unknown token, and tokens that the post-processor names."""
         needed = {added["id"] for added in self.definition["added_tokens"]}
-        needed |= {index for _, index in _named_by_post_processor(self.definition["post_processor"])}
+        for step in _flat(self.definition["post_processor"], "processors"):
+            if step["type"] == "TemplateProcessing":
+                needed |= {index for special in step["special_tokens"].values() for index in special["ids"]}
+            elif step["type"] != "ByteLevel":
+                needed |= {step["sep"][1], step["cls"][1]}
         if self.definition["padding"]:
             needed.add(self.definition["padding"]["pad_id"])
         needed |= {self.ids[token] for token in _BYTE_TOKENS if token in self.ids and self.model.get("byte_fallback")}
@@ -134,11 +132,7 @@ class TokenizerParts:
         }
 
     def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
-        """The definition with only the tokens that have a new id.
-
-        Args:
-            new_ids: by old id; ascending, without gaps.
-        """
+        """The definition with only the tokens that have a new id, see `cut_tokenizer`."""
         model = dict(self.model)
         if self.is_unigram:
             model["vocab"] = [entry for index, entry in enumerate(self.model["vocab"]) if index in new_ids]
@@ -194,7 +188,7 @@ def _check_cut(
     before: Tokenizer, cut: Tokenizer, written: dict[str, Any], new_ids: Mapping[int, int], parts: TokenizerParts
 ) -> None:
     loaded = json.loads(cut.backend_tokenizer.to_str())
-    changed = [name for name in written if _sorted(loaded[name]) != _sorted(written[name])]
+    changed = [name for name in written if loaded[name] != written[name]]
     texts = cut.backend_tokenizer.get_vocab(with_added_tokens=True)
     if changed or texts != {parts.texts[old]: new for old, new in new_ids.items() if old in parts.texts}:
         raise _not_rewritable(f"read again, it differs in {', '.join(changed) or 'its tokens'}")
@@ -203,10 +197,6 @@ def _check_cut(
     for name, (wanted, read) in settings.items():
         if wanted != read:
             raise _not_rewritable(f"read again, its {name} is another")
-
-
-def _sorted(content: Any) -> str:
-    return json.dumps(content, sort_keys=True)
 
 
 def _not_rewritable(reason: str) -> AdaPrunerError:
@@ -239,6 +229,9 @@ def _check_decoder(parts: TokenizerParts) -> None:
     decoders = list(_flat(parts.definition["decoder"], "decoders"))
     if not decoders:
         raise _not_rewritable("it has no decoder, and writes spaces between tokens")
+    # Tokens have spaces only at their beginning; the decoder drops all spaces of the first token.
+    splitters = _flat(parts.definition["pre_tokenizer"], "pretokenizers")
+    splits_at_spaces = any(splitter["type"] == "Metaspace" and splitter["split"] for splitter in splitters)
     joined = False
     for decoder in decoders:
         match decoder:
@@ -250,7 +243,7 @@ def _check_decoder(parts: TokenizerParts) -> None:
                 pass
             case {"type": "Strip"} if joined:
                 pass
-            case {"type": "Metaspace"} if joined or decoder["prepend_scheme"] == "never" or _splits_at_spaces(parts):
+            case {"type": "Metaspace"} if joined or decoder["prepend_scheme"] == "never" or splits_at_spaces:
                 pass
             case _:
                 raise _not_rewritable(f"its decoder ({decoder['type']}) looks at single tokens")
@@ -262,27 +255,6 @@ def _signs_of_decoder(decoder: Any) -> Iterator[str]:
         pattern = step.get("pattern") or {}
         for text in (pattern.get("String"), step.get("content"), step.get("replacement")):
             yield from text or ""
-
-
-def _splits_at_spaces(parts: TokenizerParts) -> bool:
-    """True if tokens have spaces only at their beginning: the decoder drops all spaces of the first token."""
-    splitters = list(_flat(parts.definition["pre_tokenizer"], "pretokenizers"))
-    return any(splitter["type"] == "Metaspace" and splitter["split"] for splitter in splitters)
-
-
-def _check_post_processor(post_processor: Any) -> None:
-    for step in _flat(post_processor, "processors"):
-        if step["type"] not in ("TemplateProcessing", "RobertaProcessing", "BertProcessing", "ByteLevel"):
-            raise _not_rewritable(f"its post-processor {step['type']} is not known")
-
-
-def _named_by_post_processor(post_processor: Any) -> Iterator[tuple[str, int]]:
-    for step in _flat(post_processor, "processors"):
-        if step["type"] == "TemplateProcessing":
-            for special in step["special_tokens"].values():
-                yield from zip(special["tokens"], special["ids"], strict=True)
-        elif step["type"] != "ByteLevel":
-            yield from (tuple(step[name]) for name in ("sep", "cls"))
 
 
 def _with_new_ids(post_processor: Any, new_ids: Mapping[int, int]) -> Any:

@@ -14,7 +14,7 @@ from adapruner.config import ExportFormat, GgufType
 from adapruner.decilm import check_decilm, write_decilm
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf._check import check_gguf
-from adapruner.gguf._types import StoredTypes, read_stored_types
+from adapruner.gguf._size import StoredTypes, read_stored_types
 from adapruner.gguf._write import write_gguf
 from adapruner.models._loading import empty_model
 from adapruner.models._places import ModelLocation

@@ -75,7 +75,9 @@ def vocabulary(
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens", None) as advance:
         naming = configs_with_tokens(location, config)
-        chosen = select_vocabulary(tokenizer, config, naming, sources, vocabulary_size, vocabulary_multiple, advance)
+        chosen, summary = select_vocabulary(
+            tokenizer, config, naming, sources, vocabulary_size, vocabulary_multiple, advance
+        )
     cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)
     with reporter.stage("loading"):
         loaded = open_model(location, dtype, "cpu")
@@ -83,6 +85,6 @@ def vocabulary(
     with reporter.stage("saving"):
         origin: dict[str, Any] = read_origin(location) or {"base_model": shown_name(str(model)), "texts": []}
         origin["texts"] = origin["texts"] + [{"use": "vocabulary"} | record_of(source) for source in sources]
-        card = vocabulary_card(location, loaded.config, shown_name(str(model)), chosen.summary, names)
+        card = vocabulary_card(location, loaded.config, shown_name(str(model)), summary, names)
         save_checkpoint(loaded, cut, path, card, record=origin)
-    return PrunedVocabulary(path=path, vocabulary=chosen.summary)
+    return PrunedVocabulary(path=path, vocabulary=summary)
