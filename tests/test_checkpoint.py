@@ -30,6 +30,7 @@ from adapruner.families import learn
 from adapruner.families.tiny import random_model
 from adapruner.models import modeling_pruned
 from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
 from adapruner.structure._build import build_structure
 from tiny_families import cut_to, tiny_config
@@ -73,7 +74,7 @@ def test_the_chat_template_is_kept(pruned: PreTrainedModel, tokenizer: PreTraine
     tokenizer = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} w2 {% endfor %}"
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
-    loaded = adapruner.models.load_tokenizer(adapruner.models.find_model(str(tmp_path / "model")))
+    loaded = load_tokenizer(find_model(str(tmp_path / "model")))
     chat = [{"role": "user", "content": "w5"}]
     expected = tokenizer.apply_chat_template(chat, tokenize=False)
     assert loaded.apply_chat_template(chat, tokenize=False) == expected == "w1 w5 w2 "

@@ -76,10 +76,8 @@ def open_model(
 
 
 def resolve(config: PreTrainedConfig) -> Architecture:
-    """The architecture of the family of a config: from a file, or inferred and proven.
-
-    Args:
-        config: config of a stock model or of a model whose layers differ.
+    """The architecture of the family of a config, also of a model whose layers differ: from a file, or inferred and
+    proven.
 
     Raises:
         AdaPrunerError: the family cannot be pruned, or the model is quantized; with the reason.

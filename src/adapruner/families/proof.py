@@ -47,10 +47,8 @@ class ConformanceError(AdaPrunerError):
 
 
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
-    """The architecture without the kinds of groups and the layouts for which a check on a tiny model of a config fails.
-
-    Args:
-        config: config of a stock model.
+    """The architecture without the kinds of groups and the layouts for which a check on a tiny model of the config of a
+    stock model fails.
 
     Raises:
         ConformanceError: no kind passes; the message has the check that failed for each kind. Or transformers cannot

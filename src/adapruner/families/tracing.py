@@ -159,11 +159,8 @@ class Layer:
         return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
 
     def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
-        """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them.
-
-        Args:
-            heads: number of query heads, whose inputs follow each other; 0 if there are none.
-        """
+        """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them. The
+        inputs of query heads, of which there may be none, follow each other."""
         touched = self._touched(writer)
         count, owner = _components(writer.inputs, touched.values())
         query_head = torch.arange(writer.inputs) * heads // writer.inputs if heads > 1 else owner

@@ -267,11 +267,8 @@ def has_causal_model(model_type: str) -> bool:
 
 
 def remember_family(model_type: str, answer: Architecture | str) -> None:
-    """Remembers a family without a file, for this process (see `families.learn`).
-
-    Args:
-        answer: its architecture, or the reason why it cannot be pruned.
-    """
+    """Remembers, for this process, the architecture of a family without a file, or the reason why it cannot be pruned
+    (see `families.learn`)."""
     _inferred[model_type] = answer
 
 

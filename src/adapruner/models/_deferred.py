@@ -63,11 +63,8 @@ def deferred_by_module(model: nn.Module) -> dict[nn.Module, dict[str, Source]]:
 
 
 def read_parts(model: nn.Module, others: Mapping[str, Tensor], device: torch.device) -> None:
-    """Gives a model that was sharded on the meta device its weights: every process reads only its part.
-
-    Args:
-        others: values of everything that is not deferred, by the names in the state of the model.
-    """
+    """Gives a model that was sharded on the meta device its weights: every process reads only its part. `others` has
+    the values of everything that is not deferred, by the names in the state of the model."""
     state = {}
     for path, weight in model.state_dict().items():
         parent, _, name = path.rpartition(".")

@@ -98,13 +98,8 @@ def texts_at_once(count: int, length: int, device: torch.device) -> int:
 
 
 def batches_together(config: PreTrainedConfig, texts: int, length: int, dtype: torch.dtype) -> int:
-    """The number of batches that a streamed model continues together: at least one.
-
-    Args:
-        texts: of a batch.
-        length: tokens of a text.
-        dtype: of keys and values.
-    """
+    """The number of batches, each of so many texts of so many tokens, that a streamed model continues together, whose
+    keys and values have this dtype: at least one."""
     return max(1, _MOST_CACHED // (texts * length * architecture_of(config).cached(config) * dtype.itemsize))
 
 

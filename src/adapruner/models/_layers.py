@@ -47,12 +47,8 @@ def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def enter_layers(model: PreTrainedModel, batches: Iterable[Tensor]) -> list[tuple[Tensor, list[LayerCall]]]:
-    """The hidden state that the first layer reads and the calls of all layers, for every batch; computes one layer for
-    each shape of batch.
-
-    Args:
-        batches: int64 tensors, [windows, tokens].
-    """
+    """The hidden state that the first layer reads and the calls of all layers, for every batch, int64 [windows,
+    tokens]; computes one layer for each shape of batch."""
     calls: dict[torch.Size, list[LayerCall]] = {}
     entered = []
     for batch in batches:
@@ -84,12 +80,8 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
 
 @contextlib.contextmanager
 def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: LayerCall) -> Iterator[None]:
-    """While it lasts, the first `count` layers are not computed: the last of them returns `state`.
-
-    Args:
-        state: [batch, tokens, hidden], for the batch that the model will be called with.
-        call: the call of any of the layers.
-    """
+    """While it lasts, the first `count` layers are not computed: the last of them returns `state`, [batch, tokens,
+    hidden], for the batch that the model will be called with, as it does in the `call` of any layer."""
     output = call.output(state)
     with other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
         yield
@@ -220,11 +212,8 @@ class _Stream:
 
 
 def stream_layers(model: PreTrainedModel, readers: Sequence[ReadLayer]) -> None:
-    """Makes every layer read its weights when it is called, and drop them afterwards.
-
-    Args:
-        readers: for each layer, the function that reads its weights onto the device of the rest of the model.
-    """
+    """Makes every layer read its weights, by its reader and onto the device of the rest of the model, when it is
+    called, and drop them afterwards."""
     for layer, read in zip(decoder_layers(model), readers, strict=True):
         stream = _Stream(layer, read)
         layer.requires_grad_(False)

@@ -176,12 +176,8 @@ def load_streamed(
     path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model of a folder or hub id whose weights are in safetensors files, with only the weights outside the decoder
-    layers in memory. On a CPU, weights are mapped from the files, without a copy, unless `dtype` differs.
-
-    Args:
-        files: the tensors in the files, which match the config (see `differences`).
-        dtype: dtype of the weights.
-    """
+    layers in memory. On a CPU, weights are mapped from the files, without a copy, unless their `dtype` differs. The
+    tensors in the files match the config (see `differences`)."""
     model = _without_weights(path, config, dtype)
     names = names_in_files(model, files)
     layers_prefix = f"{architecture_of(config).layers}."
@@ -203,12 +199,8 @@ def load_streamed(
 def load_deferred(
     path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model of a folder or hub id with placeholders for its weights, which are read later: see `defer`.
-
-    Args:
-        files, dtype: as for `load_streamed`.
-        device: of the placeholders and of the buffers.
-    """
+    """The model of a folder or hub id, with placeholders on a device for its weights, which are read later (see
+    `defer`); otherwise as `load_streamed`."""
     model = _without_weights(path, config, dtype)
     names = names_in_files(model, files)
     model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)

@@ -173,11 +173,7 @@ class Wrapper:
 
     def save(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, shard_size: str) -> None:
         """Writes the multimodal model around a decoder: its config, generation config and code, the weights of the
-        decoder, and the files of processors; all but the other tensors.
-
-        Args:
-            state: the weights of the decoder by their names in the causal language model.
-        """
+        decoder by their names in the causal language model, and the files of processors; all but the other tensors."""
         whole = self.around(model.config, model.dtype)
         whole.generation_config = model.generation_config
         names = self.names(model, whole)

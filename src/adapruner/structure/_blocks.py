@@ -189,11 +189,7 @@ class Structure:
         }
 
     def check_removable(self, counts: Sequence[int]) -> None:
-        """Raises AdaPrunerError if a block keeps nothing that must keep some groups.
-
-        Args:
-            counts: number of groups that each block keeps.
-        """
+        """Raises AdaPrunerError if, of the numbers of groups that blocks keep, one is 0 that must not be."""
         for block, count in zip(self.blocks, counts, strict=True):
             if not count and not self.is_removable(block):
                 raise AdaPrunerError(
