@@ -165,16 +165,16 @@ class _Kind:
 
 def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
     by_output: dict[str, dict[str, list[_Kind]]] = {"attention": {}, "feed_forward": {}}
-    with_experts = [layer for layer in layers if counting.expert_field(layer.path)]
+    counted = {layer: found for layer in layers if (found := counting.expert_field(layer.path))}
     for layer in layers:
         for writer in layer.writers:
             if heads := _heads(layer, writer, counting):
                 by_output["attention"].setdefault(writer.path, []).append(heads)
             # Shared experts are kept whole: every token needs them.
-            elif layer not in with_experts and (channels := _channels(layer, writer, counting)):
+            elif layer not in counted and (channels := _channels(layer, writer, counting)):
                 by_output["feed_forward"].setdefault(writer.path, []).append(channels)
     kinds = {name: _largest(writers.values()) for name, writers in by_output.items() if writers}
-    experts = _experts(counting, with_experts)
+    experts = _experts(counting, counted)
     if not kinds and experts is None:
         raise InferenceError(
             f"in a {model.config.model_type}, no heads, channels or experts were found that can be removed"
@@ -228,7 +228,7 @@ def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
     fields = {"heads": _HEADS, "fixed_attention_width": not is_narrower}
     if count == key_value_heads:
         fields["key_value_heads"] = _KEY_VALUE_HEADS
-    return _Kind(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _kind(layer, inputs, writer, fields)
 
 
 def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
@@ -251,33 +251,33 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
     fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size
-    return _Kind(_names(layer, inputs, writer), fields, layer.size(inputs, writer), writer.plain)
+    return _kind(layer, inputs, writer, fields)
 
 
-def _names(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer) -> ProjectionNames:
-    """The names in a layer: weights and biases by their module, other parameters by their name."""
+def _kind(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer, fields: dict[str, Any]) -> _Kind:
+    """The kind of groups. Its names are those of modules for weights and biases, and of other parameters themselves."""
+    parameters = sum(layer.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}
     biases = {name for name in by_module if name.removesuffix(".bias") in by_module.keys() - {name}}
     inputs = {name: kinds for name, kinds in by_module.items() if name not in biases}
     names = ProjectionNames(inputs=inputs, output=writer.path, normalized=writer.normalized)
-    return names.model_copy(update={"returned": layer.returned(names.module)})
+    names = names.model_copy(update={"returned": layer.returned(names.module)})
+    return _Kind(names, fields, parameters, writer.plain)
 
 
-def _experts(counting: _Counting, layers: Sequence[Layer]) -> ExpertNames | None:
+def _experts(counting: _Counting, counted: Mapping[Layer, tuple[str, dict[str, int]]]) -> ExpertNames | None:
+    """The experts, from the field that counts them and the axes of their tensors in each layer."""
     tensors: dict[str, int] = {}
-    field, channels = None, None
-    for layer in layers:
-        if counted := counting.expert_field(layer.path):
-            field, axes = counted
-            tensors |= axes
-            channels = _expert_channels(counting, layer, [path for path, axis in axes.items() if axis == 0])
-    if field is None:
+    names: dict[str, Any] = {}
+    for layer, (field, axes) in counted.items():
+        tensors |= axes
+        stacks = [path for path, axis in axes.items() if axis == 0]
+        names = {"count": field, "channels": _expert_channels(counting, layer, stacks)}
+    if not names:
         return None
-    fields = {
-        field_name: next((name for name in names if getattr(counting.config, name, None)), None)
-        for field_name, names in (("top_k", TOP_K), ("groups", EXPERT_GROUPS), ("chosen_groups", CHOSEN_GROUPS))
-    }
-    return ExpertNames(tensors=tensors, count=field, channels=channels, **fields)
+    for name, fields in (("top_k", TOP_K), ("groups", EXPERT_GROUPS), ("chosen_groups", CHOSEN_GROUPS)):
+        names[name] = next((field for field in fields if getattr(counting.config, field, None)), None)
+    return ExpertNames(tensors=tensors, **names)
 
 
 def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -> ExpertChannels | None:
@@ -286,7 +286,8 @@ def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -
     if writer is None:
         return None
     down = f"{layer.path}.{writer.parameter}"
-    count, field = counting.now[down][writer.axis], counting.width_field(down, writer.axis)
+    axis = writer.axes[writer.parameter]
+    count, field = counting.now[down][axis], counting.width_field(down, axis)
     passes = {rows.parameter: rows.passes(count) for rows in writer.parts}
     parameters = {f"{layer.path}.{path}" for path in (writer.parameter, *passes)}
     if field is None or None in passes.values() or not passes or counting.widened(layer.path, field) != parameters:
@@ -295,5 +296,4 @@ def _expert_channels(counting: _Counting, layer: Layer, stacks: Sequence[str]) -
         path: tuple((stretch.stop - stretch.start) // count for stretch in stretches or ())
         for path, stretches in passes.items()
     }
-    axes = {**writer.axes, writer.parameter: writer.axis}
-    return ExpertChannels(inputs=inputs, output=writer.parameter, axes=axes, count=field)
+    return ExpertChannels(inputs=inputs, output=writer.parameter, axes=writer.axes, count=field)

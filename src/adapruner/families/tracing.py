@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -115,12 +115,10 @@ class ExpertWriter:
     """A stack of down projections, and the parts of other stacks on which the channels of an expert depend.
 
     Attributes:
-        axis: axis of the channels in the stored parameter.
-        axes: axis of the channels in each parameter of `parts`.
+        axes: axis of the channels in the stored parameter and in each parameter of `parts`.
     """
 
     parameter: str
-    axis: int
     parts: list[Part]
     axes: dict[str, int]
 
@@ -129,8 +127,7 @@ class Layer:
     """One decoder layer of the tiny model, with the inputs of its projections."""
 
     def __init__(self, model: PreTrainedModel, path: str, layers: list[nn.Module], index: int) -> None:
-        self.index, self.path = index, f"{path}.{index}"
-        self._model, self._layer = model, layers[index]
+        self.path, self._model, self._layer = f"{path}.{index}", model, layers[index]
         self.parameters = dict(self._layer.named_parameters())
         modules = dict(self._layer.named_modules())
         # By path, the plain projections, and those into the hidden state.
@@ -153,10 +150,6 @@ class Layer:
         seen: list[Any] = []
         self._run([self._layer.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
-
-    def size(self, inputs: Iterable[str], writer: Writer) -> int:
-        """Number of elements of the parameters and of the weight of a writer."""
-        return sum(self.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
 
     def groups(self, writer: Writer, heads: int) -> tuple[int, list[Part]]:
         """Number of groups that the inputs of a writer fall into, and the rows of parameters that belong to them. The
@@ -187,14 +180,20 @@ class Layer:
         for name in stored:
             writes = torch.autograd.grad(output(stored)[:, 5].sum(), stored[name])[0] != 0
             expert = int(writes.flatten(1).any(1).nonzero()[0]) if writes.any() else 0
-            if writes.dim() == 3 and (axis := _other_axis(writes[expert])) is not None:
-                touched = _touched_by_channels(output, stored, name, axis, expert)
+            # The axis of the inputs is the other one if output 5 depends on row or column 5 of its matrix alone.
+            axes = [
+                2 - axis
+                for axis in (0, 1)
+                if writes.dim() == 3 and writes[expert].any(1 - axis).nonzero().flatten().tolist() == [5]
+            ]
+            if axes:
+                touched = _touched_by_channels(output, stored, name, axes[0], expert)
                 parts = [
                     Part(f"{path}.{other}", rows, [_only(column.nonzero()) for column in rows.T], [])
                     for other, (_, rows) in touched.items()
                 ]
-                axes = {f"{path}.{other}": other_axis for other, (other_axis, _) in touched.items()}
-                return ExpertWriter(f"{path}.{name}", axis, parts, axes)
+                axis_of = {f"{path}.{other}": axis for other, (axis, _) in touched.items()}
+                return ExpertWriter(f"{path}.{name}", parts, axis_of | {f"{path}.{name}": axes[0]})
         return None
 
     def _touched(self, writer: Writer) -> dict[str, Tensor]:
@@ -266,15 +265,6 @@ class Layer:
                 hook.remove()
 
 
-def _other_axis(writes: Tensor) -> int | None:
-    """The axis of the inputs in a stack of matrices, if output 5 depends on row or column 5 alone; from the elements of
-    one matrix on which it depends, [·, ·] bool."""
-    for axis in (0, 1):
-        if writes.any(1 - axis).nonzero().flatten().tolist() == [5]:
-            return 2 - axis
-    return None
-
-
 def _touched_by_channels(
     output: Callable[[Mapping[str, Tensor]], Tensor], stacks: Mapping[str, Tensor], name: str, axis: int, expert: int
 ) -> dict[str, tuple[int, Tensor]]:
@@ -321,8 +311,7 @@ def _silenced(output: Any) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return tensor
+    return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)
 
 
 def _components(inputs: int, touched: Iterable[Tensor]) -> tuple[int, Tensor]:
