@@ -40,15 +40,13 @@ def defer(model: nn.Module, sources: Mapping[str, Source], device: torch.device,
         dtype: of the placeholders; None keeps that of each parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    by_identity = {id(parameters[path]): source for path, source in sources.items()}
-    placeholders = {
-        id(weight): placeholder(weight, device, dtype) for weight in parameters.values() if id(weight) in by_identity
+    by_identity = {
+        id(parameters[path]): (source, placeholder(parameters[path], device, dtype)) for path, source in sources.items()
     }
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if id(weight) in placeholders:
-                vars(module).setdefault(_ATTRIBUTE, {})[name] = by_identity[id(weight)]
-                module._parameters[name] = placeholders[id(weight)]
+            if id(weight) in by_identity:
+                vars(module).setdefault(_ATTRIBUTE, {})[name], module._parameters[name] = by_identity[id(weight)]
 
 
 def placeholder(weight: nn.Parameter, device: torch.device, dtype: torch.dtype | None) -> nn.Parameter:

@@ -69,8 +69,7 @@ class _Causal:
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # Newer versions of transformers have another name for it.
-        names = [name for name in ("cache", "past_key_values") if name in outputs][:1]
-        cache = {name: outputs[name] for name in names}
+        cache = next(({name: outputs[name]} for name in ("cache", "past_key_values") if name in outputs), {})
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         # Steps after the head, which multimodal models do by these fields; `prove_around` compares.
         multiplier, divisor, cap = (
