@@ -196,7 +196,7 @@ class Wrapper:
         for key, tensor in stored_tensors(self.path, self.config, local_files_only).items():
             name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
             if name in names:
-                inside[names[name]] = replace(tensor, name=key)
+                inside[names[name]] = tensor
             elif not is_of_multi_token_head(key, decoder):
                 others[key] = tensor
         return inside, others

@@ -34,10 +34,10 @@ def build_structure(
     """
     architecture = architecture_of(model.config)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    expert_block = _expert_block if experts == "expert" else _expert_channel_block
     blocks: list[Block | None] = []
     for layer in range(model.config.num_hidden_layers):
         place = model, architecture, layer
-        expert_block = _expert_block if experts == "expert" else _expert_channel_block
         blocks += [_head_block(*place, head_granularity), _channel_block(*place), expert_block(*place)]
     return Structure(
         architecture=architecture,
