@@ -21,7 +21,6 @@ from adapruner.models._architecture import is_pruned
 from adapruner.models._config import find_wrapper, load_config
 from adapruner.models._places import ModelLocation, quiet_transformers
 from adapruner.models._stored import has_multi_token_head
-from adapruner.models._wrapper import Wrapper
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import parse_yaml
 from adapruner.planning._plan import PruningPlan
@@ -68,7 +67,11 @@ def model_card(
         config,
         result.config.model,
         f"{base}, {result.removed_share:.0%} pruned",
-        [_as_metadata(number) for number in model.numbers.values() if _is_comparable(number)],
+        [
+            _as_metadata(number)
+            for number in model.numbers.values()
+            if number.kind in ("text", "sign") or (number.kind == "task" and (number.items or 0) >= _FEWEST_ITEMS)
+        ],
         base=base,
         removed=dense.parameters - result.model("searched").parameters,
         parameters=dense.parameters,
@@ -125,6 +128,7 @@ def _render(
     **content: Any,
 ) -> str:
     licence, wrapper = base_licence(location) or {}, find_wrapper(location)
+    model_type = wrapper.config.model_type if wrapper else config.model_type
     metadata = ModelCardData(
         license=licence.get("license", "other"),
         license_name=licence.get("license_name"),
@@ -132,24 +136,21 @@ def _render(
         base_model=None if location.is_local else base_model,
         library_name="transformers",
         pipeline_tag="image-text-to-text" if wrapper else "text-generation",
-        tags=["adapruner", "pruned", wrapper.config.model_type if wrapper else config.model_type],
+        tags=["adapruner", "pruned", model_type],
         model_name=name,
         eval_results=results or None,
     )
-    had_head = has_multi_token_head(location, load_config(location))
-    content |= _loading(config, wrapper)
-    content |= {"metadata": metadata.to_yaml(), "licence": licence, "had_multi_token_head": had_head}
-    return _TEMPLATES.get_template("card.md.jinja").render(content) + "\n"
-
-
-def _loading(config: PreTrainedConfig, wrapper: Wrapper | None) -> dict[str, Any]:
-    """The values in the section on loading."""
-    return {
-        "needs_code": is_pruned(config),
-        "model_type": wrapper.config.model_type if wrapper else config.model_type,
-        "is_multimodal": wrapper is not None,
-        "transformers": version("transformers"),
-    }
+    page = _TEMPLATES.get_template("card.md.jinja").render(
+        content,
+        metadata=metadata.to_yaml(),
+        licence=licence,
+        had_multi_token_head=has_multi_token_head(location, load_config(location)),
+        needs_code=is_pruned(config),
+        model_type=model_type,
+        is_multimodal=wrapper is not None,
+        transformers=version("transformers"),
+    )
+    return f"{page}\n"
 
 
 def _what_was_removed(plan: PruningPlan) -> str:
@@ -160,10 +161,6 @@ def _what_was_removed(plan: PruningPlan) -> str:
         removed += [groups] * any(block.kind == kind and block.kept for block in cut)
         removed += ["whole attention layers"] * any(block.kind == kind and not block.kept for block in cut)
     return ", ".join(removed)
-
-
-def _is_comparable(number: Number) -> bool:
-    return number.kind in ("text", "sign") or (number.kind == "task" and (number.items or 0) >= _FEWEST_ITEMS)
 
 
 def _as_metadata(number: Number) -> EvalResult:
@@ -208,19 +205,14 @@ def base_licence(location: ModelLocation) -> dict[str, str] | None:
     if location.gguf_file:
         fields: dict[Any, Any] = {"license": _gguf_licence(Path(location.path) / location.gguf_file)}
     else:
-        fields = _metadata(read_card(location))
+        front = re.match(r"\s*---[ \t]*\n(.*?)^---", read_card(location)[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
+        try:
+            metadata = parse_yaml(front[1]) if front else None
+        except ValueError:
+            metadata = None
+        fields = metadata if isinstance(metadata, dict) else {}
     texts = {name: fields.get(name) for name in ("license", "license_name", "license_link")}
     return {name: text[:_LONGEST_LICENCE] for name, text in texts.items() if isinstance(text, str)} or None
-
-
-def _metadata(card: str) -> dict[Any, Any]:
-    """The metadata at the beginning of a card; empty if there are none, or they are invalid."""
-    front = re.match(r"\s*---[ \t]*\n(.*?)^---", card[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
-    try:
-        metadata = parse_yaml(front[1]) if front else None
-    except ValueError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _gguf_licence(path: Path) -> str | None:

@@ -67,28 +67,22 @@ def numbers_of(
         tasks: by task.
         speed: of one sequence at a time.
     """
-    numbers = [
-        *(_costs(speed) if speed else ()),
-        *(number for text, measured in perplexity.items() for number in _on_text(text, measured)),
-        *(_signs(breakage) if breakage else ()),
-        *(_scores(tasks) if tasks else ()),
-    ]
+    numbers = list[Number]()
+    if speed:
+        protocol = (
+            "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
+        )
+        numbers.append(Number("cost", "MB", "", speed.weight_bytes / 1e6, 1))
+        numbers.append(Number("cost", "parameters", "", speed.parameters, 0))
+        for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
+            numbers.append(Number("cost", metric, "", rates[1].median, 1, None, protocol))
+    for text, measured in perplexity.items():
+        protocol, bits = measured.protocol, measured.bits_per_byte
+        numbers.append(Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol))
+        if bits is not None:
+            numbers.append(Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol))
+    numbers += [*(_signs(breakage) if breakage else ()), *(_scores(tasks) if tasks else ())]
     return {(number.kind, number.metric, number.dataset): number for number in numbers}
-
-
-def _costs(speed: Speed) -> Iterator[Number]:
-    protocol = "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
-    yield Number("cost", "MB", "", speed.weight_bytes / 1e6, 1)
-    yield Number("cost", "parameters", "", speed.parameters, 0)
-    for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
-        yield Number("cost", metric, "", rates[1].median, 1, None, protocol)
-
-
-def _on_text(text: str, measured: Perplexity) -> Iterator[Number]:
-    protocol, bits = measured.protocol, measured.bits_per_byte
-    yield Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol)
-    if bits is not None:
-        yield Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol)
 
 
 def _signs(breakage: Breakage) -> Iterator[Number]:

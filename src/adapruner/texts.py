@@ -93,7 +93,10 @@ def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
     identities = _identities(*(source for _, source in texts.used))
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
-    reports = reports or _default_reports(texts)
+    # By default, the report part of the dataset for calibration or the objective, unless another use takes it.
+    source, taken = pool or objective, {(source.identity, source.part) for _, source in texts.used}
+    if source and not reports and (source.identity, "report") not in taken:
+        reports = [replace(source, part="report")]
     return replace(texts, report={str(source): source for source in reports})
 
 
@@ -123,13 +126,6 @@ def record_of(source: Source) -> dict[str, str]:
     if not identity.startswith("hf:") or identity.startswith("hf:/"):
         name, identity = name.rpartition("/")[2], content_hash(source) or identity.rpartition("/")[2]
     return {"text": name, "identity": identity, "part": source.part, "columns": source.columns}
-
-
-def _default_reports(texts: Texts) -> list[Source]:
-    """The report part of the dataset for calibration, or else for the objective, unless another use takes it."""
-    taken = {(source.identity, source.part) for _, source in texts.used}
-    source = texts.pool or texts.objective
-    return [replace(source, part="report")] if source and (source.identity, "report") not in taken else []
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:

@@ -91,8 +91,29 @@ def measure_speed(
     rounds = [{case: run(*case) for case in cases} for _ in range(repetitions)]
     speeds = {}
     for name, model in models.items():
+        # The tied ones are counted once.
+        weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
+        weight_bytes, peak = sum(parameter.numel() * parameter.element_size() for parameter in weights), peaks[name]
+        prompt_macs, new_token_macs = count_macs(model, prompt)
+        multiple = _FRIENDLY_ON_CPU if model.device.type == "cpu" else _FRIENDLY_MULTIPLE
+        try:
+            blocks = build_structure(model).blocks
+        except AdaPrunerError:  # the family cannot be pruned
+            blocks = ()
         seconds = {size: [times[name, size] for times in rounds] for size in batch_sizes}
-        speeds[name] = _speed(model, seconds, peaks[name], prompt, new_tokens)
+        speeds[name] = Speed(
+            parameters=sum(parameter.numel() for parameter in weights),
+            weight_bytes=weight_bytes,
+            prompt_macs=prompt_macs,
+            new_token_macs=new_token_macs,
+            peak_memory_bytes=None if peak is None else weight_bytes + peak,
+            prefill={size: _rate(size * prompt, [read for read, _ in times]) for size, times in seconds.items()},
+            decode={size: _rate(size * new_tokens, [new for _, new in times]) for size, times in seconds.items()},
+            unfriendly_widths={
+                block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
+            },
+            friendly_multiple=multiple,
+        )
     return speeds
 
 
@@ -113,38 +134,6 @@ def count_macs(model: PreTrainedModel, prompt: int) -> tuple[int, int]:
         with FlopCounterMode(display=False) as next_counter:
             empty(tokens[:, :1], use_cache=True, **cache)
     return prompt_counter.get_total_flops() // 2 // prompt, next_counter.get_total_flops() // 2
-
-
-def _speed(
-    model: PreTrainedModel,
-    seconds: dict[int, list[tuple[float, float]]],
-    peak: int | None,
-    prompt: int,
-    new_tokens: int,
-) -> Speed:
-    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in weights)
-    prompt_macs, new_token_macs = count_macs(model, prompt)
-    multiple = _FRIENDLY_ON_CPU if model.device.type == "cpu" else _FRIENDLY_MULTIPLE
-    try:
-        blocks = build_structure(model).blocks
-    except AdaPrunerError:  # the family cannot be pruned
-        blocks = ()
-    return Speed(
-        parameters=sum(parameter.numel() for parameter in weights),
-        weight_bytes=weight_bytes,
-        prompt_macs=prompt_macs,
-        new_token_macs=new_token_macs,
-        peak_memory_bytes=None if peak is None else weight_bytes + peak,
-        prefill={batch: _rate(batch * prompt, [read for read, _ in times]) for batch, times in seconds.items()},
-        decode={
-            batch: _rate(batch * new_tokens, [generated for _, generated in times]) for batch, times in seconds.items()
-        },
-        unfriendly_widths={
-            block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
-        },
-        friendly_multiple=multiple,
-    )
 
 
 def _rate(tokens: int, seconds: Sequence[float]) -> Rate:

@@ -26,7 +26,6 @@ from adapruner.memory import Placement, place_weights
 from adapruner.models._architecture import check_length, check_tokens, family_named
 from adapruner.models._device import in_fastest_dtype, resolve_devices, usable_devices
 from adapruner.models._loading import check_streamable, empty_model, is_streamable
-from adapruner.models._places import ModelLocation
 from adapruner.progress import Reporter
 from adapruner.run.given import ModelGiven
 from adapruner.texts import overlaps
@@ -115,7 +114,12 @@ def evaluate(
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
     sources = dict.fromkeys(text for _, text in (*published, *given) if isinstance(text, Source))
-    known_uses = _describe_overlaps(source.location, sources) if source.location else []
+    origin = (read_origin(source.location) if source.location else None) or {"texts": []}
+    known_uses = [
+        f"the perplexity on {text} is optimistic: the checkpoint was {use}, which holds some of the same documents"
+        for text in sources
+        for use in overlaps(origin["texts"], text)
+    ]
     reporter = Reporter()
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
@@ -186,11 +190,7 @@ def _compare(
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
-    """The devices of the layers.
-
-    Raises:
-        AdaPrunerError: `layer_wise` or several devices are wanted, and impossible.
-    """
+    """The devices of the layers; refuses `layer_wise` and several devices where they are impossible."""
     named = resolve_devices(device)
     if source.location is None:
         if layer_wise is not None:
@@ -229,12 +229,3 @@ def _measure_texts(
             f"the model predicts numbers that are NaN: its weights are broken, or {model.dtype} is too narrow"
         )
     return perplexities
-
-
-def _describe_overlaps(location: ModelLocation, sources: Iterable[Source]) -> list[str]:
-    records = (read_origin(location) or {"texts": []})["texts"]
-    return [
-        f"the perplexity on {source} is optimistic: the checkpoint was {use}, which holds some of the same documents"
-        for source in sources
-        for use in overlaps(records, source)
-    ]

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.card import card_of_export, read_card
 from adapruner.checkpoint._folder import is_replaceable, read_origin, save_checkpoint
@@ -78,7 +78,9 @@ def export(
             if to == "gguf":
                 write_gguf(loaded, tokenizer, path, gguf_type)
             else:
-                _write_decilm(loaded, tokenizer, path, source.location)
+                origin = read_origin(source.location) if source.location else None
+                card = card_of_export(read_card(source.location)) if source.location else None
+                save_checkpoint(loaded, tokenizer, path, card, record=origin, write=write_decilm)
         if wrapper_of(loaded):
             reporter.note(
                 "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
@@ -88,12 +90,6 @@ def export(
     is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
     stored = read_stored_types(path, gguf_type) if is_quantized else None
     return Exported(path, sum(file.stat().st_size for file in files), stored)
-
-
-def _write_decilm(loaded: PreTrainedModel, tokenizer: Tokenizer, path: Path, location: ModelLocation | None) -> None:
-    origin = read_origin(location) if location else None
-    card = card_of_export(read_card(location)) if location else None
-    save_checkpoint(loaded, tokenizer, path, card, record=origin, write=write_decilm)
 
 
 def check_output(path: Path, location: ModelLocation | None, overwrite: bool, is_file: bool = False) -> None:

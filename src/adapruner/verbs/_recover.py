@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._blend import BlendPart, blend_sources, parse_blend
+from adapruner.calibration._blend import blend_sources, parse_blend
 from adapruner.calibration._reading import content_hash
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint._folder import read_origin
@@ -84,48 +84,37 @@ def recover(
     if this_process().count > 1:
         end_with_parent()
     with training_alone(folder):
-        finished = check_folder(folder, resolved, overwrite)
-        return finished or _train(folder, config, resolved, overwrite, student, dense, blend, device)
-
-
-def _train(
-    folder: Path,
-    config: RecoverConfig,
-    resolved: dict[str, Any],
-    overwrite: bool,
-    location: ModelLocation,
-    dense_location: ModelLocation | None,
-    blend: Sequence[BlendPart],
-    device: str,
-) -> RecoveryRecord:
-    """Reads the data, loads the models, lets the teacher write its parts of the data, and trains."""
-    # On a CPU, accelerate ignores FSDP.
-    shares = this_process().shares_weights and resolve_device(device).type != "cpu"
-    warnings = _check_models(config, location, dense_location)
-    tokenizer = load_tokenizer(location)
-    parts = read_examples(blend, tokenizer, config, config.label_weight if dense_location else 1.0)
-    for part in parts:
-        check_tokens(open_config(location), part.largest_token)
-    begin_training(folder, resolved, overwrite)
-    Reporter().note(warnings)
-    reporter = Reporter(quiet=not this_process().leads)
-    load = partial(_load_teacher, dense_location, config, device, shares) if dense_location else None
-    examples, teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
-    gc.collect()  # a teacher that is not needed is gone before the model is loaded
-    with reporter.stage("recovering", total_steps(examples, config)) as advance:
-        return recover_into(
-            folder,
-            partial(open_model, location, config.dtype, device, deferred=shares),
-            tokenizer,
-            examples,
-            config,
-            teacher,
-            resolved,
-            working_folder(folder),
-            _origin(location, blend),
-            partial(card_of_recovered, read_card(location)),
-            advance,
-        )
+        if finished := check_folder(folder, resolved, overwrite):
+            return finished
+        # On a CPU, accelerate ignores FSDP.
+        shares = this_process().shares_weights and resolve_device(device).type != "cpu"
+        warnings = _check_models(config, student, dense)
+        tokenizer = load_tokenizer(student)
+        parts = read_examples(blend, tokenizer, config, config.label_weight if dense else 1.0)
+        for part in parts:
+            check_tokens(open_config(student), part.largest_token)
+        begin_training(folder, resolved, overwrite)
+        Reporter().note(warnings)
+        reporter = Reporter(quiet=not this_process().leads)
+        load = partial(_load_teacher, dense, config, device, shares) if dense else None
+        examples, loaded_teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
+        gc.collect()  # a teacher that is not needed is gone before the model is loaded
+        origin: dict[str, Any] = read_origin(student) or {"texts": []}
+        texts = origin["texts"] + [{"use": "recovery"} | record_of(source) for source in blend_sources(blend)]
+        with reporter.stage("recovering", total_steps(examples, config)) as advance:
+            return recover_into(
+                folder,
+                partial(open_model, student, config.dtype, device, deferred=shares),
+                tokenizer,
+                examples,
+                config,
+                loaded_teacher,
+                resolved,
+                working_folder(folder),
+                origin | {"texts": texts},
+                partial(card_of_recovered, read_card(student)),
+                advance,
+            )
 
 
 def _taught(
@@ -186,11 +175,3 @@ def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, s
     may_stream = is_streamable(location, dense_config)
     places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
     return open_model(location, config.dtype, places.device, places.layer_wise)
-
-
-def _origin(location: ModelLocation, blend: Sequence[BlendPart]) -> dict[str, Any]:
-    """The origin of the checkpoint: that of the model, with the datasets of the training."""
-    origin: dict[str, Any] = read_origin(location) or {"texts": []}
-    return origin | {
-        "texts": origin["texts"] + [{"use": "recovery"} | record_of(source) for source in blend_sources(blend)]
-    }
