@@ -66,28 +66,26 @@ class Texts:
         return [{"use": use} | record_of(source) for use, source in self.used]
 
 
-def assign_texts(config: PruneConfig, missing_ok: bool = False) -> Texts:
-    """Gives every use its source and part. Reads no dataset.
-
-    Args:
-        missing_ok: accept local files that are missing, for a run that resumes.
+def assign_texts(config: PruneConfig) -> Texts:
+    """Gives every use its source and part. Reads no dataset; local files may be missing, as a run that resumes does not
+    need those that it has read.
 
     Raises:
         AdaPrunerError: a source is not known, or two uses would read the same documents.
     """
 
     def parse(text: str | None) -> Source | None:
-        return None if text in (None, SELF_GENERATED) else parse_source(str(text), missing_ok=missing_ok)
+        return None if text in (None, SELF_GENERATED) else parse_source(str(text), missing_ok=True)
 
     pool, objective = map(parse, (config.calibration, config.objective_dataset))
     pool, objective = pool and pool.restrict("calibration"), objective and objective.restrict("objective")
-    reports = [parse_source(text, "report", missing_ok) for text in config.evaluate]
+    reports = [parse_source(text, "report", missing_ok=True) for text in config.evaluate]
     identities = _identities(pool, objective, *reports)
     recovery = tuple(
         replace(part, source=part.source.restrict("calibration"))
         if part.source and part.source.identity in identities
         else part
-        for part in (parse_blend(config.recover, missing_ok) if config.recover is not None else ())
+        for part in (parse_blend(config.recover, missing_ok=True) if config.recover is not None else ())
     )
     texts = Texts(pool, objective, recovery, {})
     identities = _identities(*(source for _, source in texts.used))

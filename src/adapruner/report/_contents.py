@@ -66,11 +66,7 @@ def read_samples(run: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | No
 
 
 def _read_json(path: Path, of: type[T]) -> T:
-    """The content of a JSON file.
-
-    Raises:
-        AdaPrunerError: it is of another version of this package, or was changed.
-    """
+    """The content of a JSON file; refuses one of another version of this package, or one that was changed."""
     try:
         return TypeAdapter(of).validate_json(path.read_bytes())
     except ValidationError as error:

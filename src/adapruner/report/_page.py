@@ -66,7 +66,7 @@ def render_report(run: RunFolder, result: RunResult) -> str:
         raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
     names = titles(config, search.best_fixed_name)
     used = defaultdict(list)
-    for use, text in assign_texts(config, missing_ok=True).used if final.perplexity else ():
+    for use, text in assign_texts(config).used if final.perplexity else ():
         used[use].append(str(text))
     budget = asdict((result.levelled.candidate if result.levelled else search.best).budget)
     allocation = budget.pop("allocation")

@@ -19,21 +19,13 @@ from adapruner.run.given import ModelGiven, check_model, check_tokenizer
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that a verb works on.
-
-    Attributes:
-        given: the location of a model to load, or a model in memory.
-    """
+    """A model that a verb works on: the location of one to load, or one in memory."""
 
     given: ModelLocation | PreTrainedModel
 
     @classmethod
     def of(cls, model: ModelGiven, dtype: Dtype = "auto", device: str = "auto") -> ModelSource:
-        """The model that a user named or gave.
-
-        Raises:
-            AdaPrunerError: there is no such model, or a model in memory cannot be used as it is.
-        """
+        """The model that a user named or gave; refuses a model in memory that cannot be used as it is."""
         if isinstance(model, str | Path):
             return cls(find_model(str(model)))
         check_model(model)
@@ -51,11 +43,7 @@ class ModelSource:
         return self.given.config if isinstance(self.given, PreTrainedModel) else open_config(self.given)
 
     def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
-        """The tokenizer in the files of the model, or the given one for a model in memory.
-
-        Raises:
-            AdaPrunerError: it cannot be read, is missing, or is given for a model that has one in its files.
-        """
+        """The tokenizer in the files of the model, or the given one, which a model in memory alone needs and has."""
         if self.location is None:
             return check_tokenizer(given)
         if given is not None:

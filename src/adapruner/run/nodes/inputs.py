@@ -83,7 +83,7 @@ def content_of_text(source: Source | None) -> dict[str, str | None] | None:
 
 @GRAPH.leaf()
 def texts(config: PruneConfig) -> Texts:
-    return assign_texts(config, missing_ok=True)
+    return assign_texts(config)
 
 
 @GRAPH.leaf(content_of_text)
