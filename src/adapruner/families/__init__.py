@@ -64,11 +64,7 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
 
 
 def open_model(
-    location: ModelLocation,
-    dtype: str = "auto",
-    device: str = "auto",
-    layer_wise: bool = False,
-    deferred: bool = False,
+    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False, deferred: bool = False
 ) -> PreTrainedModel:
     """Loads a model as `models.load_model` does, after `open_config`."""
     open_config(location)

@@ -13,12 +13,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import (
-    family_named,
-    is_pruned,
-    lacks_attention,
-    stock_config,
-)
+from adapruner.models._architecture import family_named, is_pruned, lacks_attention, stock_config
 from adapruner.models._gguf import check_header, refuse_missing_weights, refuse_what_is_not_read, without_tokens
 from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.models._stored import has_own_output, stored_tensors

@@ -101,11 +101,7 @@ def load_tokenizer(location: ModelLocation) -> Tokenizer:
 
 
 def load_model(
-    location: ModelLocation,
-    dtype: str = "auto",
-    device: str = "auto",
-    layer_wise: bool = False,
-    deferred: bool = False,
+    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False, deferred: bool = False
 ) -> PreTrainedModel:
     """Loads a dense or a pruned model, in evaluation mode.
 
