@@ -42,7 +42,7 @@ from adapruner.models._places import find_model
 from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import make_plan
 from adapruner.progress import Reporter
-from adapruner.run.making import making_of
+from adapruner.run.api import making_of
 from adapruner.search._objective import at_budget, plan_candidate
 from adapruner.search._space import PaperSpace
 from adapruner.search._subsets import build_subset_family

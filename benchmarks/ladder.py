@@ -99,7 +99,7 @@ def main(
         show("fitted", in_fastest_dtype(load_model(find_model(str(root.path / "compensated")))))
     show("saved", in_fastest_dtype(load_model(find_model(str(root.model)))))
     if result.recovery:
-        show("recovered", in_fastest_dtype(load_model(find_model(str(root.recovered)))))
+        show("recovered", in_fastest_dtype(load_model(find_model(str(root.path / "recovered")))))
     Console(width=200).print(table)
 
 

@@ -110,30 +110,12 @@ def estimate_memory(
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
     waiting = (left - outside) * size * by_layer  # pruned layers, in main memory
     pruned = held(left) * size + waiting * on_host
-    shares = [count / block.groups for count, block in zip(counts, structure.blocks, strict=True)]
+
+    # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
+    length, blocks, hidden = config.seq_len, structure.blocks, model.get_input_embeddings().weight.shape[1]
+    shares = [count / block.groups for count, block in zip(counts, blocks, strict=True)]
+    # Of its inputs, the largest that a pruned block keeps.
     share = 1.0 if config.levels_widths else max((share for share in shares if share < 1), default=0.0)
-    measuring, pruning = _terms(config, model, structure, share, devices, by_layer)
-    pool = measuring["pool"]
-    if not on_host:
-        measuring["pool"] = pruning["pool"] = 0
-    phases = [(dense, measuring), (dense + pruned, pruning)]
-    if config.recover:  # the whole pruned model
-        training = _training(model, config.recovery, dtype, left)
-        phases.append((dense + left * size, {"recovery.micro_batch_size": training}))
-    sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
-    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + pool)
-
-
-def _terms(
-    config: PruneConfig, model: Any, structure: Structure, share: float, devices: Sequence[torch.device], by_layer: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of tensors beside the weights, by the option that lowers them: until the search, and from then on.
-
-    Args:
-        share: of its inputs, the largest that a pruned block keeps.
-    """
-    dtype, length, blocks = dtype_of_weights(model, config.dtype), config.seq_len, structure.blocks
-    trial, hidden = trial_dtype(dtype, devices[0]), model.get_input_embeddings().weight.shape[1]
     written = written_count(config.self_windows, config.compensation_windows, can_write=config.calibration != "self")
     has_moments = needs_moments(config.compensation, config.space, config.terms)
     texts = texts_at_once(max(1, written), length, devices[0])
@@ -148,16 +130,18 @@ def _terms(
     projection, widest = max(projected, default=0) * _FLOAT32, max(block.inputs for block in blocks)
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
     statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
-    is_fitted = is_on_after_least_squares(config.sequential, config.compensation)
+    pool = config.pool * statistics * _FLOAT32
+    is_fitted, tunes_scales = (
+        is_on_after_least_squares(option, config.compensation) for option in (config.sequential, config.tune_scales)
+    )
     scales = scale_options(config.seed, devices[0], by_layer, length)
-    tokens = min(MEASURED_AT_ONCE[by_layer], config.pool) * length
-    both = {"pool": config.pool * statistics * _FLOAT32}
     measuring = {
-        "seq_len": _activations(model, dtype, tokens, by_layer),
+        "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], config.pool) * length, by_layer),
         "self_windows": cached * trial.itemsize * has_moments,
         "compensation_windows": states * hidden * has_moments,
         # Twice the size in float32: some blocks need float64.
         "second moments": (8 * moments + 4 * projection) * has_moments,
+        "pool": pool * on_host,
     }
     pruning = {
         "objective_windows": reused * judged * hidden,
@@ -167,9 +151,15 @@ def _terms(
         "tuned scales": _activations(
             model, torch.float32, scales.micro_batch_size * length, scales.gradient_checkpointing or by_layer
         )
-        * (is_on_after_least_squares(config.tune_scales, config.compensation) and len(devices) == 1),
+        * (tunes_scales and len(devices) == 1),
+        "pool": pool * on_host,
     }
-    return measuring | both, pruning | both
+    phases = [(dense, measuring), (dense + pruned, pruning)]
+    if config.recover:  # the whole pruned model
+        training = _training(model, config.recovery, dtype, left)
+        phases.append((dense + left * size, {"recovery.micro_batch_size": training}))
+    sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
+    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + pool)
 
 
 def _activations(model: Any, dtype: torch.dtype, tokens: int, of_one_layer: bool) -> int:

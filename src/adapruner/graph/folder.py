@@ -35,7 +35,6 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.study = path / "study.jsonl"
         self.model = path / "model"
-        self.recovered = path / "recovered"
         self.report = path / "report.html"
         self.speed = path / "speed.json"
         # A model and text that were in memory.
@@ -70,8 +69,12 @@ class RunFolder:
         Raises:
             AdaPrunerError: with what is wrong.
         """
+        # A command that was killed at its start leaves these, and perhaps an unfinished config.
+        left = (self._lock.name, self._running.name, self.given.name, f"{self.config.name}.partial")
         try:
-            if self.path.exists() and not (self.path.is_dir() and (self.config.is_file() or self._is_empty())):
+            if self.path.exists() and not (
+                self.path.is_dir() and (self.config.is_file() or all(path.name in left for path in self.path.iterdir()))
+            ):
                 raise AdaPrunerError(f"{self.path} exists and holds no run: choose another `output`")
             existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         except OSError as error:
@@ -129,7 +132,10 @@ class RunFolder:
 
     def record(self, name: str) -> Record | None:
         """The record of a finished or unfinished artifact; None where none can be read."""
-        return _read_record(self._record(name))
+        try:
+            return Record.model_validate_json(self._record(name).read_bytes())
+        except (OSError, ValidationError):
+            return None
 
     def is_made(self, name: str, key: str) -> bool:
         """True if the artifact is complete, has this key, and is as it was written."""
@@ -189,10 +195,6 @@ class RunFolder:
             if path.name not in names:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def remove_unfinished(self) -> None:
-        """Removes what is left to resume from once everything is made."""
-        shutil.rmtree(self.path / "unfinished", ignore_errors=True)
-
     def work(self, name: str, key: str) -> Path:
         """The folder of an unfinished artifact; another key has another folder."""
         return self.path / "unfinished" / f"{_flat(name)}-{key[:16]}"
@@ -218,19 +220,6 @@ class RunFolder:
 
     def _save(self, name: str, record: Record) -> None:
         write_text(self._record(name), record.model_dump_json(indent=2) + "\n")
-
-    def _is_empty(self) -> bool:
-        """A command that was killed at its start leaves its lock, what was in memory, and perhaps an unfinished
-        config."""
-        left = (self._lock.name, self._running.name, self.given.name, f"{self.config.name}.partial")
-        return all(path.name in left for path in self.path.iterdir())
-
-
-def _read_record(path: Path) -> Record | None:
-    try:
-        return Record.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def _flat(name: str) -> str:

@@ -87,29 +87,28 @@ class Making:
             return taken
         if node.name not in self._records:
             reach, then = self.graph.reach(node.name), self.folder.record(node.path)
-            inputs = [self.graph.nodes[name] for name in sorted(reach.kept)]
+            leaves, inputs = (
+                [self.graph.nodes[name] for name in sorted(names)] for names in (reach.leaves, reach.kept)
+            )
             self._records[node.name] = Record(
                 name=node.path,
                 version=node.version,
                 options={name: self.as_json[name] for name in sorted(reach.options)},
                 leaves={
                     leaf.title: at_hand(leaf.content(self.value(leaf)), then and then.leaves.get(leaf.title))
-                    for leaf in map(self.graph.nodes.get, sorted(reach.leaves))
+                    for leaf in leaves
                     if isinstance(leaf, Leaf)
                 },
                 inputs={
-                    other.path: self.record(other).key
-                    for other in inputs
-                    if isinstance(other, Kept) and self.is_wanted(other)
+                    node.path: self.record(node).key
+                    for node in inputs
+                    if isinstance(node, Kept) and self.is_wanted(node)
                 },
             )
         return self._records[node.name]
 
-    def is_made(self, node: Kept[Any]) -> bool:
-        """True if it is in its folder, or can be taken over from another one."""
-        return self._place_of(node) is not None
-
     def _place_of(self, node: Kept[Any]) -> Path | None:
+        """The run folder that has it: this one, or one that it can be taken over from."""
         key = self.record(node).key
         return next((folder.path for folder in (self.folder, *self.others) if folder.is_made(node.path, key)), None)
 
@@ -118,7 +117,7 @@ class Making:
         needed: set[str] = set()
         missing = []
         for node in reversed(self.wanted):
-            if (node.is_result or node.name in needed or self.is_damaged(node)) and not self.is_made(node):
+            if (node.is_result or node.name in needed or self.is_damaged(node)) and not self._place_of(node):
                 missing.append(node)
                 needed |= self.graph.reach(node.name).kept
         return missing[::-1]
@@ -170,22 +169,22 @@ class Making:
                 if not parameter.endswith(LATER):
                     prepared(name)
 
-    def take_over(self) -> None:
-        """Copies what other run folders hold of this run."""
-        for node in self.wanted:
-            place = self._place_of(node)
-            if place is not None and place != self.folder.path:
-                self.folder.take_over(node.path, RunFolder(place))
-
     def make(self, node: Kept[Any]) -> None:
         """Makes and saves what a node stands for."""
         record = self.record(node)
-        self.folder.begin(node.path, record)
+        work = self.folder.begin(node.path, record)
         # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
         subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
         with self.reporter.making(record.key, subject):
-            value = self._called(node, work=self.folder.work(node.path, record.key), key=record.key)
-        self._save(node, value)
+            value = self._called(node, work=work, key=record.key)
+        path = self.folder.path / node.path
+        partial_path = path.with_name(f".{path.name}.partial")
+        with saying_what_cannot_be_written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial_path, ignore_errors=True)
+            node.form.save(value, partial_path)
+            replace(partial_path, path)
+        self.folder.finish(node.path, record, node.beside)
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:
         values, before = dict[str, Any](), set(self.values)
@@ -198,16 +197,6 @@ class Making:
                 if name not in before and values[parameter] is not made and self._is_read_again(name):
                     self.values.pop(name, None)
         return made
-
-    def _save(self, node: Kept[Any], value: Any) -> None:
-        path = self.folder.path / node.path
-        partial_path = path.with_name(f".{path.name}.partial")
-        with saying_what_cannot_be_written(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial_path, ignore_errors=True)
-            node.form.save(value, partial_path)
-            replace(partial_path, path)
-        self.folder.finish(node.path, self.record(node), node.beside)
 
     def forget_but(self, remaining: Sequence[str]) -> None:
         """Drops values that were loaded or are costly if no remaining node needs them. A value that is rebuilt at no
@@ -232,21 +221,19 @@ class Making:
         node = self.graph.nodes.get(name)
         return isinstance(node, InMemory) and node.is_read_again_if is not None and self.value(node.is_read_again_if)
 
-    def keys(self) -> list[str]:
-        """The keys of all that the run keeps."""
-        return [self.record(node).key for node in self.wanted]
-
     def make_missing(self) -> None:
-        """Makes what is missing."""
-        self.take_over()
+        """Makes what is missing, after what other run folders hold of it is copied."""
+        for node in self.wanted:
+            if (place := self._place_of(node)) and place != self.folder.path:
+                self.folder.take_over(node.path, RunFolder(place))
         for node in self.wanted:
             if not node.is_page and self.is_damaged(node):
-                place = self.folder.path / node.path
-                self.reporter.note(f"{place} was changed or damaged since it was written: rebuilding it")
+                path = self.folder.path / node.path
+                self.reporter.note(f"{path} was changed or damaged since it was written: rebuilding it")
         while missing := self.missing():
             self.make(missing[0])
             self.forget_but([node.name for node in missing[1:]])
-        self.folder.remove_unfinished()
+        shutil.rmtree(self.folder.path / "unfinished", ignore_errors=True)
         for node in self.wanted:
             if node.is_step:
                 self.folder.remove_files(node.path)

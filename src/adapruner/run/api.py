@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.config import PruneOptions
-from adapruner.errors import AdaPrunerError
+from adapruner.config import PruneConfig, PruneOptions
+from adapruner.errors import AdaPrunerError, describe_failure
+from adapruner.evaluation._tasks import check_tasks
+from adapruner.graph.folder import RunFolder
+from adapruner.graph.making import Making
+from adapruner.graph.records import Record
 from adapruner.models._device import computing_repeatably, resolve_devices
+from adapruner.paths import given_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.given import ModelGiven, TextData
-from adapruner.run.making import check, making_of, saying_what_is_kept
-from adapruner.run.nodes import chosen, evaluated
-from adapruner.run.options import earlier_run, resolve, run_folder
+from adapruner.run.nodes import chosen, evaluated, inputs, models
+from adapruner.run.nodes.declared import GRAPH
+from adapruner.run.options import earlier_run, resolve
 
 
 @torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does
@@ -57,7 +64,7 @@ def prune(
     Raises:
         AdaPrunerError: an option, the model, the text or the folder is invalid; before any long work.
     """
-    run = run_folder(output)
+    run = RunFolder.temporary() if output is None else RunFolder(given_path(output))
     earlier = earlier_run(from_, run)
     resolved = resolve({"model": model, "calibration": calibration, **options}, tokenizer, run, recipe, config, earlier)
     if (count := this_process().count) > 1:
@@ -80,3 +87,94 @@ def prune(
             with saying_what_is_kept(making):
                 making.make_missing()
             return PruneResult(run.path, making.value(chosen.plan), making.value(evaluated.result), run)
+
+
+def making_of(
+    config: PruneConfig,
+    run: RunFolder,
+    reporter: Reporter,
+    earlier: RunFolder | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> Making:
+    """What makes a run.
+
+    Args:
+        earlier: a run whose artifacts are taken over: those with the same key, and its search if only the ratio
+            differs.
+        known: values of nodes that are not to be made.
+    """
+
+    given = {
+        "config": config,
+        "reporter": reporter,
+        "run_folder": run,
+        "stage_costs": lambda: reporter.finished_stages([making.record(node).key for node in making.wanted]),
+    }
+    making = Making(
+        graph=GRAPH,
+        options=dict(config),
+        as_json=config.model_dump(mode="json"),
+        given=given,
+        folder=run,
+        reporter=reporter,
+        others=() if earlier is None else (earlier,),
+        values=dict(known or {}),
+    )
+    if earlier and (search := _search_of(making, earlier)):
+        making.taken = {search.name: search}
+        given["config"] = config.model_copy(update={"searched": search.options["ratio"]})
+    return making
+
+
+def _search_of(making: Making, earlier: RunFolder) -> Record | None:
+    """The record of the finished search of an earlier run if that differs from the one of a run in its ratio alone."""
+    now, then = making.record(chosen.found), earlier.record(chosen.found.path)
+    if then is None or now.key == then.key or not earlier.is_made(then.name, then.key):
+        return None
+    as_then = now.model_copy(update={"options": now.options | {"ratio": then.options.get("ratio")}})
+    return then.model_copy(update={"files": None}) if as_then.key == then.key else None
+
+
+def check(making: Making, overwrite: bool) -> None:
+    """Refuses what would fail later.
+
+    Raises:
+        AdaPrunerError: something would be replaced that was made otherwise, or cannot be made.
+    """
+    if not overwrite:
+        making.refuse_outdated()
+    if tasks := making.options["tasks"]:
+        check_tasks(tasks)
+    missing = making.missing()
+    making.prepare(missing)
+    if models.recovered in missing:
+        making.value(models.examples)
+        making.forget_but([node.name for node in missing])
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(making: Making) -> Iterator[None]:
+    """Turns failures of the machine into one line.
+
+    Raises:
+        AdaPrunerError: in their place.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        stage = making.reporter.current
+        failure = describe_failure(error, _what_needs_less(making, stage))
+        if failure is None:
+            raise
+        raise AdaPrunerError(
+            f"{stage}: {failure}. Finished artifacts are kept in {making.folder.path}: rerun the same command to resume"
+        ) from error
+
+
+def _what_needs_less(making: Making, stage: str) -> str:
+    """Advice to the user where a stage has run out of memory."""
+    if stage == "recovering":
+        return f"adapruner recover {making.folder.model} with a smaller `micro_batch_size` needs less memory"
+    if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
+        return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"
+    return "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"

@@ -25,8 +25,8 @@ from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
 from adapruner.run.size import ratio_within
 
-# The options whose values may be in memory, besides the model.
-_TEXTS = ("calibration", "objective", "recover")
+# The options whose values may be in memory.
+_IN_MEMORY = ("model", "calibration", "objective", "recover")
 
 
 def resolve(
@@ -47,7 +47,15 @@ def resolve(
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
     given, limit = _given_options(earlier, recipe, config, options)
-    resolved = _with_absolute_paths(_in_files(given, tokenizer, run))
+    in_memory = {name: given[name] for name in _IN_MEMORY if not isinstance(given.get(name), str | None)}
+    # Mistakes are told before anything is written.
+    resolved = PruneConfig.from_options(**given | {name: type(value).__name__ for name, value in in_memory.items()})
+    if tokenizer is not None and "model" not in in_memory:
+        raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
+    if in_memory:
+        run.check_usable()
+        resolved = resolved.model_copy(update=_in_files(in_memory, tokenizer, run.given))
+    resolved = _with_absolute_paths(resolved)
     if resolved.for_:
         set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
         resolved = PruneConfig.from_options(**resolved.model_dump(exclude_unset=True) | set_for_engines)
@@ -56,11 +64,6 @@ def resolve(
     if limit.size or limit.memory:
         resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved)})
     return resolved
-
-
-def run_folder(output: str | Path | None) -> RunFolder:
-    """The folder that a user names, or a temporary one."""
-    return RunFolder.temporary() if output is None else RunFolder(given_path(output))
 
 
 def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
@@ -96,14 +99,19 @@ def _given_options(
     Raises:
         AdaPrunerError: an option is invalid.
     """
-    base = _options_of(earlier) if earlier else {}
+    base: dict[str, Any] = {}
+    if earlier:
+        then = earlier.read_config()
+        set_by_effort = EFFORTS[then.effort].items()
+        base = {
+            name: value
+            for name, value in then.model_dump(exclude_defaults=True, exclude={"searched"}).items()
+            if (name, value) not in set_by_effort
+        }
     if recipe:
         base = override(base, read_recipe(recipe))
     if config:
-        base = override(
-            base,
-            config.model_dump(exclude_unset=True, exclude={"searched"}),
-        )
+        base = override(base, config.model_dump(exclude_unset=True, exclude={"searched"}))
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     if isinstance(own.get("recovery"), RecoveryOptions):
         own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
@@ -121,42 +129,22 @@ def _given_options(
         raise AdaPrunerError("name a model: Hub id, model folder, .gguf file, or smollm2")
     if isinstance(windows := given.get("calibration"), Tensor) and windows.dim() == 2:
         given.setdefault("seq_len", windows.shape[1])
-    # Other mistakes are told before anything is written.
-    named = {
-        name: type(value).__name__ for name, value in own.items() if name in (*_TEXTS, "model") and value is not None
-    }
-    PruneConfig.from_options(**given | named)
-    return given, limit
+    return given | {name: str(given[name]) for name in _IN_MEMORY if isinstance(given.get(name), Path)}, limit
 
 
-def _options_of(earlier: RunFolder) -> dict[str, Any]:
-    """The options of an earlier run that differ from their defaults, without those that its effort set."""
-    config = earlier.read_config()
-    options = config.model_dump(exclude_defaults=True, exclude={"searched"})
-    by_effort = EFFORTS[config.effort]
-    return {name: value for name, value in options.items() if name not in by_effort or value != by_effort[name]}
-
-
-def _in_files(given: Mapping[str, Any], tokenizer: Tokenizer | None, run: RunFolder) -> dict[str, Any]:
-    """The options, with a model and text that are in memory in files of the run folder."""
-    options: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    texts = [name for name in _TEXTS if not isinstance(options.get(name), str | None)]
-    model = options["model"]
-    if isinstance(model, str) and tokenizer is not None:
-        raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
-    if texts or not isinstance(model, str):
-        run.check_usable()
-    if isinstance(model, str):
-        return options | {name: save_text(options[name], run.given, name) for name in texts}
+def _in_files(in_memory: dict[str, Any], tokenizer: Tokenizer | None, folder: Path) -> dict[str, str]:
+    """The paths of files with a model and text that are in memory, by option."""
+    if "model" not in in_memory:
+        return {name: save_text(value, folder, name) for name, value in in_memory.items()}
+    model = in_memory.pop("model")
     check_prunable(model)
     tokenizer = check_tokenizer(tokenizer)
-    saved = {name: save_text(options[name], run.given, name) for name in texts}
-    return options | saved | {"model": save_model(model, tokenizer, run.given)}
+    texts = {name: save_text(value, folder, name) for name, value in in_memory.items()}
+    return texts | {"model": save_model(model, tokenizer, folder)}
 
 
-def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
+def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     """The options, with the paths in them absolute, so that the run can be continued from any folder."""
-    config = PruneConfig.from_options(**options)
     extensions = {
         name: str(given_path(file).absolute())
         for name in ("sources", "architectures")
@@ -164,18 +152,13 @@ def _with_absolute_paths(options: Mapping[str, Any]) -> PruneConfig:
     }
     config = config.model_copy(update=extensions)
     register_extensions(config)
-    path = given_path(config.model)
-    absolute = {
+    absolute: dict[str, Any] = {
         name: absolute_source(value)
         for name in ("calibration", "objective")
         if (value := getattr(config, name)) is not None
     }
     if config.recover is not None:
         absolute["recover"] = absolute_blend(config.recover)
-    return config.model_copy(
-        update=absolute
-        | {
-            "model": str(path.absolute()) if path.exists() else config.model,
-            "evaluate": tuple(map(absolute_source, config.evaluate)),
-        }
-    )
+    if (path := given_path(config.model)).exists():
+        absolute["model"] = str(path.absolute())
+    return config.model_copy(update=absolute | {"evaluate": tuple(map(absolute_source, config.evaluate))})

@@ -20,7 +20,7 @@ from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.progress import Reporter
-from adapruner.run.making import check, making_of
+from adapruner.run.api import check, making_of
 from adapruner.run.nodes import chosen, inputs, models
 from adapruner.run.options import earlier_run, register_extensions, resolve
 from adapruner.structure._blocks import count_parameters
