@@ -42,13 +42,9 @@ def output_path(name: str | Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
-def data_folders() -> list[Path]:
-    """The folders of `$ADAPRUNER_DATA`, which need not exist."""
-    return [Path(name) for name in os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep) if name]
-
-
 def find_local_data(name: str) -> Path | None:
     """The file or folder of a relative path, in the first folder of `$ADAPRUNER_DATA` that has it, or of an absolute
     path; None if there is none."""
-    paths = [Path(name)] if Path(name).is_absolute() else [folder / name for folder in data_folders()]
+    folders = [folder for folder in os.environ.get("ADAPRUNER_DATA", "").split(os.pathsep) if folder]
+    paths = [Path(name)] if Path(name).is_absolute() else [Path(folder, name) for folder in folders]
     return next((path for path in paths if path.exists()), None)

@@ -95,12 +95,9 @@ class Kept(Node[T]):
 class Reach:
     """The names of the options, leaves and kept nodes of which the key of a node is made."""
 
-    options: frozenset[str] = frozenset()
-    leaves: frozenset[str] = frozenset()
-    kept: frozenset[str] = frozenset()
-
-    def __or__(self, other: Reach) -> Reach:
-        return Reach(self.options | other.options, self.leaves | other.leaves, self.kept | other.kept)
+    options: frozenset[str]
+    leaves: frozenset[str]
+    kept: frozenset[str]
 
 
 class Graph:
@@ -195,23 +192,20 @@ class Graph:
         if code and is_keyed and any(node.make.__globals__.get(name) is self._class for name in code.co_names):
             raise GraphError(f"{node.name} reads {self._class.__name__}: it must name the options that it depends on")
         self.nodes[node.name] = node
-        self._reaches[node.name] = self._reach_of(node)
-        return node
-
-    def _reach_of(self, node: Node[Any]) -> Reach:
-        reach = Reach()
+        options, leaves, kept = set[str](), set[str](), set[str]()
         for needed in node.needs.values():
+            other = self.nodes.get(needed)
             if needed in self.options:
-                reach |= Reach(options=frozenset({needed}))
-            elif needed in self.nodes:
-                other = self.nodes[needed]
-                if isinstance(other, Kept):
-                    reach |= Reach(kept=frozenset({needed}))
-                elif isinstance(other, Leaf):
-                    reach |= Reach(leaves=frozenset({needed}))
-                else:
-                    reach |= self._reaches[needed]
-        return reach
+                options.add(needed)
+            elif isinstance(other, Kept):
+                kept.add(needed)
+            elif isinstance(other, Leaf):
+                leaves.add(needed)
+            elif other:
+                below = self._reaches[needed]
+                options, leaves, kept = options | below.options, leaves | below.leaves, kept | below.kept
+        self._reaches[node.name] = Reach(frozenset(options), frozenset(leaves), frozenset(kept))
+        return node
 
     def check(self) -> None:
         """Refuses nodes that nothing needs.

@@ -204,10 +204,7 @@ class RunFolder:
         record = source.record(name)
         assert record is not None
         assert record.files is not None
-        if (self.path / name).is_dir():
-            shutil.rmtree(self.path / name)
-        else:
-            (self.path / name).unlink(missing_ok=True)
+        self.remove(name)
         for file in record.files:
             target = self.path / file
             target.parent.mkdir(parents=True, exist_ok=True)

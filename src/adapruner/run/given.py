@@ -114,22 +114,21 @@ def _save(folder: Path, name: str, suffix: str, write: Callable[[Path], object])
 
 
 def _write_rows(data: Any, use: str, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in text_rows(_rows(data, use), use):
-            file.write(json.dumps(row) + "\n")
-    if not path.stat().st_size:
-        raise AdaPrunerError(f"`{use}` holds no text")
-
-
-def _rows(data: Any, use: str) -> Iterator[dict[str, Any]]:
     if not isinstance(data, Iterable):
         raise AdaPrunerError(
             f"`{use}` is a {type(data).__name__}: expected the name of a dataset, documents or windows"
         )
-    for number, item in enumerate(data, 1):
-        if not isinstance(item, str | Mapping):
-            raise AdaPrunerError(
-                f"item {number} of `{use}` is a {type(item).__name__}: expected text, rows with a column of text, or a"
-                " tensor of windows"
-            )
-        yield {"text": item} if isinstance(item, str) else dict(item)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, item in enumerate(data, 1):
+            if not isinstance(item, str | Mapping):
+                raise AdaPrunerError(
+                    f"item {number} of `{use}` is a {type(item).__name__}: expected text, rows with a column of text,"
+                    " or a tensor of windows"
+                )
+            yield {"text": item} if isinstance(item, str) else dict(item)
+
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in text_rows(rows(), use))
+    if not path.stat().st_size:
+        raise AdaPrunerError(f"`{use}` holds no text")

@@ -94,11 +94,7 @@ def _given_options(
     earlier: RunFolder | None, recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], SizeLimit]:
     """The options of an earlier run, a recipe and a config, overridden by those that are given by name, and a size that
-    replaces the ratio; a model or text may be in memory.
-
-    Raises:
-        AdaPrunerError: an option is invalid.
-    """
+    replaces the ratio; a model or text may be in memory."""
     base: dict[str, Any] = {}
     if earlier:
         then = earlier.read_config()

@@ -12,13 +12,12 @@ from pydantic import BaseModel
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.graph.folder import RunFolder
-from adapruner.graph.making import Making
 from adapruner.memory import Memory, Placement, choose_placement, estimate_memory
 from adapruner.models._architecture import is_pruned
 from adapruner.models._loading import empty_model, is_streamable
 from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
-from adapruner.planning._budget import Budget, kept_counts
+from adapruner.planning._budget import kept_counts
 from adapruner.progress import Reporter
 from adapruner.run.api import check, making_of
 from adapruner.run.nodes import chosen, inputs, models
@@ -86,13 +85,10 @@ def preview(
         moments_bytes=sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32 * will_measure,
         device=placement.device,
         layer_wise=placement.layer_wise,
-        memory=_memory(making, budget, placement) if models.pruned in missing and not is_pruned(empty.config) else None,
+        memory=estimate_memory(config, empty, structure, budget, placement.devices, placement.layer_wise)
+        if models.pruned in missing and not is_pruned(empty.config)
+        else None,
     )
-
-
-def _memory(making: Making, budget: Budget, placement: Placement) -> Memory:
-    config, empty, structure = map(making.value, ("config", "empty", "structure"))
-    return estimate_memory(config, empty, structure, budget, placement.devices, placement.layer_wise)
 
 
 @dataclass(frozen=True)
@@ -128,34 +124,29 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
     known: dict[str, Any] = {}
     if memory or (config.device == "cuda" and not torch.cuda.is_available()):
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
-    run, reporter = RunFolder.temporary(), Reporter()
 
-    def placed_making(config: PruneConfig) -> tuple[Making, Placement]:
-        making = making_of(config, run, reporter, known=known)
+    def placed(config: PruneConfig) -> tuple[Memory, Placement]:
+        making = making_of(config, RunFolder.temporary(), Reporter(), known=known)
+        of_model = config, *(making.value(node) for node in (inputs.empty, inputs.structure, inputs.starting_budget))
         if stated is None:
-            return making, making.value(inputs.placement)
-        empty, structure, budget = map(making.value, ("empty", "structure", "starting_budget"))
-        streamable = is_streamable(making.value(inputs.location), empty.config)
-        about = config, empty, structure, budget, gpus, streamable, stated
-        return making, choose_placement(*about)
+            placement = making.value(inputs.placement)
+        else:
+            streamable = is_streamable(making.value(inputs.location), making.value(inputs.empty).config)
+            placement = choose_placement(*of_model, gpus, streamable, stated)
+        return estimate_memory(*of_model, placement.devices, placement.layer_wise), placement
 
     refusal = ""
     try:
-        making, placement = placed_making(config)
+        needed, placement = placed(config)
     except AdaPrunerError as error:
         # Refused for another reason than memory, it is refused again.
-        making, placement = placed_making(config.model_copy(update={"ignore_memory": True}))
+        needed, placement = placed(config.model_copy(update={"ignore_memory": True}))
         refusal = str(error)
-    needed = _memory(making, making.value(inputs.starting_budget), placement)
     return Estimate(placement, needed, None if known and stated is None else not refusal, refusal)
 
 
 def _gpus(memory: str) -> tuple[int, tuple[torch.device, ...]]:
-    """Bytes of one of several equal GPUs, and the GPUs, of a text such as 24GB or 4x80GB.
-
-    Raises:
-        AdaPrunerError: it is no such text.
-    """
+    """Bytes of one of several equal GPUs, and the GPUs, of a text such as 24GB or 4x80GB."""
     count, _, size = memory.rpartition("x")
     try:
         stated, number = size_in_bytes(size), int(count or 1)

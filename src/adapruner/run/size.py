@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -61,10 +60,6 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
         dense += cache_bytes(empty, limit.batch, limit.context, dtype)
     asked = str(getattr(limit, option))
 
-    def largest(ratio: float) -> float:
-        """Bytes of the largest model at a ratio of the parameters of the decoder."""
-        return dense - max(0.0, ratio - RATIO_TOLERANCE) * structure.total_parameters * bytes_of_weight
-
     def has_plan(ratio: float) -> bool:
         """False between steps of whole heads and experts."""
         try:
@@ -75,13 +70,6 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
             return False
         return True
 
-    def refuse(too_high: float) -> NoReturn:
-        best = _highest(has_plan, too_high)
-        raise AdaPrunerError(
-            f"`{option}` {asked} cannot be met: at best {_shown(largest(best))}, with {best:.1%} of the parameters"
-            f" removed; the dense model has {_shown(dense)}"
-        )
-
     excess = dense - size_in_bytes(asked)
     if excess <= 0:
         raise AdaPrunerError(f"`{option}` {asked}: the model has {_shown(dense)} already")
@@ -90,7 +78,12 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
         while not has_plan(ratio):
             ratio += RATIO_TOLERANCE / 2
     except UnreachableRatioError:
-        refuse(ratio)
+        best = _highest(has_plan, ratio)
+        removed = max(0.0, best - RATIO_TOLERANCE) * structure.total_parameters
+        raise AdaPrunerError(
+            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * bytes_of_weight)}, with {best:.1%} of"
+            f" the parameters removed; the dense model has {_shown(dense)}"
+        ) from None
     share = structure.total_parameters / count_parameters(whole) if config.ratio_of == "parameters" else 1.0
     return math.ceil(1e5 * ratio * share) / 1e5
 

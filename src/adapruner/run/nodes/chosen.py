@@ -124,11 +124,7 @@ def prunable_layers(structure: Structure, protect_first: int | None, protect_las
 
 @GRAPH.in_memory
 def removable_attention(structure: Structure, remove_attention: bool | None, prunable_layers: range) -> list[int]:
-    """The layers whose attention the search may remove whole.
-
-    Raises:
-        AdaPrunerError: the options ask for it, and no layer of this model can lose its attention.
-    """
+    """The layers whose attention the search may remove whole."""
     if remove_attention and not structure.attention_parameters:
         raise AdaPrunerError(
             f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
@@ -172,11 +168,7 @@ def _content_of_term(term: Term) -> list[Any]:
 
 def _name_of_code(function: Callable[..., Any]) -> str:
     """`NAME@HASH` of a function of the user: of the file that it is from, or of its own source where that is no file.
-    What else it depends on, such as data that it has read, is not seen.
-
-    Raises:
-        AdaPrunerError: there is no source.
-    """
+    What else it depends on, such as data that it has read, is not seen."""
     written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
     code = written if inspect.isroutine(written) else type(written)
     name = getattr(code, "__name__", type(code).__name__)

@@ -83,11 +83,7 @@ def possible_tuning(
 
 @GRAPH.in_memory
 def tuning(possible_tuning: bool | AdaPrunerError, tune_scales: bool | None, reporter: Reporter) -> bool:
-    """True if scales are tuned.
-
-    Raises:
-        AdaPrunerError: they cannot be, and the options ask for it.
-    """
+    """True if scales are tuned; that they cannot be is an error only if the options ask for it."""
     if isinstance(possible_tuning, bool):
         return possible_tuning
     if tune_scales:
@@ -213,12 +209,6 @@ def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
 # Recovery
 
 
-@GRAPH.in_memory
-def distils(recovery_texts: tuple[BlendPart, ...], recovery: RecoveryOptions) -> bool:
-    """True if the predictions of the dense model are learnt."""
-    return recovery.label_weight < 1 or any(part.is_written for part in recovery_texts)
-
-
 @partial(GRAPH.costly, is_read_again_if="recover")
 def examples(
     recovery_texts: tuple[BlendPart, ...],
@@ -269,7 +259,7 @@ def recovered(
     tokenizer: Tokenizer,
     examples: list[Examples | Unwritten],
     training_texts: Windows | None,
-    distils: bool,
+    recovery_texts: tuple[BlendPart, ...],
     recovery: RecoveryOptions,
     training_record: dict[str, Any],
     origin: dict[str, Any],
@@ -282,7 +272,8 @@ def recovered(
         part if isinstance(part, Examples) else part.examples((training_texts or {})[part.name], recovery)
         for part in examples
     ]
-    teacher = dense_fast_later() if distils else None
+    learns_predictions = recovery.label_weight < 1 or any(part.is_written for part in recovery_texts)
+    teacher = dense_fast_later() if learns_predictions else None
     read = partial(load_model, find_model(str(pruned)), "auto", str(main_device))
     try:
         if teacher is not None and recovery.teacher_top:

@@ -38,11 +38,6 @@ def seed_of_writing(use: str, seed: int) -> int:
     return len(_WRITTEN) * seed + _WRITTEN.index(use)
 
 
-def writes_text(compensation: str, space: Space, terms: Terms, self_windows: int | None) -> bool:
-    """True if the dense model writes text for the compensation, where it can."""
-    return needs_moments(compensation, space, terms) and self_windows != 0
-
-
 @GRAPH.in_memory
 def window_counts(
     pool: int,
@@ -140,7 +135,14 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
     return drawn_to_report
 
 
-@GRAPH.kept("self.safetensors", TENSORS, version=3, is_wanted=writes_text)
+@GRAPH.kept(
+    "self.safetensors",
+    TENSORS,
+    version=3,
+    is_wanted=lambda compensation, space, terms, self_windows: (
+        needs_moments(compensation, space, terms) and self_windows != 0
+    ),
+)
 def self_written(
     dense_fast: PreTrainedModel,
     windows: Windows,
