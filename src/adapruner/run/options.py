@@ -47,7 +47,7 @@ def resolve(
         AdaPrunerError: an option is invalid, or what is in memory cannot be pruned.
     """
     given, limit = _given_options(earlier, recipe, config, options)
-    in_memory = {name: given[name] for name in _IN_MEMORY if not isinstance(given.get(name), str | None)}
+    in_memory = {name: options[name] for name in _IN_MEMORY if not isinstance(options.get(name), str | Path | None)}
     # Mistakes are told before anything is written.
     resolved = PruneConfig.from_options(**given | {name: type(value).__name__ for name, value in in_memory.items()})
     if tokenizer is not None and "model" not in in_memory:
