@@ -188,9 +188,7 @@ class PruneOptions(_Options):
         f" {SCORING_WINDOWS[0]} if the text has no more besides final_windows.",
     )
     final_windows: int = Field(
-        default=64,
-        ge=0,
-        description="Further held-out windows, if available, that score the best trials again.",
+        default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
     )
     evaluate_windows: int | None = Field(
         default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
@@ -262,10 +260,7 @@ class PruneOptions(_Options):
         description="Pruning of heads relative to channels: 0 none, 1 equal; by default searched, or 0.",
     )
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
-    compensation: CompensationForm = Field(
-        default="least-squares",
-        description="Correction of the remaining weights.",
-    )
+    compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(
         default=512, ge=2, description="Maximum number of calibration windows to fit the compensation on."
     )

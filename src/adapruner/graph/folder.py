@@ -142,12 +142,14 @@ class RunFolder:
         record = self.record(name)
         return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
 
-    def is_removed(self, name: str) -> bool:
-        """True if files of a finished artifact were removed, and the others are as they were written."""
+    def is_damaged(self, name: str, key: str) -> bool:
+        """True if some files of a finished artifact with this key are not as they were written; removed ones do not
+        count."""
         record = self.record(name)
-        files = record.files if record and record.files else {}
-        left = {file: stamp for file, stamp in files.items() if (self.path / file).exists()}
-        return len(left) < len(files) and are_as_written(left, self.path)
+        if record is None or record.key != key or record.files is None:
+            return False
+        left = {file: stamp for file, stamp in record.files.items() if (self.path / file).exists()}
+        return not are_as_written(left, self.path)
 
     def begin(self, name: str, record: Record) -> Path:
         """Notes that an artifact is being made; returns the folder to resume from."""

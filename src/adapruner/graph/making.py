@@ -117,16 +117,11 @@ class Making:
         needed: set[str] = set()
         missing = []
         for node in reversed(self.wanted):
-            if (node.is_result or node.name in needed or self.is_damaged(node)) and not self._place_of(node):
+            is_needed = node.is_result or node.name in needed
+            if (is_needed or self.folder.is_damaged(node.path, self.record(node).key)) and not self._place_of(node):
                 missing.append(node)
                 needed |= self.graph.reach(node.name).kept
         return missing[::-1]
-
-    def is_damaged(self, node: Kept[Any]) -> bool:
-        """True if some files of a finished artifact are not as they were written; removed ones do not count."""
-        key, then = self.record(node).key, self.folder.record(node.path)
-        was_made = then is not None and then.key == key and then.files is not None
-        return was_made and not self.folder.is_removed(node.path) and not self.folder.is_made(node.path, key)
 
     def outdated(self) -> dict[str, list[str]]:
         """The existing artifacts, finished or begun, that were made from other inputs; by path, with what changed."""
@@ -227,7 +222,7 @@ class Making:
             if (place := self._place_of(node)) and place != self.folder.path:
                 self.folder.take_over(node.path, RunFolder(place))
         for node in self.wanted:
-            if not node.is_page and self.is_damaged(node):
+            if not node.is_page and self.folder.is_damaged(node.path, self.record(node).key):
                 path = self.folder.path / node.path
                 self.reporter.note(f"{path} was changed or damaged since it was written: rebuilding it")
         while missing := self.missing():

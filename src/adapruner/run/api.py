@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from adapruner.errors import AdaPrunerError, describe_failure
 from adapruner.evaluation._tasks import check_tasks
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.making import Making
-from adapruner.graph.records import Record
 from adapruner.models._device import computing_repeatably, resolve_devices
 from adapruner.paths import given_path
 from adapruner.processes import this_process
@@ -84,26 +81,26 @@ def prune(
             reporter.log = run.log
             run.save_config(making.value("config"))
             run.remove_given_but(resolved)
-            with saying_what_is_kept(making):
+            try:
                 making.make_missing()
+            except (MemoryError, RuntimeError, OSError) as error:
+                failure = describe_failure(error, _what_needs_less(making))
+                if failure is None:
+                    raise
+                raise AdaPrunerError(
+                    f"{reporter.current}: {failure}. Finished artifacts are kept in {run.path}: rerun the same command"
+                    " to resume"
+                ) from error
             return PruneResult(run.path, making.value(chosen.plan), making.value(evaluated.result), run)
 
 
-def making_of(
-    config: PruneConfig,
-    run: RunFolder,
-    reporter: Reporter,
-    earlier: RunFolder | None = None,
-    known: Mapping[str, Any] | None = None,
-) -> Making:
+def making_of(config: PruneConfig, run: RunFolder, reporter: Reporter, earlier: RunFolder | None = None) -> Making:
     """What makes a run.
 
     Args:
         earlier: a run whose artifacts are taken over: those with the same key, and its search if only the ratio
             differs.
-        known: values of nodes that are not to be made.
     """
-
     given = {
         "config": config,
         "reporter": reporter,
@@ -118,21 +115,14 @@ def making_of(
         folder=run,
         reporter=reporter,
         others=() if earlier is None else (earlier,),
-        values=dict(known or {}),
     )
-    if earlier and (search := _search_of(making, earlier)):
-        making.taken = {search.name: search}
-        given["config"] = config.model_copy(update={"searched": search.options["ratio"]})
+    if earlier and (then := earlier.record(chosen.found.path)):
+        now = making.record(chosen.found)
+        at_ratio = now.model_copy(update={"options": now.options | {"ratio": then.options.get("ratio")}})
+        if now.key != then.key == at_ratio.key and earlier.is_made(then.name, then.key):
+            making.taken = {then.name: then.model_copy(update={"files": None})}
+            given["config"] = config.model_copy(update={"searched": then.options["ratio"]})
     return making
-
-
-def _search_of(making: Making, earlier: RunFolder) -> Record | None:
-    """The record of the finished search of an earlier run if that differs from the one of a run in its ratio alone."""
-    now, then = making.record(chosen.found), earlier.record(chosen.found.path)
-    if then is None or now.key == then.key or not earlier.is_made(then.name, then.key):
-        return None
-    as_then = now.model_copy(update={"options": now.options | {"ratio": then.options.get("ratio")}})
-    return then.model_copy(update={"files": None}) if as_then.key == then.key else None
 
 
 def check(making: Making, overwrite: bool) -> None:
@@ -152,28 +142,9 @@ def check(making: Making, overwrite: bool) -> None:
         making.forget_but([node.name for node in missing])
 
 
-@contextlib.contextmanager
-def saying_what_is_kept(making: Making) -> Iterator[None]:
-    """Turns failures of the machine into one line.
-
-    Raises:
-        AdaPrunerError: in their place.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        stage = making.reporter.current
-        failure = describe_failure(error, _what_needs_less(making, stage))
-        if failure is None:
-            raise
-        raise AdaPrunerError(
-            f"{stage}: {failure}. Finished artifacts are kept in {making.folder.path}: rerun the same command to resume"
-        ) from error
-
-
-def _what_needs_less(making: Making, stage: str) -> str:
-    """Advice to the user where a stage has run out of memory."""
-    if stage == "recovering":
+def _what_needs_less(making: Making) -> str:
+    """Advice to the user where the current stage has run out of memory."""
+    if making.reporter.current == "recovering":
         return f"adapruner recover {making.folder.model} with a smaller `micro_batch_size` needs less memory"
     if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
         return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"

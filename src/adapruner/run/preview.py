@@ -126,7 +126,8 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
 
     def placed(config: PruneConfig) -> tuple[Memory, Placement]:
-        making = making_of(config, RunFolder.temporary(), Reporter(), known=known)
+        making = making_of(config, RunFolder.temporary(), Reporter())
+        making.values |= known
         of_model = config, *(making.value(node) for node in (inputs.empty, inputs.structure, inputs.starting_budget))
         if stated is None:
             placement = making.value(inputs.placement)
