@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from adapruner import memory, progress
-from adapruner.files import link_or_copy
+from adapruner.files import copy_folder, link_or_copy
 
 
 @pytest.fixture
@@ -57,3 +57,15 @@ def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatc
     link_or_copy(source, target)
     assert target.read_bytes() == source.read_bytes()
     assert not target.samefile(source)
+
+
+def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    """A linked file is the same as its source, over which nothing can be copied."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "large").write_bytes(bytes(2**22 + 1))
+    (source / "small").write_bytes(b"a")
+    for _ in range(2):
+        copy_folder(source, tmp_path / "target")
+    assert (tmp_path / "target" / "large").samefile(source / "large")
+    assert not (tmp_path / "target" / "small").samefile(source / "small")

@@ -108,7 +108,8 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Links a file, or copies it if it is small: users edit small files in place."""
+    """Links a file, or copies it if it is small: users edit small files in place. An existing file is replaced."""
+    target.unlink(missing_ok=True)
     if source.stat().st_size > _LINKED:
         with contextlib.suppress(OSError):
             os.link(source, target)

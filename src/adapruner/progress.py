@@ -43,24 +43,24 @@ class StageCost(BaseModel, extra="forbid", frozen=True):
 
 
 class Reporter:
-    """Reports stages on stderr and, where a file is given, as JSON lines in it.
+    """Reports stages on stderr and, once there is a log file, as JSON lines in it.
 
     Args:
-        log: the file.
         quiet: print nothing, as if the level of the logger `adapruner` were above INFO.
 
     Attributes:
+        log: the file.
         current: the stage that is running, or that an error ended.
         key: of the artifact that is being made, if any.
         subject: what the stages of this artifact are about, for the printed lines.
     """
 
-    def __init__(self, log: Path | None = None, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         # Bound to stderr as it is now, so that a redirection for another library does not catch our bars.
         quiet = quiet or not _logger.isEnabledFor(logging.INFO)
         self.console = PlainConsole(file=sys.stderr, quiet=quiet)
         self.shows_bars = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
-        self.log = log
+        self.log: Path | None = None
         self.current, self.key, self.subject = "preparing", "", ""
 
     @contextlib.contextmanager

@@ -210,7 +210,6 @@ class RunFolder:
         for file in record.files:
             target = self.path / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
             link_or_copy(source.path / file, target)
         self._save(name, record)
 
