@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,11 @@ class Memory:
 @dataclass(frozen=True)
 class Placement:
     """The devices over which the layers of a model are spread; with `layer_wise`, the device that holds one layer at a
-    time."""
+    time. `memory` is what a run needs there, if that was estimated."""
 
     devices: tuple[torch.device, ...]
     layer_wise: bool
+    memory: Memory | None = field(default=None, compare=False)
 
     @property
     def device(self) -> str:
@@ -253,7 +254,7 @@ def choose_placement(
             f"Not enough memory: {problem}. Try {' or '.join(ways or ['a smaller model'])}; `ignore_memory` starts the"
             " run all the same"
         )
-    return Placement(used, by_layer)
+    return Placement(used, by_layer, needed)
 
 
 def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool) -> Placement:

@@ -13,7 +13,6 @@ from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.graph.folder import RunFolder
 from adapruner.memory import Memory, Placement, choose_placement, estimate_memory
-from adapruner.models._architecture import is_pruned
 from adapruner.models._loading import empty_model, is_streamable
 from adapruner.option_values import size_in_bytes
 from adapruner.paths import given_path
@@ -73,21 +72,19 @@ def preview(
     making = making_of(config, run, Reporter(), earlier)
     check(making, overwrite)
     missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
-    budget, empty = making.value(inputs.starting_budget), making.value(inputs.empty)
-    after = structure.total_parameters - structure.removed_parameters(kept_counts(structure, budget))
-    will_measure = chosen.moments in missing
+    counts = kept_counts(structure, making.value(inputs.starting_budget))
+    after = structure.total_parameters - structure.removed_parameters(counts)
+    moments = sum(block.inputs * block.inputs_of_one for block in structure.blocks)
     return Preview(
         ratio=making.value("ratio"),
         missing=[node.path for node in missing],
         parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
         model_bytes=after * making.value(inputs.precision).weights.itemsize,
-        moments_bytes=sum(block.inputs * block.inputs_of_one for block in structure.blocks) * _FLOAT32 * will_measure,
+        moments_bytes=moments * _FLOAT32 * (chosen.moments in missing),
         device=placement.device,
         layer_wise=placement.layer_wise,
-        memory=estimate_memory(config, empty, structure, budget, placement.devices, placement.layer_wise)
-        if models.pruned in missing and not is_pruned(empty.config)
-        else None,
+        memory=placement.memory if models.pruned in missing else None,
     )
 
 

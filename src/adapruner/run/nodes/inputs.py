@@ -14,8 +14,8 @@ from adapruner.calibration._sources import Source
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, resolve
-from adapruner.memory import Placement, choose_placement, dtype_of_weights, estimate_memory, room_for_moments
-from adapruner.models._architecture import Architecture, check_length, is_pruned
+from adapruner.memory import Placement, choose_placement, dtype_of_weights, room_for_moments
+from adapruner.models._architecture import Architecture, check_length
 from adapruner.models._config import find_wrapper, load_config
 from adapruner.models._device import copy_in_dtype, resolve_devices, trial_dtype, usable_devices
 from adapruner.models._loading import check_streamable, empty_model, is_streamable, load_model, load_tokenizer
@@ -204,15 +204,9 @@ def placement(
 
 
 @GRAPH.leaf()
-def memory_for_moments(
-    config: PruneConfig, empty: PreTrainedModel, structure: Structure, starting_budget: Budget, placement: Placement
-) -> dict[torch.device, int]:
+def memory_for_moments(placement: Placement) -> dict[torch.device, int]:
     """Bytes that second moments may occupy on each device; none where the memory of the run cannot be told."""
-    if is_pruned(empty.config):
-        return {}
-    devices = placement.devices
-    needed = estimate_memory(config, empty, structure, starting_budget, devices, placement.layer_wise)
-    return room_for_moments(devices[0], needed)
+    return room_for_moments(placement.devices[0], placement.memory) if placement.memory else {}
 
 
 @partial(GRAPH.costly, is_read_again_if="is_mapped")
