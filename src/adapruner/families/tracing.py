@@ -233,7 +233,7 @@ class Layer:
         """[tokens, hidden]: the input of the layer, the output of a candidate times a factor, and the output of the
         layer with all other candidates silent."""
         noted: dict[str, Tensor] = {}
-        silent = [module for projection, module in self._projections.items() if projection != name]
+        silent: list[nn.Module] = [module for path, module in self._projections.items() if path != name]
         # Experts are parameters of three axes, not projections.
         for module in self._layer.modules():
             if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):

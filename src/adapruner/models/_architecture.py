@@ -338,7 +338,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if not is_pruned(config):
         return config
     fields = {name: value for name, value in stock_fields(config).items() if name != "model_type"}
-    return cast(PreTrainedConfig, CONFIG_MAPPING[config.model_type].from_dict(fields))
+    return CONFIG_MAPPING[config.model_type].from_dict(fields)
 
 
 def stock_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def change_weight(model: PreTrainedModel, name: str, change: Callable[[Tensor], 
         weight = model.get_parameter(name).data
         weight.copy_(change(weight))
         return
-    read = stream.read
+    read: ReadLayer = stream.read
 
     def read_changed() -> dict[str, Tensor]:
         weights = read()
