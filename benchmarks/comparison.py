@@ -44,8 +44,7 @@ from adapruner.planning._plan import make_plan
 from adapruner.progress import Reporter
 from adapruner.run.api import making_of
 from adapruner.search._objective import at_budget, plan_candidate
-from adapruner.search._space import PaperSpace
-from adapruner.search._subsets import build_subset_family
+from adapruner.search._space import PaperSpace, build_subset_family
 from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import kept_indices, prune_model

@@ -39,9 +39,8 @@ from adapruner.calibration._pool import evenly_spaced, text_windows
 from adapruner.calibration._sources import parse_source
 from adapruner.evaluation._losses import compute_prefix, losses_by_batch
 from adapruner.evaluation._perplexity import measure_perplexity
-from adapruner.measurement._moments import StoredMoments, measure_moments, projected_blocks
+from adapruner.measurement._moments import StoredMoments, factorize, measure_moments, projected_blocks
 from adapruner.measurement._removal import removal_errors
-from adapruner.measurement._solving import factorize
 from adapruner.models._device import in_fastest_dtype
 from adapruner.models._layers import other_forwards
 from adapruner.models._loading import load_model, load_tokenizer

@@ -19,8 +19,7 @@ from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import PruningPlan, make_plan
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
-from adapruner.surgery._compensation import compensate
-from adapruner.surgery._cut import prune_model
+from adapruner.surgery._cut import compensate, prune_model
 from adapruner.surgery._sequential import CARRIED_SHARE, refit_sequentially
 from tiny_families import tiny_config
 

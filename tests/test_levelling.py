@@ -22,10 +22,9 @@ from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
 from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import make_plan
-from adapruner.search import _levelling, _probe
-from adapruner.search._levelling import Levelled, MovedHeads, level
+from adapruner.search import _levelling
+from adapruner.search._levelling import Levelled, MovedHeads, Probe, level
 from adapruner.search._objective import Objective, plan_candidate, scores_of
-from adapruner.search._probe import Probe
 from adapruner.search._space import Candidate
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
@@ -69,7 +68,7 @@ def levelled_to_ratio(
     progress: Callable[[int], None] | None = None,
     moves_heads: bool = False,
 ) -> Levelled:
-    return level(objective, windows, candidate, rounds, None, moves_heads, progress)
+    return level(objective, windows, candidate, rounds, range(4), moves_heads, progress)
 
 
 def test_candidates_of_one_plan_are_judged_once(
@@ -261,7 +260,7 @@ def test_layer_by_layer_the_same_is_levelled(
     """Every layer of the model is read once for two changes."""
     deaf.save_pretrained(tmp_path)
     streamed = replace(objective, model=load_model(find_model(str(tmp_path)), layer_wise=True))
-    monkeypatch.setattr(_probe, "JUDGED_TOGETHER", 2)
+    monkeypatch.setattr(_levelling, "JUDGED_TOGETHER", 2)
     candidate = with_budget(candidate, heads=(3, 2, 2, 3))
     expected = levelled_to_ratio(objective, text[400:], candidate, 2, moves_heads=True)
     seen: list[int] = []

@@ -14,15 +14,14 @@ from transformers import PreTrainedModel
 import adapruner
 from adapruner.calibration._pool import generate_windows
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement._moments import InputMoments, StoredMoments, measure_moments
+from adapruner.measurement._moments import InputMoments, StoredMoments, factorize, measure_moments, solve_damped
 from adapruner.measurement._removal import _eliminate, _with_inverse, removal_errors
-from adapruner.measurement._solving import factorize, solve_damped
 from adapruner.models._device import in_fastest_dtype
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
-from adapruner.surgery._compensation import compensate
+from adapruner.surgery._cut import compensate
 
 
 def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -> list[Tensor]:

@@ -29,13 +29,18 @@ from adapruner.measurement._statistics import Statistics
 from adapruner.models._loading import empty_model
 from adapruner.option_rules import trials_of
 from adapruner.planning._budget import Budget, BudgetError, Profile, can_meet
-from adapruner.search._history import History, importance_of
 from adapruner.search._objective import plan_candidate
-from adapruner.search._result import SearchResult
-from adapruner.search._space import START, Candidate, ExtendedSpace, PaperSpace, SearchSpace
-from adapruner.search._study import Search
-from adapruner.search._study_file import StudyFile
-from adapruner.search._subsets import SubsetFamily, build_subset_family
+from adapruner.search._result import SearchResult, importance_of
+from adapruner.search._space import (
+    START,
+    Candidate,
+    ExtendedSpace,
+    PaperSpace,
+    SearchSpace,
+    SubsetFamily,
+    build_subset_family,
+)
+from adapruner.search._study import Search, StudyFile
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 
@@ -425,12 +430,7 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert SearchResult.model_validate_json(result.model_dump_json()) == result
     assert (result.ratio, result.trials, result.best_loss, result.best_fixed_loss) == (0.2, 24, 3.0, float("inf"))
     assert [point.loss for point in result.points[:5]] == [None] * 4 + [3.0]
-    history = History.of(study_in(tmp_path).finished())
-    assert (history.points, history.ranges, history.importance) == (result.points, result.ranges, result.importance)
-    assert history.searched == 24 - result.starting_points == 14
-    for study in (StudyFile(tmp_path / "none.jsonl", "study"), StudyFile(tmp_path / "study.jsonl", "another")):
-        assert History.of(study.finished()) == History()
-    assert not (tmp_path / "none.jsonl").exists()
+    assert result.searched == 24 - result.starting_points == 14
 
 
 def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
@@ -489,9 +489,8 @@ def test_nothing_finite_is_no_result(subsets: SubsetFamily, tmp_path: Path) -> N
 def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
     study = study_in(tmp_path)
     study.path.write_text(content)
-    for read in (study.opened, study.finished):
-        with pytest.raises(AdaPrunerError, match=r"study.jsonl is damaged \(.*\): remove it"):
-            read()
+    with pytest.raises(AdaPrunerError, match=r"study.jsonl is damaged \(.*\): remove it"):
+        study.opened()
 
 
 @pytest.mark.parametrize(
@@ -513,9 +512,8 @@ def test_trials_of_others_are_refused(attributes: dict[str, object] | None, prob
         kept.ask()
     else:
         kept.add_trial(optuna.create_trial(value=1.0, user_attrs=attributes))
-    for read in (study.opened, study.finished):
-        with pytest.raises(AdaPrunerError, match=rf"study.jsonl is damaged \(.*{problem}.*\): remove it"):
-            read()
+    with pytest.raises(AdaPrunerError, match=rf"study.jsonl is damaged \(.*{problem}.*\): remove it"):
+        study.opened()
 
 
 def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _MODULES = {
         "progress": "StageCost",
         "result": "PruneResult RunResult",
         "run.api": "prune",
-        "search._history": "TriedPoint",
+        "search._result": "TriedPoint",
         "verbs._evaluate": "Evaluation evaluate",
         "verbs._export": "export",
         "verbs._inspect": "inspect",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from adapruner.progress import StageCost as StageCost
     from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
     from adapruner.run.api import prune as prune
-    from adapruner.search._history import TriedPoint as TriedPoint
+    from adapruner.search._result import TriedPoint as TriedPoint
     from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
     from adapruner.verbs._export import export as export
     from adapruner.verbs._inspect import inspect as inspect

@@ -13,8 +13,6 @@ from adapruner.importance._terms import TERMS
 from adapruner.measurement._statistics import Statistics
 from adapruner.structure._blocks import Structure
 
-Scaling = Literal["data", "standard", "none"]
-
 
 class MetricPoint(BaseModel, extra="forbid", frozen=True):
     """A non-negative mix of importance terms.
@@ -29,7 +27,7 @@ class MetricPoint(BaseModel, extra="forbid", frozen=True):
     """
 
     weights: dict[str, float]
-    alignment: Scaling = "data"
+    alignment: Literal["data", "standard", "none"] = "data"
     reduction: Reduction = "sum"
 
     @field_validator("weights")

@@ -1,4 +1,5 @@
-"""Second moments of the inputs of the row-wise projections: the basis of compensation and reconstruction terms."""
+"""Second moments of the inputs of the row-wise projections, the basis of compensation and reconstruction terms, and
+equations with them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError, NonFiniteError
 from adapruner.measurement._reduction import expert_inputs, row_wise_weights
-from adapruner.measurement._solving import add_products, solve_damped, symmetric
 from adapruner.models._layers import enter_layers, loaded_layer
 from adapruner.structure._blocks import Block, Structure
 
@@ -24,6 +24,8 @@ _BATCHES_PER_HELD_OUT = 8
 _OUTPUTS_TO_DAMP_BY = 1024
 # Most norms add this to the mean square.
 _NORM_EPSILON = 1e-6
+# A triangle of second moments is summed in so many strips.
+_STRIPS = 8
 # Tried as multiples of the mean of the diagonal.
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -179,7 +181,7 @@ class _Sums:
         x = inputs[0].flatten(0, -2).float()
         if not self._block.is_normalized:
             self.tokens += len(x)
-            self._add(0, x)
+            add_products(self.second[0], x)
             return
         weights = (output.flatten(0, -2).float().square().mean(1) + _NORM_EPSILON).reciprocal()
         self.tokens += weights.sum()
@@ -189,10 +191,7 @@ class _Sums:
         self.tokens += len(output)
         for number, read in expert_inputs(self._block, module, inputs):
             for expert in number.unique().tolist():
-                self._add(expert, read[number == expert])
-
-    def _add(self, expert: int, x: Tensor) -> None:
-        add_products(self.second[expert], x)
+                add_products(self.second[expert], read[number == expert])
 
 
 def _choose_damping(weights: Tensor, fitted: _Sums, held_out: _Sums, block: Block) -> InputMoments:
@@ -230,3 +229,63 @@ def _held_out_errors(weight: Tensor, second: Tensor, held_out: Tensor, dampings:
         # The error of the removed inputs alone is the same for all dampings.
         errors.append((moved * (within_held_out @ moved - 2 * across_held_out)).sum(dtype=torch.float64))
     return torch.stack(errors)
+
+
+def add_products(second: Tensor, x: Tensor) -> None:
+    """Adds the sum of x xᵀ to the upper triangle, in place: nearly half the work of both triangles (see `symmetric`).
+
+    Args:
+        second: [inputs, inputs], float32. A strip of the lower triangle next to the diagonal is written too.
+        x: [tokens, inputs], float32.
+    """
+    for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
+        if len(strip):
+            start, stop = int(strip[0]), int(strip[-1]) + 1
+            second[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """[…, inputs, inputs]: the symmetric matrix with this upper triangle."""
+    return upper.triu().add_(upper.triu(1).mT)
+
+
+def factorize(second: Tensor, damping: float) -> Tensor:
+    """[inputs, inputs], float64: the Cholesky factor of H + damping · I.
+
+    If rounding in H makes that not positive definite, the damping is multiplied by ten until it is. In float64, because
+    most language models have a few huge inputs, which leave float32 no digits for the others.
+    """
+    if not second.isfinite().all():
+        raise AdaPrunerError("second moments of activations are not finite: try `dtype` float32")
+    damping = max(damping, torch.finfo(torch.float32).tiny)
+    while True:
+        damped = second.to(torch.float64, copy=True)
+        damped.diagonal().add_(damping)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+        damping *= 10
+
+
+def solve_damped(second: Tensor, damping: float, right: Tensor) -> Tensor:
+    """[inputs, columns], float32: the solution X of (H + damping · I) X = right.
+
+    In float32 after every input was scaled to a unit moment, which keeps the digits of huge and of other inputs; in
+    float64 if rounding makes even that not positive definite.
+    """
+    factor, scale = scaled_factor(second, damping)
+    if factor is None:
+        return torch.cholesky_solve(right.double(), factorize(second, damping)).float()
+    return torch.cholesky_solve((right * scale[:, None]).float(), factor) * scale[:, None]
+
+
+def scaled_factor(second: Tensor, damping: float) -> tuple[Tensor | None, Tensor]:
+    """The Cholesky factor of H + damping · I, float32, after every input was divided by the root of its moment, and
+    the inverse of that divisor, [inputs]. The factor is None if rounding makes the matrix not positive definite."""
+    damping = max(damping, torch.finfo(torch.float32).tiny)
+    scale = (second.diagonal() + damping).rsqrt()
+    scaled = (second * scale).mul_(scale[:, None]).float()
+    scaled.fill_diagonal_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    return (None if failed else factor), scale

@@ -35,7 +35,6 @@ class Reduction:
         if structure.has_experts:
             sizes |= dict.fromkeys(("routed_output", "routed_share"), structure.group_offsets[-1])
         self.sums = {name: torch.zeros(samples, size, device=device) for name, size in sizes.items()}
-        self._is_element_wise = terms == "all"
         projected = [block for block in structure.blocks if block.is_projected and not block.experts]
         elements = (matrix.elements * matrix.width * block.groups for block in projected for matrix in block.matrices)
         self._largest = max(elements, default=0)
@@ -46,11 +45,8 @@ class Reduction:
 
     @contextlib.contextmanager
     def watching(self, model: PreTrainedModel, blocks: Iterable[int]) -> Iterator[None]:
-        """While it lasts, some blocks are reduced as the model runs forward and backward through them.
-
-        Args:
-            blocks: their numbers in `structure.blocks`; their weights are in memory.
-        """
+        """While it lasts, the blocks of these numbers are reduced as the model runs forward and backward through them;
+        their weights are in memory."""
         with contextlib.ExitStack() as hooks:
             for index in blocks:
                 block = self._structure.blocks[index]
@@ -75,7 +71,7 @@ class Reduction:
             end = matrix.offset + block.groups * matrix.width
             rows = slice(matrix.offset, end) if matrix.axis == 0 else slice(None)
             taylor = self.sums["taylor"][:, vectors]
-            if self._is_element_wise:
+            if "element_absolute" in self.sums:
                 absolute, squared = (self.sums[name][:, vectors] for name in ("element_absolute", "element_squared"))
                 hook = _element_wise(matrix, rows, taylor, absolute, squared, self._two_stacks)
             else:
@@ -105,7 +101,7 @@ class Reduction:
         products = cast(Tensor, parameter.grad).float() * parameter.detach()
         parameter.grad = None
         _reduce_products(self.sums["taylor"], matrices, products)
-        if self._is_element_wise:
+        if "element_absolute" in self.sums:
             _reduce_products(self.sums["element_absolute"], matrices, products.abs())
             _reduce_products(self.sums["element_squared"], matrices, products.square_())
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.errors import AdaPrunerError
-from adapruner.measurement._moments import InputMoments
+from adapruner.measurement._moments import InputMoments, factorize, scaled_factor
 from adapruner.measurement._reduction import row_wise_weights
-from adapruner.measurement._solving import factorize, scaled_factor
 from adapruner.models._layers import loaded_layer
 from adapruner.structure._blocks import Structure
 
@@ -33,17 +32,11 @@ def removal_errors(
         progress: called with 1 after every block.
 
     Returns:
-        By the name in `Statistics`, [groups], float32; zeros for blocks without moments.
-
-        - `removal_error`: of the output of the block, squared, per token, if the group is removed alone:
-          tr(W_g ([H⁻¹]_gg)⁻¹ W_gᵀ), for a channel ‖W_c‖² / [H⁻¹]_cc (optimal brain surgeon, Hassibi and Stork 1992;
-          blocks as in arXiv 2203.07259).
-        - `elimination_error`: the addition of the group to that error when groups are removed one after the other, the
-          cheapest first, with the rest compensated each time (ZipLM, arXiv 2302.04089); made ascending in the order of
-          elimination.
-        - `conditional_variance`: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the squared part of the inputs of
-          a group that the others do not explain, per token; one group after the other, the smallest first. The first to
-          be removed has the least ridge leverage (MoDeGPT, arXiv 2408.09632).
+        By the name in `Statistics`, [groups], float32; zeros for blocks without moments: `removal_error`, of the output
+        of the block, squared, per token, if the group is removed alone; `elimination_error`, the addition of the group
+        to that error when groups are removed one after the other, the cheapest first, made ascending in this order; and
+        `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token, one
+        group after the other, the smallest first. The terms in `importance` have the formulas and sources.
 
     Raises:
         AdaPrunerError: an error is not finite.
@@ -105,11 +98,7 @@ def _errors(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
 
 def _eliminate(weight: Tensor, inverse: Tensor, width: int, takes_over: bool = True) -> tuple[Tensor, Tensor]:
     """[groups], twice: the error of each group alone, and the error that it adds in the order of elimination. Several
-    channels are removed at a time, for larger matrix products.
-
-    Args:
-        takes_over: True if kept weights compensate for the removed ones.
-    """
+    channels are removed at a time, for larger matrix products. If `takes_over`, kept weights compensate for them."""
     groups = len(inverse) // width
     scores = weight.new_empty(groups)
     at_a_time = max(1, groups // _ELIMINATION_STEPS)

@@ -95,23 +95,24 @@ def measure_in_parts(
             for name in required:
                 model.get_parameter(name).requires_grad_(True)
         statistics = Statistics.concatenate(measured)
-        _refuse_non_finite(statistics, start)
+        finite = [values.view(len(statistics), -1).isfinite().all(1) for values in statistics.per_sample.values()]
+        if bad := [start + int(index) for index in torch.nonzero(~torch.stack(finite).all(0)).flatten()]:
+            raise NonFiniteError(
+                f"the gradients of calibration sample(s) {bad} are not finite; the model has broken weights or its"
+                " dtype is too narrow: try `dtype` float32"
+            )
         yield start, statistics
+
+
+_saved: dict[tuple[object, ...], float] = {}
 
 
 def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     """Bytes per token that a decoder layer keeps for its backward pass and the gradients of its weights, counted by
     running one layer on a few tokens: once in a process, because a large layer takes seconds."""
     key = type(config), config.to_json_string(), config._attn_implementation, dtype
-    if key not in _saved:
-        _saved[key] = _count_saved(config, dtype)
-    return _saved[key]
-
-
-_saved: dict[tuple[object, ...], float] = {}
-
-
-def _count_saved(config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    if key in _saved:
+        return _saved[key]
     shortened = copy.deepcopy(config)
     shortened.num_hidden_layers = 1
     # Otherwise the tokens below might be padding, of which transformers warns.
@@ -136,7 +137,8 @@ def _count_saved(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     given = tree_leaves((list(layer.parameters()), calls[0].arguments, calls[0].named))
     shared = {tensor.untyped_storage().data_ptr() for tensor in given if isinstance(tensor, Tensor)}
     del output
-    return sum(size for storage, size in kept.items() if storage not in shared) / tokens.numel()
+    _saved[key] = sum(size for storage, size in kept.items() if storage not in shared) / tokens.numel()
+    return _saved[key]
 
 
 def _pass_at_once(model: PreTrainedModel, structure: Structure, batch: Tensor, reduction: Reduction) -> Tensor:
@@ -203,12 +205,7 @@ def _pass_layer_by_layer(
 
 
 def _statistics(reduction: Reduction, losses: Tensor, columns: dict[str, Tensor]) -> Statistics:
-    """Statistics of the mean loss, from sums over the gradient of the summed loss.
-
-    Args:
-        losses: [samples, tokens].
-        columns: see `_column_sums`.
-    """
+    """Statistics of the mean loss, from sums over the gradient of the summed loss; `losses` is [samples, tokens]."""
     tokens = losses.shape[1]
     divisors = {"taylor": tokens, "element_absolute": tokens, "element_squared": tokens**2}
     sums = {name: value.div_(divisors.get(name, 1)).cpu() for name, value in reduction.sums.items()}
@@ -229,13 +226,11 @@ def _column_sums(model: PreTrainedModel, structure: Structure) -> dict[str, Tens
 
 
 def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Overwrites logits by the gradient of the summed next-token losses, softmax minus one-hot, window by window.
+    """[samples, tokens - 1], float32: the next-token losses. Overwrites the logits by the gradient of their sum,
+    softmax minus one-hot, window by window.
 
     In place, because logits are the largest activation and no layer needs them for its backward pass. The sum over
     tokens, because the gradients of the mean would underflow in float16.
-
-    Returns:
-        [samples, tokens - 1], float32: the losses.
     """
     losses = []
     for window, targets in zip(logits, tokens[:, 1:, None], strict=True):
@@ -249,15 +244,3 @@ def _replace_by_loss_gradient(logits: Tensor, tokens: Tensor) -> Tensor:
             window[:-1] = gradient
         window[-1] = 0
     return torch.stack(losses)
-
-
-def _refuse_non_finite(statistics: Statistics, start: int) -> None:
-    finite = torch.stack(
-        [values.view(len(statistics), -1).isfinite().all(1) for values in statistics.per_sample.values()]
-    ).all(0)
-    if not finite.all():
-        bad = [start + int(index) for index in torch.nonzero(~finite).flatten()]
-        raise NonFiniteError(
-            f"the gradients of calibration sample(s) {bad} are not finite; the model has broken weights or its dtype"
-            " is too narrow: try `dtype` float32"
-        )

@@ -42,11 +42,7 @@ class Profile:
     bend: float = 0.0
 
     def weights(self, layers: int) -> tuple[float, ...]:
-        """The weight of every layer; 0 for protected layers.
-
-        Raises:
-            UnreachableRatioError: all layers are protected.
-        """
+        """The weight of every layer; 0 for protected layers."""
         first, count = self.protect_first, layers - self.protect_first - self.protect_last
         if count <= 0:
             raise UnreachableRatioError(
@@ -60,12 +56,8 @@ class Profile:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Weights given layer by layer; see `weigh_channels`.
-
-    Attributes:
-        channels: of the feed-forward channels.
-        others: of the heads, and of the channels inside experts.
-    """
+    """Weights given layer by layer, of feed-forward channels, and of heads and channels inside experts; see
+    `weigh_channels`."""
 
     channels: tuple[float, ...]
     others: tuple[float, ...]
@@ -196,9 +188,6 @@ def default_budget(
 ) -> Budget:
     """The budget that options describe. By default, feed-forward channels of the middle layers are removed; more layers
     and heads only if that would remove more than `MOST_CHANNELS` of the channels of a layer.
-
-    Raises:
-        AdaPrunerError: the ratio cannot be met; with the arithmetic.
     """
     reachable: dict[Budget, float] = {}
     for first, last, heads in _DEFAULT_ALLOCATIONS:

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from adapruner.config import HeadGranularity, Layout, RatioOf
 from adapruner.errors import AdaPrunerError, first_problem, reason
 from adapruner.planning._budget import default_budget, kept_counts
-from adapruner.structure._blocks import Block, Kind, Structure, layers_without_heads, note_on_mixers
+from adapruner.structure._blocks import Kind, Structure, layers_without_heads, note_on_mixers
 from adapruner.tables import Column, Table
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
@@ -66,28 +66,20 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
         return self.removed_parameters / self.total_parameters
 
     @property
-    def head_name(self) -> str:
-        """The name of the groups of attention heads."""
-        return "KV groups" if self.head_granularity == "kv-group" else "query heads"
-
-    @property
     def kinds(self) -> list[Kind]:
         """The kinds of groups in this plan, in the order in which they are shown."""
         return [kind for kind in _KINDS if any(block.kind == kind for block in self.blocks)]
 
     def name_of(self, kind: Kind) -> str:
         """The name of the groups of a kind."""
-        return self.head_name if kind == "heads" else kind
-
-    @property
-    def whole_mixers(self) -> list[int]:
-        """The layers without prunable attention."""
-        return layers_without_heads(max(block.layer for block in self.blocks) + 1, self.blocks)
+        if kind == "heads":
+            return "KV groups" if self.head_granularity == "kv-group" else "query heads"
+        return kind
 
     @property
     def note(self) -> str:
         """A note on the layers that a table of the blocks does not show."""
-        return note_on_mixers(self.whole_mixers)
+        return note_on_mixers(layers_without_heads(max(self.by_layer) + 1, self.blocks))
 
     @property
     def by_layer(self) -> dict[int, dict[Kind, BlockPlan]]:
@@ -211,17 +203,13 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         scores: [groups], of all blocks in the order of `structure.blocks`.
         counts: number of groups that each block keeps, a multiple of its strata.
     """
-    by_block = scores.split([block.groups for block in structure.blocks])
-    kept = [
-        _most_important(block, block_scores, count)
-        for block, block_scores, count in zip(structure.blocks, by_block, counts, strict=True)
-    ]
+    kept = []
+    for block, block_scores, count in zip(
+        structure.blocks, scores.split([block.groups for block in structure.blocks]), counts, strict=True
+    ):
+        # The same number of every stratum.
+        ranked = block_scores.view(block.strata, -1).argsort(dim=1, descending=True, stable=True)
+        first_of_stratum = torch.arange(block.strata)[:, None] * (block.groups // block.strata)
+        best = ranked[:, : count // block.strata] + first_of_stratum
+        kept.append(tuple(best.flatten().sort().values.tolist()))
     return PruningPlan.of(structure, kept)
-
-
-def _most_important(block: Block, scores: Tensor, count: int) -> tuple[int, ...]:
-    """The best `count` groups, the same number of every stratum, in ascending order."""
-    ranked = scores.view(block.strata, -1).argsort(dim=1, descending=True, stable=True)
-    best = ranked[:, : count // block.strata]
-    first_of_stratum = torch.arange(block.strata)[:, None] * (block.groups // block.strata)
-    return tuple((best + first_of_stratum).flatten().sort().values.tolist())

@@ -22,11 +22,8 @@ _MEASURED_AGAIN = 4
 
 
 class AttentionOrder(BaseModel, extra="forbid", frozen=True):
-    """The layers in the order in which their attention is removed, and the loss after each removal.
-
-    Attributes:
-        losses: nats per token, with nothing else removed or compensated.
-    """
+    """The layers in the order in which their attention is removed, and the loss after each removal, in nats per token,
+    with nothing else removed or compensated."""
 
     layers: tuple[int, ...]
     losses: tuple[float, ...]

@@ -3,24 +3,28 @@ where they cost much."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from adapruner.evaluation._losses import log_probabilities
+from adapruner.evaluation._losses import compute_prefix, log_probabilities, losses_after_layers
+from adapruner.models._architecture import architecture_of
+from adapruner.models._layers import is_streamed, loaded_layer
 from adapruner.planning._budget import BudgetError, kept_counts, weigh_channels
-from adapruner.search._history import compare
-from adapruner.search._objective import Objective
-from adapruner.search._probe import Measured, Probe
+from adapruner.planning._plan import make_plan
+from adapruner.search._objective import JUDGED_TOGETHER, Objective, scores_of
+from adapruner.search._result import compare
 from adapruner.search._space import Candidate
 from adapruner.structure._blocks import Block
+from adapruner.surgery._cut import prune_model, prune_on_reading
 
 # Standard errors that the gain of a change must exceed. Of several changes that are tried one by one, one may gain by
 # chance; all widths move at once, which leaves less to chance.
@@ -38,6 +42,8 @@ _LEAST_COST = 0.05
 
 # A layer, and the number of heads that it gains or, negative, loses.
 Change: TypeAlias = tuple[int, int]
+# The mean over windows, and its standard error.
+Measured: TypeAlias = tuple[float, float]
 Progress: TypeAlias = Callable[[int], None]
 
 
@@ -122,8 +128,8 @@ def level(
     windows: Tensor,
     candidate: Candidate,
     rounds: int,
-    layers: range | None = None,
-    moves_heads: bool = True,
+    layers: range,
+    moves_heads: bool,
     progress: Progress | None = None,
 ) -> Levelled:
     """Keeps attention that is worth more than the widths that pay for it, then moves heads and channels between layers
@@ -133,23 +139,18 @@ def level(
     after the other, with narrower layers to make up for it.
 
     At the best allocation, the groups that would be removed next cost the same per parameter in every layer. In each
-    round, that cost is measured layer by layer at the present widths: the pruned and compensated model, with this layer
-    narrower still, is compared with the dense model.
-
-    Until then, rounding decides how many heads each layer loses, because a layer has few of them. A layer regains a
-    head if that gains more than channels with the same number of parameters cost on average. It loses another head if
-    that costs less, as long as other layers regain one for it: other kinds of text need heads more than the text of the
-    objective does (research/experiments/levelling.md).
-
-    The widths of all layers are then changed at once, by a part of what the costs suggest (with the heads before they
-    were moved). This averages out noise, which accepting the best single moves would pick up. Costs are measured on
-    other windows than those that decide what is accepted.
+    round, that cost is measured layer by layer: the pruned and compensated model, with this layer narrower still, is
+    compared with the dense model. A layer regains a head if that gains more than channels with the same number of
+    parameters cost on average. It loses another one only in exchange, because other kinds of text need heads more than
+    the text of the objective does (research/experiments/levelling.md). All widths are then changed at once, by a part
+    of what the costs suggest, which averages out noise. Costs are measured on other windows than those that decide what
+    is accepted.
 
     Args:
         objective: decides what is accepted.
         windows: [windows, tokens], int64, to measure costs on.
         rounds: maximum number; the first round that gains nothing is the last.
-        layers: layers that may be pruned; None for all.
+        layers: layers that may be pruned.
         moves_heads: True to move heads too.
         progress: called with 1 after every measured block.
     """
@@ -158,7 +159,6 @@ def level(
         return Levelled(candidate=candidate, moves=())
     best, kept = keep_attention(objective, best)
     references = log_probabilities(objective.model, windows)
-    layers = range(objective.structure.layers) if layers is None else layers
     moves: list[MovedHeads | MovedChannels] = []
     for _ in range(rounds):
         probe = Probe(objective, windows, references, best.candidate)
@@ -199,11 +199,8 @@ def keep_attention(objective: Objective, best: Judged) -> tuple[Judged, list[Kep
 
 def paying_changes(probe: Probe, layers: range, price: float, progress: Progress | None) -> list[Change]:
     """Changes of heads that each gain more than their standard error, largest gain first, additions and removals in
-    turn: a head is removed only in exchange for another one.
-
-    Args:
-        price: of channels, in nats per predicted token and million parameters.
-    """
+    turn: a head is removed only in exchange for another one. The price of channels is in nats per predicted token and
+    million parameters."""
     blocks = {
         number: block
         for number, block in enumerate(probe.objective.structure.blocks)
@@ -211,14 +208,12 @@ def paying_changes(probe: Probe, layers: range, price: float, progress: Progress
     }
 
     def gains(sign: int) -> Iterator[tuple[Change, float]]:
-        counts = {number: probe.counts[number] + sign * block.strata for number, block in blocks.items()}
-        possible = [
-            (number, count)
-            for number, count in counts.items()
-            if max(1, blocks[number].least) <= count <= blocks[number].groups
-        ]
-        measured = _measured(probe, possible, len(blocks), progress if sign > 0 else None)
-        for number, (mean, error) in measured.items():
+        possible = {
+            number: count
+            for number, block in blocks.items()
+            if max(1, block.least) <= (count := probe.counts[number] + sign * block.strata) <= block.groups
+        }
+        for number, (mean, error) in _measured(probe, possible, len(blocks), progress if sign > 0 else None):
             block, change = blocks[number], sign * blocks[number].strata
             gain = -mean - price * change * block.parameters_per_group / 1e6
             if gain > error:
@@ -242,8 +237,8 @@ def move_heads(objective: Objective, best: Judged, paying: Sequence[Change]) -> 
     """The candidate with the number of paying changes that lowers the loss on the windows of the objective most, and
     all that was tried."""
     structure, candidate = objective.structure, best.candidate
-    counts = zip(structure.blocks, kept_counts(structure, candidate.budget), strict=True)
-    kept = {block.layer: count for block, count in counts if block.kind == "heads"}
+    counts = kept_counts(structure, candidate.budget)
+    kept = {block.layer: count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"}
     tried: list[tuple[Judged, MovedHeads]] = []
     for most in sorted({-(-len(paying) // divisor) for divisor in _DIVISORS} - {0}, reverse=True):
         changes = dict(paying[:most])
@@ -264,28 +259,22 @@ def channel_costs(probe: Probe, layers: range, progress: Progress | None) -> Ite
         left = count - step * max(1, round(_PROBED_SHARE * count / step))
         if left >= max(1, block.least):
             fewer[number] = left
-    for number, (mean, error) in _measured(probe, [*fewer.items()], len(blocks), progress).items():
+    for number, (mean, error) in _measured(probe, fewer, len(blocks), progress):
         millions = (probe.counts[number] - fewer[number]) * blocks[number].parameters_per_group / 1e6
         yield blocks[number].layer, (mean / millions, error / millions)
 
 
 def _measured(
-    probe: Probe, changes: Sequence[tuple[int, int]], blocks: int, progress: Progress | None
-) -> dict[int, Measured]:
-    """By the number of the block, what is added by each change for which that is known.
-
-    Args:
-        blocks: of which some have no change.
-        progress: called with numbers of blocks.
-    """
-    measured = {}
+    probe: Probe, changes: dict[int, int], blocks: int, progress: Progress | None
+) -> Iterator[tuple[int, Measured]]:
+    """The number of the block and what is added, for each change for which that is known. Changes are numbers of kept
+    groups by the number of the block; of so many blocks, some have none."""
     report = progress or (lambda count: None)
     report(blocks - len(changes))
-    for (number, _), added in zip(changes, probe.added(changes), strict=True):
+    for number, added in zip(changes, probe.added([*changes.items()]), strict=True):
         if added:
-            measured[number] = added
+            yield number, added
         report(1)
-    return measured
 
 
 def move_channels(
@@ -314,7 +303,7 @@ def with_moved_channels(
     if not by_layer or not any(shares):
         return None
     moved = candidate.with_budget(weigh_channels(structure, budget, shares))
-    with suppress(BudgetError):
+    with contextlib.suppress(BudgetError):
         if kept_counts(structure, moved.budget) != counts:
             return moved
     return None
@@ -345,3 +334,81 @@ def _levelled_blocks(objective: Objective, layers: range) -> dict[int, Block]:
         for number, block in enumerate(objective.structure.blocks)
         if block.kind == "channels" and not block.experts and block.layer in layers
     }
+
+
+class Probe:
+    """A pruned model whose single blocks are given other numbers of groups; `counts` are those that they keep."""
+
+    def __init__(self, objective: Objective, windows: Tensor, references: list[Tensor], candidate: Candidate) -> None:
+        self.objective, self.budget = objective, candidate.budget
+        self._windows, self._references = windows, references
+        structure = objective.structure
+        self._scores = scores_of(structure, objective.statistics, candidate)
+        self.counts = kept_counts(structure, candidate.budget)
+        plan = make_plan(structure, self._scores, self.counts)
+        self._model = prune_model(objective.model, structure, plan, objective.compensation)
+        self._prefix = compute_prefix(self._model, windows, structure.layers)
+        self._before = self._divergences([states[-1] for states in self._prefix.states])
+
+    def _divergences(self, states: list[Tensor]) -> Tensor:
+        """[windows], float64: divergences from the dense model, given the states of every batch after all layers."""
+        after = losses_after_layers(self._model, self._windows, states, self._prefix.calls, self._references)
+        return torch.cat(after)
+
+    def added(self, changes: Sequence[tuple[int, int]]) -> Iterator[Measured | None]:
+        """Increase of the divergence for each change alone, in nats per predicted token; None if it is not known. A
+        change is the number of a block, and the number of groups that it keeps. Layers that are streamed are read once
+        for several changes."""
+        at_once = JUDGED_TOGETHER if is_streamed(self._model) else 1
+        for first in range(0, len(changes), at_once):
+            chosen = changes[first : first + at_once]
+            states = self._changed(chosen)
+            for number in range(len(chosen)):
+                added = self._divergences(states.pop(number)) - self._before if number in states else torch.empty(0)
+                is_known = len(added) > 1 and added.isfinite().all()
+                yield (float(added.mean()), float(added.std() / math.sqrt(len(added)))) if is_known else None
+
+    def _changed(self, changes: Sequence[tuple[int, int]]) -> dict[int, list[Tensor]]:
+        """By the number of the change, the hidden states of every batch after the last layer."""
+        blocks = [self.objective.structure.blocks[number] for number, _ in changes]
+        states: dict[int, list[Tensor]] = {}
+        for index in range(self.objective.structure.layers):
+            changed = [number for number, block in enumerate(blocks) if block.layer == index]
+            if not states and not changed:
+                continue
+            with loaded_layer(self._model, index) as layer:
+                states = {number: self._after(index, layer, before) for number, before in states.items()}
+                for number in changed:
+                    with self._in_place(*changes[number]):
+                        states[number] = self._after(index, layer, [known[index] for known in self._prefix.states])
+        return states
+
+    @torch.inference_mode()
+    def _after(self, index: int, layer: nn.Module, states: list[Tensor]) -> list[Tensor]:
+        """The hidden states of every batch after a layer."""
+        return [calls[index].run(layer, state) for calls, state in zip(self._prefix.calls, states, strict=True)]
+
+    @contextlib.contextmanager
+    def _in_place(self, number: int, count: int) -> Iterator[None]:
+        """While it lasts, a block of a loaded layer keeps so many groups: its projections are those of a model in which
+        it alone is cut. For heads, the whole attention module is replaced, because it may store its number of
+        heads."""
+        structure = self.objective.structure
+        block, counts = structure.blocks[number], [block.groups for block in structure.blocks]
+        counts[number] = count
+        plan = make_plan(structure, self._scores, counts)
+        alone = prune_on_reading(self.objective.model, structure, plan, self.objective.compensation)
+        if block.kind == "heads":
+            names = architecture_of(alone.config)
+            paths = {f"{names.layers}.{block.layer}.{names.module_of('heads')}"}
+        else:
+            paths = {name.rpartition(".")[0] for name in block.slices_by_parameter}
+        before = {path: self._model.get_submodule(path) for path in paths}
+        with loaded_layer(alone, block.layer):
+            try:
+                for path in paths:
+                    self._model.set_submodule(path, alone.get_submodule(path))
+                yield
+            finally:
+                for path in paths:
+                    self._model.set_submodule(path, before[path])

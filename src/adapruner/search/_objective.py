@@ -25,14 +25,7 @@ JUDGED_TOGETHER = 4
 
 
 def plan_candidate(structure: Structure, statistics: Statistics, candidate: Candidate) -> PruningPlan:
-    """The plan that a candidate leads to.
-
-    Args:
-        statistics: of the whole pool.
-
-    Raises:
-        BudgetError: its budget cannot be met.
-    """
+    """The plan that a candidate leads to, from the statistics of the whole pool."""
     scores = scores_of(structure, statistics, candidate)
     return make_plan(structure, scores, kept_counts(structure, candidate.budget))
 

@@ -1,32 +1,97 @@
-"""The outcome of a search: its best trials are judged further, and one of them is chosen."""
+"""The outcome of a search: its trials, of which the best are judged further, and one is chosen."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from operator import attrgetter
+from typing import Literal
 
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
+from pydantic import BaseModel
 from torch import Tensor
 
 from adapruner.errors import AdaPrunerError
-from adapruner.search._history import LOSSES, STOPPED, History, Step, StepName, compare, loss_of
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
 Judge = Callable[[Candidate], Iterable[Tensor]]
 
+# User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
+STOPPED, LOSSES = "stopped", "losses"
 # Number of best trials that are judged further, in addition to the best fixed metric and the best starting point.
 _FINALISTS = 3
+# Minimum number of searched points for the importance of parameters: PED-ANOVA compares the best tenth with all, and
+# fewer than ten trials are chance.
+_FEWEST_POINTS = 100
+
+Parameter = float | int | str
+StepName = Literal["fixed metric", "starting point", "searched"]
 
 
-class SearchResult(History, frozen=True):
+class TriedPoint(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """A finished trial.
+
+    Attributes:
+        number: its place among the finished trials, in the order in which they were begun.
+        loss: mean over the windows, or the expected mean if the trial was stopped early; None if it is not finite.
+        windows: how many it was judged on; none if its loss is not finite.
+        starting_point: True if it was given, False if the sampler proposed it.
+        fixed_metric: the name of the LLM-Pruner metric that was tried instead of searched values, if it was one.
+        parameters: the searched values, by name.
+        positions: the same within their ranges, 0 to 1.
+    """
+
+    number: int
+    loss: float | None
+    stopped: bool
+    windows: int
+    starting_point: bool
+    fixed_metric: str | None
+    parameters: dict[str, Parameter]
+    positions: dict[str, float]
+
+
+class Step(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """A step from a choice without a search to the outcome of the search; all are compensated in the same way.
+
+    Attributes:
+        name: the best of LLM-Pruner's metrics, the best starting point, the best point that the sampler proposed.
+        trial: its number among `points`.
+        candidate: the candidate of that trial.
+        loss: mean over `windows`.
+        windows: number of windows that the steps are compared on.
+        is_held_out: True if these are further windows; False if they are the windows of the search, on which the trials
+            of the steps were picked: there the best of many looks better than it is.
+        gain: the loss of the step before minus this loss, in nats per predicted token; None for the first.
+        standard_error: of the gain, from the differences window by window; None if there is only one window.
+    """
+
+    name: StepName
+    trial: int
+    candidate: Candidate
+    loss: float
+    windows: int
+    is_held_out: bool
+    gain: float | None = None
+    standard_error: float | None = None
+
+
+class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
     """The outcome of a search, with all finished trials.
 
     Attributes:
+        points: in the order in which they were begun.
+        ranges: both ends of the range of every parameter, or its choices.
+        importance: the share of each parameter in the difference between the best trials and the others (PED-ANOVA,
+            Watanabe et al., arXiv 2304.10255), largest first; empty if there are too few trials.
         ratio: of all parameters, to be removed.
         trials: number of trials that were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
@@ -40,6 +105,9 @@ class SearchResult(History, frozen=True):
             Kinds whose trials were all stopped are missing. `best` may be another trial.
     """
 
+    points: tuple[TriedPoint, ...]
+    ranges: dict[str, tuple[Parameter, ...]]
+    importance: dict[str, float]
     ratio: float
     trials: int
     best: Candidate
@@ -52,14 +120,16 @@ class SearchResult(History, frozen=True):
     starting_points: int
     steps: tuple[Step, ...] = ()
 
+    @property
+    def searched(self) -> int:
+        """The number of points that the sampler proposed."""
+        return sum(not point.starting_point for point in self.points)
+
 
 @dataclass(frozen=True)
 class _Contender:
-    """A trial that was not stopped. Its candidate is judged on further windows when those losses are first read.
-
-    Attributes:
-        number: its place among the finished trials.
-    """
+    """A trial that was not stopped, and its place among the finished ones. Its candidate is judged on further windows
+    when those losses are first read."""
 
     trial: FrozenTrial
     number: int
@@ -67,22 +137,13 @@ class _Contender:
     judge_further: Judge | None
 
     @property
-    def loss(self) -> float:
-        """The loss on the windows of the search."""
-        return loss_of(self.trial)
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss on each window of the search; empty if the loss is not finite."""
-        return list(self.trial.user_attrs[LOSSES])
-
-    @property
     def is_start(self) -> bool:
         return START in self.trial.user_attrs
 
     @property
-    def fixed_metric(self) -> str | None:
-        return self.trial.user_attrs.get(FIXED_METRIC)
+    def is_fixed(self) -> bool:
+        """True if one of LLM-Pruner's metrics was tried."""
+        return FIXED_METRIC in self.trial.user_attrs
 
     @cached_property
     def candidate(self) -> Candidate:
@@ -91,13 +152,15 @@ class _Contender:
     @cached_property
     def further(self) -> list[float]:
         """The loss on each further window."""
-        batches = self.judge_further(self.candidate) if self.judge_further and math.isfinite(self.loss) else []
+        batches = (
+            self.judge_further(self.candidate) if self.judge_further and math.isfinite(loss_of(self.trial)) else []
+        )
         return [loss for batch in batches for loss in batch.tolist()]
 
     @property
     def final_loss(self) -> float:
         """The mean loss over the windows of the search and the further ones together."""
-        return statistics.fmean([*self.losses, *self.further] or [math.inf])
+        return statistics.fmean([*self.trial.user_attrs[LOSSES], *self.further] or [math.inf])
 
 
 def choose(
@@ -110,27 +173,27 @@ def choose(
         trials: number of trials that were to be finished.
         judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
             windows. The best of many trials owes part of its loss to the windows it was chosen on; None accepts that.
-
-    Raises:
-        AdaPrunerError: no trial ended with a finite loss.
     """
     contenders = [
         _Contender(trial, number, space, judge_further)
         for number, trial in enumerate(finished)
         if STOPPED not in trial.user_attrs
     ]
-    contenders.sort(key=attrgetter("loss"))
-    fixed = [contender for contender in contenders if contender.fixed_metric]
+    contenders.sort(key=lambda contender: loss_of(contender.trial))
+    fixed = [contender for contender in contenders if contender.is_fixed]
     starts = [contender for contender in contenders if contender.is_start]
-    if not fixed or not math.isfinite(contenders[0].loss):
+    if not fixed or not math.isfinite(loss_of(contenders[0].trial)):
         raise AdaPrunerError(
             f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
         )
     first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
     best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("final_loss"))
-    return SearchResult.of(
-        finished,
+    kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
+    return SearchResult(
+        points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
+        ranges={name: _ends(kind) for name, kind in kinds},
+        importance=importance_of(finished),
         ratio=space.budget.ratio,
         trials=trials,
         best=best.candidate,
@@ -138,7 +201,7 @@ def choose(
         best_trial=best.number,
         best_fixed=fixed[0].candidate,
         best_fixed_loss=fixed[0].final_loss,
-        best_fixed_name=fixed[0].fixed_metric,
+        best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC],
         stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
         steps=tuple(_steps(contenders)),
@@ -155,19 +218,15 @@ def _distinct(contenders: Iterable[_Contender]) -> Iterator[_Contender]:
 
 
 def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
-    """The worth of each part of a search: the best contender of each kind.
-
-    Args:
-        contenders: the best first.
-    """
+    """The worth of each part of a search: the best contender of each kind, of contenders sorted by loss."""
     kinds: dict[StepName, list[_Contender]] = {
-        "fixed metric": [contender for contender in contenders if contender.fixed_metric],
-        "starting point": [contender for contender in contenders if contender.is_start and not contender.fixed_metric],
+        "fixed metric": [contender for contender in contenders if contender.is_fixed],
+        "starting point": [contender for contender in contenders if contender.is_start and not contender.is_fixed],
         "searched": [contender for contender in contenders if not contender.is_start],
     }
     before: list[float] = []
     for name, (best, *_) in ((name, ranked) for name, ranked in kinds.items() if ranked):
-        losses = best.further or best.losses
+        losses = best.further or best.trial.user_attrs[LOSSES]
         if not losses or not all(map(math.isfinite, losses)):
             continue
         gain, standard_error = compare(before, losses) if before else (None, math.inf)
@@ -182,3 +241,71 @@ def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
             standard_error=standard_error if math.isfinite(standard_error) else None,
         )
         before = losses
+
+
+def _point(number: int, trial: FrozenTrial) -> TriedPoint:
+    return TriedPoint(
+        number=number,
+        loss=loss_of(trial) if math.isfinite(loss_of(trial)) else None,
+        stopped=STOPPED in trial.user_attrs,
+        windows=len(trial.user_attrs[LOSSES]),
+        starting_point=START in trial.user_attrs,
+        fixed_metric=trial.user_attrs.get(FIXED_METRIC),
+        parameters=dict(sorted(trial.params.items())),
+        positions={name: _position(trial.params[name], kind) for name, kind in sorted(trial.distributions.items())},
+    )
+
+
+def loss_of(trial: FrozenTrial) -> float:
+    """The loss of a finished trial, which may be infinite."""
+    return float(trial.values[0])
+
+
+def compare(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean difference between finite losses and others on the same windows, and its standard error, which is infinite
+    for a single window."""
+    excess = [loss - other for loss, other in zip(losses, others, strict=True)]
+    return statistics.fmean(excess), statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
+
+
+def _position(value: Parameter, kind: BaseDistribution) -> float:
+    ends = _ends(kind)
+    if isinstance(kind, CategoricalDistribution):
+        return ends.index(value) / max(1, len(ends) - 1)
+    low, high = map(float, ends)
+    return (float(value) - low) / (high - low)
+
+
+def _ends(kind: BaseDistribution) -> tuple[Parameter, ...]:
+    if isinstance(kind, CategoricalDistribution):
+        return tuple(kind.choices)  # type: ignore[arg-type]  # ours are of these types
+    assert isinstance(kind, FloatDistribution | IntDistribution)
+    return kind.low, kind.high
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """While it lasts, Optuna does not log."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def importance_of(finished: Sequence[FrozenTrial]) -> dict[str, float]:
+    """Importance of each parameter, from the searched points alone: starting points are given, and a trial without a
+    finite loss teaches nothing."""
+    searched = [trial for trial in finished if START not in trial.user_attrs and math.isfinite(loss_of(trial))]
+    if len(searched) < _FEWEST_POINTS:
+        return {}
+    with quiet_optuna(), warnings.catch_warnings():
+        study = optuna.create_study()
+        study.add_trials(searched)
+        # Experimental in Optuna 4, whose default evaluator needs scikit-learn.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        # A parameter that few trials have: the report says that it is a hint.
+        warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
+        return optuna.importance.get_param_importances(study, evaluator=evaluator)

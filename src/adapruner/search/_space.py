@@ -8,18 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+import torch
 from optuna.trial import BaseTrial
 from pydantic import BaseModel
+from torch import Tensor
 
 from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
 from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint
 from adapruner.importance._terms import PAPER_TERMS, TERMS, Term, usable_terms
+from adapruner.measurement._statistics import Statistics
 from adapruner.planning._budget import Budget, Profile
-from adapruner.search._subsets import FEATURES, SubsetFamily
+from adapruner.structure._blocks import Structure
 
 # The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.
 _PAPER_SECOND_ORDER_FACTORS = (1e5, 1e6, 1e7)
 _PAPER_FINE_FACTORS = (1e-2, 1e-3, 1e-4)
+
+# Features of a sample, by which subsets are tilted.
+FEATURES = ("loss", "gradient", "first_component", "second_component")
 
 # User attributes of a trial: the name of LLM-Pruner's metric that it tries instead of a searched point, and its number
 # among the starting points.
@@ -48,6 +54,76 @@ class Candidate(BaseModel, extra="forbid", frozen=True):
     def with_budget(self, budget: Budget) -> Candidate:
         """The candidate with another budget."""
         return self.model_copy(update={"budget": budget})
+
+
+@dataclass(frozen=True)
+class SubsetFamily:
+    """Subsets of the pool that represent it, tilted towards some of its samples.
+
+    Every sample weighs exp(Σ_f tilt_f feature_f). A subset is herded: the samples are taken one by one so that the mean
+    importance over the subset comes as near as it can to the weighted mean over the pool (kernel herding, Chen, Welling
+    and Smola, arXiv 1203.3472). Without a tilt, this is the subset that represents the whole pool best. A small tilt
+    changes few samples, so that neighbouring points are similar, which they are not in a search over single samples.
+
+    Attributes:
+        gram: [samples, samples], float64, products between the importances that the samples give to all vectors.
+        features: [samples, features], float64, standardised: the loss, the size of the gradient, and the position along
+            the two directions in which the samples' importances differ most.
+    """
+
+    gram: Tensor
+    features: Tensor
+
+    def choose(self, count: int, tilt: Mapping[str, float]) -> tuple[int, ...]:
+        """The numbers of `count` samples, ascending; the tilt of a feature that is not named is 0."""
+        tilts = torch.tensor([tilt.get(feature, 0.0) for feature in FEATURES], dtype=self.gram.dtype)
+        to_target = self.gram @ torch.softmax(self.features @ tilts, 0)
+        squares, to_chosen = self.gram.diagonal(), torch.zeros_like(to_target)
+        chosen: list[int] = []
+        squared_sum = target_sum = torch.zeros((), dtype=self.gram.dtype)
+        for size in range(1, count + 1):
+            # |mean over the subset - target|², up to a constant, if each sample were added next.
+            distance = (squared_sum + 2 * to_chosen + squares) / size**2 - 2 * (target_sum + to_target) / size
+            distance[chosen] = torch.inf
+            best = int(distance.argmin())
+            squared_sum = squared_sum + 2 * to_chosen[best] + squares[best]
+            target_sum = target_sum + to_target[best]
+            to_chosen = to_chosen + self.gram[best]
+            chosen.append(best)
+        return tuple(sorted(chosen))
+
+
+def build_subset_family(statistics: Statistics, structure: Structure, counts: Sequence[int]) -> SubsetFamily:
+    """Compares the samples of a pool by the first-order importance that they give to the removable groups, element by
+    element if that was measured. Blocks that are kept whole by these counts of groups are left out."""
+    pruned = torch.tensor(
+        [count < block.groups for block, count in zip(structure.blocks, counts, strict=True)], dtype=torch.bool
+    )
+    vectors = pruned[structure.block_of_vector]
+    fine = statistics.element_absolute
+    importance = (statistics.taylor.abs() if fine is None else fine)[:, vectors]
+    blocks = structure.block_of_vector[vectors].expand_as(importance)
+    means = torch.zeros(len(importance), len(structure.blocks)).scatter_reduce_(
+        1, blocks, importance, "mean", include_self=False
+    )
+    # Blocks differ in scale by orders of magnitude; each shall count the same.
+    aligned = importance / means.mean(0).clamp_min(torch.finfo(torch.float32).tiny)[blocks[0]]
+    logarithm = aligned.clamp_min(torch.finfo(torch.float32).tiny).log()
+    centred = logarithm - logarithm.mean(0) - logarithm.mean(1, keepdim=True) + logarithm.mean()
+    # The samples-by-samples product has the same leading directions as the wide matrix, and is small.
+    vectors = torch.linalg.eigh((centred @ centred.T).double()).eigenvectors
+    leading = vectors[:, -1], vectors[:, -min(2, len(vectors))]
+    # A definite sign.
+    components = (vector * vector[vector.abs().argmax()].sign() for vector in leading)
+    features = [statistics.loss, aligned.mean(1).log(), *components]
+    return SubsetFamily(
+        gram=(aligned @ aligned.T).double(), features=torch.stack([_standardise(values) for values in features], 1)
+    )
+
+
+def _standardise(values: Tensor) -> Tensor:
+    centred = values.double() - values.double().mean()
+    return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class StartingPoint(BaseModel, extra="forbid", frozen=True):
@@ -160,11 +236,8 @@ class SearchSpace(ABC):
         self, trial: Parameters, second_orders: Sequence[float] = (), fines: Sequence[float] = ()
     ) -> dict[str, float]:
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
-        second order changes a ranking, so each pair is one number in [0, 1].
-
-        Args:
-            second_orders, fines: values of λ and of κ to choose from; 1 if there are none.
-        """
+        second order changes a ranking, so each pair is one number in [0, 1]. λ is one of `second_orders` and κ one of
+        `fines`; 1 if there are none."""
         has_fine = self.terms == "all"
         fine = trial.suggest_float("metric.fine", 0, 1) if has_fine else 0.0
         coarse_second = trial.suggest_float("metric.coarse_second_order", 0, 1)
@@ -181,11 +254,8 @@ class SearchSpace(ABC):
 
 @dataclass(frozen=True)
 class PaperSpace(SearchSpace):
-    """The space of the paper: its four terms.
-
-    Attributes:
-        alignment: `data` divides terms by their means; `paper` searches the fixed factors of the paper.
-    """
+    """The space of the paper: its four terms, divided by their means (`alignment` `data`) or multiplied by its fixed
+    factors, which are then searched (`paper`)."""
 
     alignment: Alignment = "data"
 
@@ -229,7 +299,16 @@ class ExtendedSpace(SearchSpace):
         return candidate.with_budget(next(budgets, candidate.budget))
 
     def _good_points(self) -> list[dict[str, Any]]:
-        reference = self._reference_allocation()
+        profile = self.budget.allocation if isinstance(self.budget.allocation, Profile) else Profile()
+        # The parameters that give the budget of this space.
+        reference = _allocation(
+            heads="some" if self.budget.heads else "none",
+            head_share=self.budget.head_share,
+            tilt=profile.tilt,
+            bend=profile.bend,
+            protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
+            protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
+        ) | self._attention_removed(0)
         # Router weight and output norm alone rank experts worse than how often they are used
         # (research/experiments/experts.md).
         experts = {} if self.experts == "none" else {"taylor": 1.0}
@@ -318,19 +397,6 @@ class ExtendedSpace(SearchSpace):
             yield budget
         if "head_share" not in self.fixed:
             yield from (replace(budget, heads=share) for share in _HEAD_SHARES if share > budget.head_share)
-
-    def _reference_allocation(self) -> dict[str, Any]:
-        """The parameters that give the budget of this space."""
-        profile = self.budget.allocation if isinstance(self.budget.allocation, Profile) else Profile()
-        allocation = _allocation(
-            heads="some" if self.budget.heads else "none",
-            head_share=self.budget.head_share,
-            tilt=profile.tilt,
-            bend=profile.bend,
-            protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
-            protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
-        )
-        return allocation | self._attention_removed(0)
 
 
 def _families(terms: list[Term]) -> dict[str, list[Term]]:

@@ -1,29 +1,34 @@
-"""The search itself: one loop of trials, proposed by Optuna, that resumes after a kill."""
+"""The search itself: one loop of trials, proposed by Optuna and kept in a file, that resumes after a kill."""
 
 from __future__ import annotations
 
 import math
+import os
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
-from adapruner.errors import NonFiniteError
+from adapruner.errors import AdaPrunerError, NonFiniteError, first_problem, reason
 from adapruner.interrupts import deferring_interrupts
 from adapruner.planning._budget import BudgetError
-from adapruner.search._history import LOSSES, STOPPED, compare, loss_of
 from adapruner.search._objective import JUDGED_TOGETHER
-from adapruner.search._result import Judge, SearchResult, choose
+from adapruner.search._result import LOSSES, STOPPED, Judge, SearchResult, choose, compare, loss_of, quiet_optuna
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
-from adapruner.search._study_file import StudyFile, quiet_optuna
 
-JudgeTogether = Callable[[Sequence[Candidate]], Sequence[Iterable[Tensor]]]
+# The loss of a trial, None if its budget cannot be met, and user attributes.
+_Outcome = tuple[float | None, dict[str, Any]]
 Progress = Callable[[float], None]
 
 # A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
@@ -35,18 +40,67 @@ _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
 _BATCH = "batch"
 
 
-class _Task(NamedTuple):
-    """A candidate to judge, and the best trial, which stops it if it is clearly worse; None stops nothing."""
+class _Attributes(TypedDict):
+    """User attributes of a trial whose budget could not be met."""
 
-    candidate: Candidate
-    best: FrozenTrial | None
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]  # of pydantic
+
+    batch: Annotated[list[int], Field(min_length=2, max_length=2)]
+    start: NotRequired[int]
+    fixed_metric: NotRequired[str]
 
 
-class _Outcome(NamedTuple):
-    """The outcome of a trial; the loss is None if its budget cannot be met."""
+class _AttributesOfJudged(_Attributes):
+    """User attributes of a judged trial."""
 
-    loss: float | None
-    attributes: Mapping[str, Any]
+    losses: list[float]
+    stopped: NotRequired[bool]
+
+
+_ATTRIBUTES: dict[TrialState, TypeAdapter[Any]] = {
+    TrialState.PRUNED: TypeAdapter(_Attributes),
+    TrialState.COMPLETE: TypeAdapter(_AttributesOfJudged),
+}
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """Finished trials in a file of the run folder, one JSON line for each, as Optuna's journal storage writes them.
+
+    Attributes:
+        path: of the file, which holds the trials of several searches.
+        name: of the study in it; a search that depends on anything else needs another name.
+    """
+
+    path: Path
+    name: str
+
+    def opened(self) -> optuna.Study:
+        """The study, to add trials to; created if it does not exist. One process at a time may add trials."""
+        # A kill leaves Optuna's lock, which it would wait for; a kill or a full disk leaves an incomplete line.
+        Path(f"{self.path}.lock").unlink(missing_ok=True)
+        if self.path.is_file() and (content := self.path.read_bytes()) and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        try:
+            # Optuna's default lock is a link, which users of Windows may not create.
+            storage = JournalStorage(JournalFileBackend(str(self.path), JournalFileOpenLock(str(self.path))))
+        except OSError:
+            raise
+        except Exception as error:  # lines that are not JSON, or JSON of something else
+            raise self._damaged(reason(error)) from None
+        with quiet_optuna():
+            study = optuna.create_study(storage=storage, study_name=self.name, load_if_exists=True)
+        try:
+            for trial in study.get_trials(deepcopy=False):
+                _ATTRIBUTES[trial.state].validate_python(trial.user_attrs)
+        except KeyError:
+            raise self._damaged("a trial in it is not finished") from None
+        except ValidationError as error:
+            raise self._damaged(first_problem(error)) from None
+        return study
+
+    def _damaged(self, problem: str) -> AdaPrunerError:
+        return AdaPrunerError(f"{self.path} is damaged ({problem}): remove it to repeat the search")
 
 
 @dataclass(frozen=True)
@@ -71,39 +125,32 @@ class Search:
     trials: int
     seed: int
     study: StudyFile
-    judge_together: JudgeTogether | None = None
+    judge_together: Callable[[Sequence[Candidate]], Iterable[Iterable[Tensor]]] | None = None
 
     def run(self, progress: Progress | None = None) -> None:
-        """Runs trials until enough are finished. Ctrl-C stops it after a batch of trials.
-
-        Args:
-            progress: called for every finished trial, earlier ones included, with the best loss so far.
-        """
+        """Runs trials until enough are finished; `progress` is called for each, earlier ones included, with the best
+        loss so far. Ctrl-C stops it after a batch of trials."""
         with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
             trials = _Trials(self, progress)
-            while tasks := trials.propose():
-                trials.finish(self._judge(tasks))
+            while proposed := trials.propose():
+                candidates = [self.space.suggest(trial) for trial in proposed]
+                best = None if self.judge_together else trials.best
+                losses = self.judge_together(candidates) if self.judge_together else map(self._judge, candidates)
+                outcomes = [
+                    _outcome(batches, None if FIXED_METRIC in trial.user_attrs else best)
+                    for trial, batches in zip(proposed, losses, strict=True)
+                ]
+                trials.finish(proposed, outcomes)
                 raise_if_interrupted()
 
-    def result(self, judge_further: Judge | None = None) -> SearchResult:
-        """The best of the finished trials; see `choose`.
-
-        Raises:
-            AdaPrunerError: no trial ended with a finite loss.
-        """
-        return choose(self.study.finished(), self.space, self.trials, judge_further)
-
-    def _judge(self, tasks: Sequence[_Task]) -> list[_Outcome]:
-        candidates = [task.candidate for task in tasks]
-        if self.judge_together:
-            losses = self.judge_together(candidates)
-        else:
-            losses = [self._judge_when_asked(candidate) for candidate in candidates]
-        return [_outcome(batches, task.best) for task, batches in zip(tasks, losses, strict=True)]
-
-    def _judge_when_asked(self, candidate: Candidate) -> Iterator[Tensor]:
+    def _judge(self, candidate: Candidate) -> Iterator[Tensor]:
         """The judge may refuse a candidate when it is called, or later."""
         yield from self.judge(candidate)
+
+    def result(self, judge_further: Judge | None = None) -> SearchResult:
+        """The best of the finished trials; see `choose`."""
+        finished = self.study.opened().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return choose(finished, self.space, self.trials, judge_further)
 
 
 class _Trials:
@@ -119,7 +166,6 @@ class _Trials:
         self.search, self.progress, self.kept = search, progress, search.study.opened()
         with quiet_optuna():
             self.study = optuna.create_study()
-        self._running: list[optuna.Trial] = []
         self._interrupted = 0
         kept = self.kept.get_trials(deepcopy=False)
         before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
@@ -127,68 +173,63 @@ class _Trials:
             self._interrupted, kept = size, kept[:before]
         self.study.add_trials(kept)
         for number in range(len(self._finished)):
-            self._report(number)
+            self._report(number + 1)
 
     @property
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
-    def propose(self) -> list[_Task]:
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The finished trial with the lowest loss, if one has a finite loss."""
+        return min((trial for trial in self._finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
+
+    def propose(self) -> list[optuna.Trial]:
         """The next batch; empty if enough trials are finished, or the budget of as many proposals could not be met."""
-        search, finished = self.search, self._finished
+        search, finished = self.search, len(self._finished)
         before = len(self.study.get_trials(deepcopy=False))
-        refused = before - len(finished)
-        if max(len(finished), refused) >= search.trials:
+        refused = before - finished
+        if max(finished, refused) >= search.trials:
             return []
         # Proposals that could not be met count, or the same would be proposed again.
-        counts = [len(finished), *filter(None, [refused])]
+        counts = [finished, *filter(None, [refused])]
         seed = random.Random("/".join(map(str, [search.seed, *counts]))).getrandbits(32)
         most = JUDGED_TOGETHER if search.judge_together else 1
-        size = self._interrupted or min(most, search.trials - len(finished))
+        size = self._interrupted or min(most, search.trials - finished)
         self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
-        self._running = []
+        proposed = []
         for number in range(size):
             self.study.sampler = _sampler((seed + number) % 2**32, beside_others=number > 0)
-            self._running.append(self.study.ask())
-        for trial in self._running:
+            proposed.append(self.study.ask())
+        for trial in proposed:
             trial.set_user_attr(_BATCH, [before, size])
-        best = min((trial for trial in finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
-        return [
-            _Task(
-                search.space.suggest(trial),
-                best if not (search.judge_together or FIXED_METRIC in trial.user_attrs) else None,
-            )
-            for trial in self._running
-        ]
+        return proposed
 
-    def finish(self, outcomes: Sequence[_Outcome]) -> None:
-        """Keeps the trials of the batch that was proposed last, in its order."""
-        for trial, outcome in zip(self._running, outcomes, strict=True):
-            for name, value in outcome.attributes.items():
+    def finish(self, proposed: Sequence[optuna.Trial], outcomes: Sequence[_Outcome]) -> None:
+        """Keeps the trials of a batch, in its order."""
+        for trial, (loss, attributes) in zip(proposed, outcomes, strict=True):
+            for name, value in attributes.items():
                 trial.set_user_attr(name, value)
-            state = TrialState.PRUNED if outcome.loss is None else TrialState.COMPLETE
-            finished = self.study.tell(trial, outcome.loss, state)
+            state = TrialState.PRUNED if loss is None else TrialState.COMPLETE
+            finished = self.study.tell(trial, loss, state)
             if finished.number == len(self.kept.get_trials(deepcopy=False)):
                 self.kept.add_trial(finished)
             if state == TrialState.COMPLETE:
-                self._report(len(self._finished) - 1)
+                self._report(len(self._finished))
 
-    def _report(self, number: int) -> None:
+    def _report(self, count: int) -> None:
+        """Reports the best loss of the first finished trials."""
         if self.progress:
-            self.progress(min(map(loss_of, self._finished[: number + 1])))
+            self.progress(min(map(loss_of, self._finished[:count])))
 
 
 def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
-    """The mean loss of a candidate over all windows, or its expected loss if it was stopped; infinite if the model is
-    broken.
+    """The mean loss of a candidate over all windows, or its expected loss if it was stopped because it is worse than
+    the best trial, if one is given; infinite if the model is broken.
 
     Windows differ far more than candidates do, so candidates are compared window by window.
-
-    Args:
-        batches: its losses.
-        best: the trial to stop it by; None stops nothing.
     """
     losses: list[float] = []
     try:
@@ -197,12 +238,12 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
             if not math.isfinite(loss):
                 raise NonFiniteError
             if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
-                return _Outcome(loss_of(best) + excess, {STOPPED: True, LOSSES: losses})
+                return loss_of(best) + excess, {STOPPED: True, LOSSES: losses}
     except BudgetError:
-        return _Outcome(None, {})
+        return None, {}
     except NonFiniteError:
         losses = []
-    return _Outcome(statistics.fmean(losses) if losses else math.inf, {LOSSES: losses})
+    return statistics.fmean(losses) if losses else math.inf, {LOSSES: losses}
 
 
 def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
@@ -215,11 +256,7 @@ def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
 
 
 def _sampler(seed: int, beside_others: bool) -> optuna.samplers.TPESampler:
-    """A sampler for one trial.
-
-    Args:
-        beside_others: True if other trials are running, which count as bad until they are finished.
-    """
+    """A sampler for one trial; other running trials, if there are any, count as bad until they are finished."""
     with warnings.catch_warnings():
         # Optuna calls these options experimental; without `group`, trials with few given parameters would switch
         # `multivariate` off.

@@ -1,20 +1,22 @@
-"""Cutting: from a model and a plan to a smaller model."""
+"""Cutting: from a model and a plan to a smaller model, whose kept weights take over from the removed ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from adapruner.measurement._moments import InputMoments
-from adapruner.models._architecture import fields_by_layer, lacks_attention
+from adapruner.measurement._moments import InputMoments, solve_damped
+from adapruner.models._architecture import architecture_of, fields_by_layer, lacks_attention, stock_fields
 from adapruner.models._layers import (
     is_streamed,
     layer_devices,
@@ -27,9 +29,7 @@ from adapruner.models._layers import (
 from adapruner.models._wrapper import give_wrapper, wrapper_of
 from adapruner.models.modeling_pruned import ATTENTION
 from adapruner.planning._plan import BlockPlan, PruningPlan
-from adapruner.structure._blocks import Block, Structure, TensorSlice
-from adapruner.surgery._compensation import compensate
-from adapruner.surgery._stock import fields_of_all, stock_models
+from adapruner.structure._blocks import Structure, TensorSlice
 
 
 def prune_model(
@@ -75,14 +75,7 @@ def prune_on_reading(
     compensation: Mapping[int, InputMoments] | None = None,
 ) -> PreTrainedModel:
     """A pruned copy of a model whose layers are streamed, for a single run: no layer is in memory, each is cut whenever
-    it is read.
-
-    Args:
-        compensation: see `prune_model`.
-
-    Raises:
-        AdaPrunerError: the plan was made for another model.
-    """
+    it is read. For `compensation`, see `prune_model`."""
     cut = _Cut(model, structure, plan, compensation)
     pruned: Any = cut.empty_model()
     pruned.load_state_dict(cut.resident(), strict=False, assign=True)
@@ -129,11 +122,21 @@ class _Cut:
         with loaded_layer(self.model, number) as module:
             tensors = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
         for index, (block, block_plan) in enumerate(zip(self.structure.blocks, self.plan.blocks, strict=True)):
-            if block.layer == number and block_plan.kept:
-                _prune_block(tensors, index, block, block_plan, self.compensation)
-            elif block.layer == number:
+            if block.layer != number or len(block_plan.kept) == block.groups:
+                continue
+            if not block_plan.kept:
                 path = f"{prefix}{architecture.module_of(block.kind)}."
                 tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(path)}
+                continue
+            for parameter, slices in block.slices_by_parameter.items():
+                if self.compensation is None or not block.is_projected or parameter != block.row_wise.parameter:
+                    tensors[parameter] = _kept_part(tensors[parameter], block_plan, slices)
+                    continue
+                weights = block.row_wise.as_projections(tensors[parameter])
+                kept = kept_indices(block_plan, [block.row_wise], weights.shape[2])
+                moments = self.compensation[index].of_experts()
+                corrected = [compensate(*expert) for expert in zip(weights, moments, kept, strict=True)]
+                tensors[parameter] = block.row_wise.as_stored(torch.stack(corrected))
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     @init_empty_weights(include_buffers=False)  # type: ignore[untyped-decorator]
@@ -141,7 +144,9 @@ class _Cut:
     def empty_model(self, state: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
         """The pruned model before its weights are set; without a state, which gives their shapes, of no stock class."""
         model, architecture = self.model, self.structure.architecture
-        fields = fields_of_all(model, architecture)
+        # Without the differences between pruned layers and without remote code.
+        numbers = architecture.config_fields.head_numbers
+        fields = {name: value for name, value in stock_fields(model.config).items() if name != numbers}
         if architecture.attention:
             fields["head_dim"] = architecture.head_dim(model.config.per_layer_config[0])
         layers = self.layer_fields()
@@ -151,7 +156,7 @@ class _Cut:
         # No stock class supports layers without attention.
         if state and "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
             shapes = {name: tensor.shape for name, tensor in state.items()}
-            for stock in stock_models(model, fields | common):
+            for stock in _stock_models(model, fields | common):
                 if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                     wrapper = wrapper_of(model)
                     if wrapper is None or wrapper.fits(stock.config):
@@ -164,8 +169,8 @@ class _Cut:
                 for index in range(self.structure.layers)
             }
         fields |= {"per_layer_config": layers}
-        if architecture.config_fields.head_numbers:
-            fields |= {architecture.config_fields.head_numbers: None}
+        if numbers:
+            fields |= {numbers: None}
         pruned: PreTrainedModel = architecture.pruned_class(architecture.pruned_class.config_class.from_dict(fields))
         return pruned
 
@@ -204,30 +209,49 @@ def _in_memory(cut: dict[str, Tensor], uncut: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _prune_block(
-    state: dict[str, Tensor], index: int, block: Block, plan: BlockPlan, compensation: Mapping[int, InputMoments] | None
-) -> None:
-    """Replaces the tensors of a block."""
-    if len(plan.kept) == block.groups:
-        return
-    row_wise = block.row_wise if compensation is not None and block.is_projected else None
-    for parameter, slices in block.slices_by_parameter.items():
-        if row_wise is None or parameter != row_wise.parameter:
-            state[parameter] = _kept_part(state[parameter], plan, slices)
-    if row_wise and compensation is not None:
-        weights = row_wise.as_projections(state[row_wise.parameter])
-        kept = kept_indices(plan, [row_wise], weights.shape[2])
-        moments = compensation[index].of_experts()
-        corrected = [compensate(*expert) for expert in zip(weights, moments, kept, strict=True)]
-        state[row_wise.parameter] = row_wise.as_stored(torch.stack(corrected))
+def _stock_models(model: PreTrainedModel, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
+    """Models of a config in stock classes that accept it: the class of the family, then an equivalent one whose config
+    accepts any number of heads. A multimodal model keeps the class of its decoder."""
+    architecture = architecture_of(model.config)
+    candidates = [(architecture.model_type, dict(fields))]
+    equivalent = None if wrapper_of(model) else architecture.equivalent
+    if equivalent and not any(fields.get(field) for field in equivalent.without):
+        common = {name: value for name, value in fields.items() if name not in ("model_type", *equivalent.without)}
+        candidates.append((equivalent.model_type, common | equivalent.fields))
+    for model_type, accepted in candidates:
+        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        # Some families refuse numbers of heads that do not divide the hidden size, in the config or in the model.
+        with contextlib.suppress(StrictDataclassError, ValueError):
+            yield stock_class(stock_class.config_class.from_dict(accepted))
+
+
+def compensate(weight: Tensor, moments: InputMoments, kept: Tensor) -> Tensor:
+    """The best columns to keep when some inputs of a projection are removed.
+
+    They minimise E‖W x − W' x_K‖² + damping · ‖W' − W_K‖² over W': W' = W_K + W_R S_RK (S_KK + damping · I)⁻¹ with
+    S = E[x xᵀ]. Damping is towards the original columns and not towards zero, so the result is never worse on its own
+    text than leaving them unchanged.
+
+    Args:
+        weight: [outputs, inputs], any dtype.
+        moments: of the inputs.
+        kept: [kept], int64, the numbers of the kept inputs, ascending.
+
+    Returns:
+        [outputs, kept] in the dtype of the weight.
+    """
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_removed[kept] = False
+    removed = is_removed.nonzero().flatten()
+    kept, removed = kept.to(weight.device), removed.to(weight.device)
+    second = moments.second.to(weight.device)
+    within, across = second[kept][:, kept], second[kept][:, removed]
+    change = solve_damped(within, moments.damping, across @ weight[:, removed].float().T)
+    return (weight[:, kept].float() + change.T).to(weight.dtype)
 
 
 def _kept_part(tensor: Tensor, plan: BlockPlan, slices: Sequence[TensorSlice]) -> Tensor:
-    """The tensor with the indices of the kept groups only.
-
-    Args:
-        slices: the slices of the groups in this tensor.
-    """
+    """The tensor with the indices of the kept groups only; `slices` are those of the groups in this tensor."""
     axis, by_expert = slices[0].stored_axis, slices[0].of_experts(tensor)
     kept = kept_indices(plan, slices, by_expert.shape[1 + axis]).to(tensor.device)
     narrowed = [expert.index_select(axis, indices) for expert, indices in zip(by_expert, kept, strict=True)]

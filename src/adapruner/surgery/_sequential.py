@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement._moments import InputMoments
-from adapruner.measurement._solving import add_products, solve_damped, symmetric
+from adapruner.measurement._moments import InputMoments, add_products, solve_damped, symmetric
 from adapruner.models._layers import LayerCall, enter_layers, loaded_layer, overwrite_weight
 from adapruner.planning._plan import PruningPlan
 from adapruner.structure._blocks import Block, Structure
@@ -47,8 +46,7 @@ def refit_sequentially(
 
     Only cut projections are refitted; no layer is run after the last of these. The cost is at most two forward passes
     over the text, six through layers that lost heads and three through layers without attention. The memory is two
-    hidden states and the inputs of one projection per token, and a copy of one pruned layer if its dtype is not that of
-    `dense`.
+    hidden states and the inputs of one projection per token, and a copy of one pruned layer if the dtypes differ.
 
     Args:
         dense: of a family with a plain residual (`Architecture.has_plain_residual`), in the dtype in which the layers
@@ -113,7 +111,7 @@ def _kept_inputs(structure: Structure, plan: PruningPlan, number: int) -> Tensor
     others = [kept for index, kept in enumerate(plan.blocks) if kept.layer == block.layer and index != number]
     # A norm over the channels changes the scale of the kept ones.
     projections = {part.module for part in block.matrices}
-    has_norm = any(part.module not in projections for parts in block.slices_by_parameter.values() for part in parts)
+    has_norm = any(part.module not in projections for part in block.slices)
     if block.kind != "channels" or has_norm or any(len(kept.kept) < kept.groups for kept in others):
         return None
     return kept_indices(plan.blocks[number], [block.row_wise], block.inputs_of_one)[0]
@@ -132,11 +130,6 @@ class _Seen:
     def state_after(self) -> Tensor:
         """[tokens, hidden], float32: the hidden state after the projection."""
         return self.residual.float() + self.output.float()
-
-    def narrowed(self, projection: nn.Module, kept: Tensor) -> _Seen:
-        """The run of a pruned layer that differs only in this narrower projection."""
-        inputs = self.inputs.index_select(-1, kept)
-        return _Seen(inputs, projection(inputs), self.residual)
 
 
 @dataclass(frozen=True)
@@ -174,15 +167,9 @@ class _Layer:
 
 
 def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, kept: Tensor | None) -> Tensor:
-    """Sets the weight of the pruned projection to the least-squares solution. The feed-forward comes last in a layer:
-    only its output then changes, so the hidden states are also replaced by those after the layer.
-
-    Args:
-        kept: see `_kept_inputs`.
-
-    Returns:
-        The weight as it is stored, in float32.
-    """
+    """Sets the weight of the pruned projection to the least-squares solution; returns it as it is stored, in float32.
+    The feed-forward comes last in a layer: only its output then changes, so the hidden states are also replaced by
+    those after the layer. For `kept`, see `_kept_inputs`."""
     projection = pruned.projection(block)
     weight: Tensor = block.row_wise.as_projection(projection.weight)
     kept = None if kept is None else kept.to(weight.device)
@@ -192,7 +179,11 @@ def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, kept: Te
     inputs_of_pruned, tokens = [], 0
     for number, state in enumerate(dense.states):
         wanted, possible = dense.watch(number, block), uncut.watch(number, block)
-        given = pruned.watch(number, block) if kept is None else possible.narrowed(projection, kept)
+        if kept is None:
+            given = pruned.watch(number, block)
+        else:  # the pruned layer differs only in this narrower projection
+            narrowed = possible.inputs.index_select(-1, kept)
+            given = _Seen(narrowed, projection(narrowed), possible.residual)
         inputs = given.inputs.float()
         missing = torch.lerp(possible.state_after, wanted.state_after, CARRIED_SHARE) - given.state_after
         add_products(second, inputs)

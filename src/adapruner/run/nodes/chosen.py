@@ -48,10 +48,8 @@ from adapruner.search._attention_order import AttentionOrder, attention_order, m
 from adapruner.search._levelling import Levelled, level
 from adapruner.search._objective import Objective, at_budget, plan_candidate
 from adapruner.search._result import SearchResult
-from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, reused_layers
-from adapruner.search._study import Search
-from adapruner.search._study_file import StudyFile
-from adapruner.search._subsets import build_subset_family
+from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, build_subset_family, reused_layers
+from adapruner.search._study import Search, StudyFile
 from adapruner.structure._blocks import Structure
 
 MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
