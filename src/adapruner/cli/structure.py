@@ -55,8 +55,21 @@ def inspect(
             from adapruner.cli import with_options
             from adapruner.run.preview import estimate
         estimated = estimate(model, memory, **pruning)
-        lines = memory_line(estimated.memory, estimated.placement.device), f"{model} {_verdict(estimated, memory)}"
-        print_output(_cost(estimated, model), json, map(with_options, lines))
+        place, needed = estimated.placement, estimated.memory
+        content = {
+            "model": model,
+            "device": place.device,
+            "layer_wise": place.layer_wise,
+            "fits": estimated.fits,
+            "refusal": estimated.refusal,
+            "weights_bytes": needed.weights,
+            "term_bytes": needed.term,
+            "largest": needed.largest,
+            "device_bytes": needed.device,
+            "host_bytes": needed.host,
+        }
+        lines = memory_line(needed, place.device), f"{model} {_verdict(estimated, memory)}"
+        print_output(content, json, map(with_options, lines))
     elif architecture:
         with starting():
             from adapruner.verbs._inspect import describe
@@ -117,22 +130,6 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
         f"At most {structure.removable_parameters / total:.1%} of the parameters can be removed while every layer keeps"
         " some groups of each kind and all tokens are kept."
     )
-
-
-def _cost(estimate: Estimate, model: str) -> dict[str, Any]:
-    place, needed = estimate.placement, estimate.memory
-    return {
-        "model": model,
-        "device": place.device,
-        "layer_wise": place.layer_wise,
-        "fits": estimate.fits,
-        "refusal": estimate.refusal,
-        "weights_bytes": needed.weights,
-        "term_bytes": needed.term,
-        "largest": needed.largest,
-        "device_bytes": needed.device,
-        "host_bytes": needed.host,
-    }
 
 
 def _verdict(estimate: Estimate, memory: str | None) -> str:

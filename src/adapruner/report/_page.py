@@ -65,7 +65,7 @@ def render_report(run: RunFolder, result: RunResult) -> str:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
     names = titles(config, search.best_fixed_name)
-    used = defaultdict(list)
+    used: dict[str, list[str]] = defaultdict(list)
     for use, text in assign_texts(config).used if final.perplexity else ():
         used[use].append(str(text))
     budget = asdict((result.levelled.candidate if result.levelled else search.best).budget)

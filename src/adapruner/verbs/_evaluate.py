@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._pool import EvaluationText, evaluation_text
+from adapruner.calibration._pool import evaluation_text
 from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
 from adapruner.calibration._sources import Source, parse_source
 from adapruner.checkpoint._folder import read_origin
@@ -128,7 +128,16 @@ def evaluate(
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
-        perplexities = _measure_texts(loaded, texts, reporter) if texts else []
+        perplexities: list[Perplexity] = []
+        if texts:
+            with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
+                perplexities = [
+                    measure_perplexity(loaded, text.windows, name, advance, **text.about) for name, text in texts
+                ]
+        if any(math.isnan(measured.perplexity) for measured in perplexities):
+            raise AdaPrunerError(
+                f"the model predicts numbers that are NaN: its weights are broken, or {loaded.dtype} is too narrow"
+            )
         if speed and not placement.layer_wise:
             with reporter.stage("measuring speed", None) as advance:
                 measured_speed = measure_speed({"": loaded}, (1,), progress=advance)[""]
@@ -217,15 +226,3 @@ def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> lis
     if isinstance(perplexity, Mapping):
         return [(name, text if isinstance(text, str) else "\n\n".join(text)) for name, text in perplexity.items()]
     return [(str(source), source) for source in (parse_source(name, "report") for name in perplexity)]
-
-
-def _measure_texts(
-    model: PreTrainedModel, texts: Sequence[tuple[str, EvaluationText]], reporter: Reporter
-) -> list[Perplexity]:
-    with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
-        perplexities = [measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts]
-    if any(math.isnan(measured.perplexity) for measured in perplexities):
-        raise AdaPrunerError(
-            f"the model predicts numbers that are NaN: its weights are broken, or {model.dtype} is too narrow"
-        )
-    return perplexities
