@@ -25,7 +25,7 @@ from adapruner.terminal import PlainConsole
 _logger = logging.getLogger("adapruner")
 MIB = 2**20
 # Width of the longest name of a stage, so that bars are aligned; and of numbers up to 9999.
-_STAGE_WIDTH, _COUNT_WIDTH = 20, 9
+_STAGE_WIDTH, _COUNT_WIDTH = 24, 9
 # Seconds over which the remaining time is estimated: a step may take half a minute.
 _PERIOD = 300.0
 # Seconds after which a stage without a bar prints a line, again and again.

@@ -127,7 +127,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--protect-first 9", ""),
         ("--alignment paper", "--alignment paper only supports the Taylor terms: set --space paper"),
         ("--space paper --level-rounds 1", ""),
-        ("--compensation bias --sequential", "--sequential needs --compensation least-squares, not bias"),
+        ("--compensation none --sequential", "--sequential needs --compensation least-squares, not none"),
         ("--calibration self --self-windows 4", ""),
         ("--calibration wikitex2", "Did you mean 'wikitext2'"),
         ("--calibration TEXT@calibration --evaluate TEXT", "--objective would read"),

@@ -53,7 +53,7 @@ def test_outputs_that_cannot_be(
     said = {"file": "exists and holds no run", "file/below": "cannot write to", "full": "exists and holds no run"}
     for output in ("file", "file/below", "file/below/that", "loop", "loop/below", "full", "x" * 300, "x" * 5000):
         refused(command(verb, output=tmp_path / output), said.get(output, "") if verb == "prune" else "")
-    refused(command(verb, "--overwrite", output=tmp_path / "full"), "holds ")
+    refused(command(verb, "--overwrite", output=tmp_path / "full"), "is not a file" if verb == "export" else "holds ")
     for output in ("", ".", "..", "/", "/proc/nothing", "/dev/null", "/dev/null/below", "~nobody-of-this-name/x"):
         if not (output in ("", ".") and verb == "prune"):
             refused(command(verb, output=output))

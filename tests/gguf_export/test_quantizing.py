@@ -25,7 +25,7 @@ VOCABULARY = 400
 TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 
-@pytest.fixture(params=[(LlamaConfig, "uniform"), (LlamaConfig, "per-layer"), (Qwen3Config, "per-layer")])
+@pytest.fixture(params=[(LlamaConfig, "uniform"), (LlamaConfig, "per-layer"), (Qwen3Config, "uniform")])
 def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Rows of 256 and of 512 weights, and of 300 in six matrices if layers differ."""
     torch.manual_seed(0)
