@@ -18,9 +18,8 @@ from adapruner.calibration._blend import absolute_blend, parse_blend
 from adapruner.calibration._pool import text_windows
 from adapruner.calibration._sources import parse_source
 from adapruner.card import trained_sentence
-from adapruner.recovery._examples import Example, Examples, Unwritten, read_examples
+from adapruner.recovery._examples import Example, Examples, Unwritten, most_held_out, read_examples
 from adapruner.recovery._folder import working_folder
-from adapruner.recovery._length import most_held_out
 from adapruner.recovery._mixing import MixedExamples
 from adapruner.recovery._training import collate, total_steps
 from run_helpers import exit_code

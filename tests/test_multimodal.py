@@ -24,8 +24,7 @@ from adapruner.run.nodes.inputs import ratio_of_decoder
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
-from adapruner.tokens._choosing import Vocabulary
-from adapruner.tokens._model import configs_with_tokens, cut_vocabulary, named_tokens
+from adapruner.tokens._model import Vocabulary, configs_with_tokens, cut_vocabulary, named_tokens
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import random_plan
 from tiny_images import masked_logits, with_image

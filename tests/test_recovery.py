@@ -30,9 +30,9 @@ from adapruner.calibration._blend import BlendPart, parse_blend
 from adapruner.card import card_of_recovered
 from adapruner.models._device import in_fastest_dtype
 from adapruner.processes import Process
-from adapruner.recovery._checks import check_device, check_processes, check_trainer_options
 from adapruner.recovery._examples import Example, Examples, instruction_examples, read_examples, window_examples
 from adapruner.recovery._folder import read_record, training_alone, working_folder
+from adapruner.recovery._trainers import check_device, check_processes, check_trainer_options
 from adapruner.recovery._training import RecoveryRecord, train
 from run_helpers import exit_code, run_killed
 
@@ -666,7 +666,7 @@ def test_text_and_instructions_are_told_apart(
 
 
 def test_processes_that_cannot_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapruner.recovery._checks.this_process", lambda: Process(count=2))
+    monkeypatch.setattr("adapruner.recovery._trainers.this_process", lambda: Process(count=2))
     check_processes(RecoveryOptions(batch_size=4))
     with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):
         check_processes(RecoveryOptions(batch_size=5))

@@ -34,9 +34,8 @@ from adapruner.calibration._sources import parse_source, source_names
 from adapruner.errors import AdaPrunerError
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
-from adapruner.tokens._choosing import Vocabulary, choose_tokens
-from adapruner.tokens._model import cut_vocabulary, named_tokens
-from adapruner.tokens._selecting import count_tokens
+from adapruner.tokens._model import Vocabulary, cut_vocabulary, named_tokens
+from adapruner.tokens._selecting import choose_tokens, count_tokens
 from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import QUICK, exit_code

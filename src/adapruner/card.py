@@ -27,7 +27,7 @@ from adapruner.planning._plan import PruningPlan
 from adapruner.recovery._training import RecoveryRecord
 from adapruner.result import Role, RunResult, shown_name
 from adapruner.search._levelling import MovedChannels, MovedHeads
-from adapruner.tokens._choosing import VocabularySummary
+from adapruner.tokens._selecting import VocabularySummary
 
 # Longer cards, metadata and licences are cut off.
 _LONGEST_CARD = 2**20

@@ -16,8 +16,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from adapruner.errors import AdaPrunerError
 from adapruner.gguf._write import write_gguf
-from adapruner.tokens._choosing import choose_tokens
-from adapruner.tokens._selecting import count_tokens
+from adapruner.tokens._selecting import choose_tokens, count_tokens
 from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern

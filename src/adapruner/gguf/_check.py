@@ -41,11 +41,17 @@ def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
         return
     if config.hidden_act != "silu":
         raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
-    _check_attends_to_everything(config)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
+        raise AdaPrunerError(
+            f"llama.cpp has no sliding-window attention in this family, but this model has a window of {window} tokens:"
+            f" to export it exactly, set max_position_embeddings={window} in its config.json (now"
+            f" {config.max_position_embeddings})"
+        )
     _check_rope(config)
     if config.model_type == "qwen3":
-        _check_no_biases(model)
-        _check_one_width(config)
+        _check_plain_layers(model)
 
 
 def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
@@ -67,17 +73,6 @@ def head_dim(config: PreTrainedConfig) -> int:
     return architecture_of(config).head_dim(config.per_layer_config[0])
 
 
-def _check_attends_to_everything(config: PreTrainedConfig) -> None:
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
-        raise AdaPrunerError(
-            f"llama.cpp has no sliding-window attention in this family, but this model has a window of {window} tokens:"
-            f" to export it exactly, set max_position_embeddings={window} in its config.json (now"
-            f" {config.max_position_embeddings})"
-        )
-
-
 def _check_rope(config: PreTrainedConfig) -> None:
     settings = {name for name, value in config.rope_parameters.items() if value is not None}
     rope_type = config.rope_parameters["rope_type"]
@@ -93,8 +88,7 @@ def _check_rope(config: PreTrainedConfig) -> None:
 
 def _check_gemma3(model: PreTrainedModel) -> None:
     """llama.cpp's architecture `gemma3` has one width for all layers, and fixed values of many config fields."""
-    _check_no_biases(model)
-    _check_one_width(model.config)
+    _check_plain_layers(model)
     config, rope = model.config, model.config.rope_parameters
     # Every sixth layer attends to everything.
     layers = range(1, config.num_hidden_layers + 1)
@@ -114,19 +108,16 @@ def _check_gemma3(model: PreTrainedModel) -> None:
             raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
 
 
-def _check_one_width(config: PreTrainedConfig) -> None:
-    if layers_differ(config):
-        raise AdaPrunerError(
-            "llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only, not in"
-            f" {config.model_type}: prune with `layout` uniform"
-        )
-
-
-def _check_no_biases(model: PreTrainedModel) -> None:
-    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
-    if biases:
-        family = model.config.model_type
+def _check_plain_layers(model: PreTrainedModel) -> None:
+    """Refuses biases, and layers that differ in width."""
+    family = model.config.model_type
+    if biases := [name for name, _ in model.named_parameters() if name.endswith(".bias")]:
         raise AdaPrunerError(
             f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
             " prune with a compensation that adds none, as `compensation` least-squares"
+        )
+    if layers_differ(model.config):
+        raise AdaPrunerError(
+            "llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only, not in"
+            f" {family}: prune with `layout` uniform"
         )

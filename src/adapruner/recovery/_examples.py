@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from adapruner.errors import AdaPrunerError
 from adapruner.evaluation._writing import end_tokens
 from adapruner.models._deferred import StoredWeight
 from adapruner.models._generation import NO_TOKEN, continue_texts
-from adapruner.recovery._length import most_examples, most_held_out
 
 IGNORED = -100
 # The default number of examples that a model writes for fine-tuning, for each dataset of a blend.
@@ -31,6 +31,17 @@ DEFAULT_GENERATED_RECORDS = 1024
 _TEMPERATURE, _ANSWERS_AT_ONCE = 0.7, 128
 # The largest part of an example that a prompt may be if the teacher answers it.
 _LONGEST_PROMPT = 0.75
+
+# Passes over all examples, where nothing else gives the length.
+DEFAULT_EPOCHS = 2
+# Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
+# LLM-Pruner.
+_VALIDATIONS, _MOST_STEPS_BETWEEN = 5, 200
+# All validations together read at most this part of the examples that are trained on, without a backward pass.
+_VALIDATED = 0.1
+_FEWEST_HELD_OUT = 16
+# Prompts of instructions alone have nearly as many tokens.
+_FEWEST_TOKENS = 64
 
 # The prompt of Stanford Alpaca, LLM-Pruner and the paper; other tools of this format expect it.
 _PROMPT = (
@@ -291,3 +302,43 @@ def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
             f"{name} gives {count} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
             " and one to validate on"
         )
+
+
+def most_examples(options: RecoveryOptions, share: float, is_written: bool) -> int | None:
+    """The largest number of examples of a dataset with that share which a training needs, those for validation
+    included; None if it needs all.
+
+    Args:
+        is_written: True if the teacher writes them, which costs more than reading too many.
+    """
+    if options.steps is not None:
+        seen = float(options.steps * options.batch_size)
+    elif options.tokens is not None:
+        seen = int(options.tokens) / (options.seq_len if is_written else min(_FEWEST_TOKENS, options.seq_len))
+    else:
+        return None
+    # Shares are met up to one example, and at least two are needed.
+    return math.ceil((seen + most_held_out(options, seen)) * share) + 2
+
+
+def most_held_out(options: RecoveryOptions, examples: float) -> int:
+    """The largest number of examples for validation.
+
+    Args:
+        examples: the number of all examples; if the training has a length, that decides.
+    """
+    if options.tokens is not None:
+        few = _VALIDATED / _VALIDATIONS * int(options.tokens) / options.seq_len
+    else:
+        seen = (
+            examples * (options.epochs or DEFAULT_EPOCHS)
+            if options.steps is None
+            else options.steps * options.batch_size
+        )
+        few = _VALIDATED * seen / max(_VALIDATIONS, seen / options.batch_size / _MOST_STEPS_BETWEEN)
+    return min(options.validation, max(_FEWEST_HELD_OUT, int(few)))
+
+
+def steps_between_validations(steps: int) -> int:
+    """The number of steps between two validations, in a training of so many steps."""
+    return max(1, min(_MOST_STEPS_BETWEEN, steps // _VALIDATIONS))

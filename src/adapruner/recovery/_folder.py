@@ -68,17 +68,11 @@ def read_record(folder: Path) -> RecoveryRecord | None:
 
 
 def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> RecoveryRecord | None:
-    """Makes sure that a recovery may write to a folder, or resume from its working folder.
+    """The record of the recovery if it is finished already. Refuses a folder that holds another recovery, which may be
+    replaced with `overwrite` and is kept until the new one is finished, or something else.
 
     Args:
         config: everything that the result depends on, as JSON.
-        overwrite: an earlier recovery may be replaced; it is kept until the new one is finished.
-
-    Returns:
-        The record, if the recovery is finished already.
-
-    Raises:
-        AdaPrunerError: the folder holds another recovery, or something else.
     """
     if overwrite and (folder / RECORD).is_file():
         return None

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adapruner.config import RecoveryOptions
-from adapruner.recovery._examples import Example, Examples
-from adapruner.recovery._length import DEFAULT_EPOCHS
+from adapruner.recovery._examples import DEFAULT_EPOCHS, Example, Examples
 
 # Shares are met exactly over so many examples, whose order repeats.
 _CYCLE = 4096

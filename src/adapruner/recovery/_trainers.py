@@ -1,17 +1,25 @@
-"""The Trainer of transformers, with losses per token: of the labels, or of the predictions of a teacher."""
+"""The Trainer of transformers, with losses per token; options that it would refuse late are refused early."""
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from adapruner.config import RecoveryOptions
+from adapruner.errors import AdaPrunerError, reason
+from adapruner.processes import this_process
 from adapruner.recovery._examples import IGNORED, Example
 from adapruner.recovery._loss import Predictor, loss_of_batch
+
+# The environment variables that select the visible accelerators.
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 
 
 class TokenTrainer(Trainer):
@@ -79,3 +87,45 @@ class TokenTrainer(Trainer):
         """The mean number of learnt tokens per validation example."""
         rows = cast(list[Example], self.eval_dataset)
         return sum(label != IGNORED for row in rows for label in row["labels"][1:]) / len(rows)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuses a GPU that the Trainer does not train on: in a single process, any but the first."""
+    if device.type != "cpu" and device.index and this_process().count == 1:
+        raise AdaPrunerError(
+            f"training runs on the first accelerator and not on {device}: set"
+            f" {_VISIBLE.get(device.type, 'its variable for visible devices')}={device.index} and leave `device` out"
+        )
+
+
+def check_processes(options: RecoveryOptions) -> None:
+    """Refuses a batch that the processes cannot share equally."""
+    size, processes = options.batch_size, this_process().count
+    if size % processes:
+        raise AdaPrunerError(f"`batch_size` {size} cannot be divided among {processes} processes")
+
+
+def check_trainer_options(options: RecoveryOptions) -> None:
+    """Refuses an optimizer or an experiment tracker that the Trainer does not know, or whose package is missing."""
+    try:
+        model: Any = nn.Linear(1, 1)
+        arguments: Any = TrainingArguments("unused", **trainer_options(options))
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        raise AdaPrunerError(f"`optimizer` {options.optimizer}: {reason(error)}") from None
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise AdaPrunerError(f"`report_to` {options.report_to}: {reason(error)}") from None
+    # The Trainer's default is a folder that is removed at the end of the training.
+    if "tensorboard" in arguments.report_to and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+        raise AdaPrunerError(
+            "`report_to` tensorboard: set the environment variable TENSORBOARD_LOGGING_DIR to a folder"
+        )
+
+
+def trainer_options(options: RecoveryOptions) -> dict[str, Any]:
+    """The Trainer's arguments for the optimizer and the tracker; GaLore and APOLLO project the gradients of all linear
+    layers."""
+    return {"optim": options.optimizer, "optim_target_modules": "all-linear", "report_to": options.report_to}

@@ -36,12 +36,10 @@ from adapruner.processes import this_process
 from adapruner.progress import give_back_memory
 from adapruner.random_state import random_state_kept
 from adapruner.recovery._adapters import frozen, merge, take_off, with_adapters
-from adapruner.recovery._checks import trainer_options
-from adapruner.recovery._examples import IGNORED, Example, Examples
-from adapruner.recovery._length import steps_between_validations
+from adapruner.recovery._examples import IGNORED, Example, Examples, steps_between_validations
 from adapruner.recovery._mixing import MixedExamples, examples_to_learn
 from adapruner.recovery._sharding import refuse_other_sharding, sharded
-from adapruner.recovery._trainers import TokenTrainer
+from adapruner.recovery._trainers import TokenTrainer, trainer_options
 
 
 class LearntPart(BaseModel, extra="forbid", frozen=True):
@@ -123,10 +121,36 @@ def train(
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
     model, state, mixed = _trained(load, blend, options, folder, teacher, progress)
-    distils = teacher is not None or "taught" in blend[0].training[0]
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
-    return model, _record(state, mixed, blend, options, "distillation" if distils else "labels")
+    # A call that was killed after the last step makes one more, at a learning rate of zero.
+    done = min(state.global_step, state.max_steps)
+    learnt = mixed.learnt(min(done * options.batch_size, len(mixed)))
+    parts = {
+        examples.name: LearntPart(
+            share=examples.share,
+            examples=len(examples.training),
+            learnt=count,
+            tokens=round(examples.mean_tokens * count),
+            passes=round(count / len(examples.training), 3),
+        )
+        for examples, count in zip(blend, learnt, strict=True)
+    }
+    distils = teacher is not None or "taught" in blend[0].training[0]
+    return model, RecoveryRecord(
+        config=options.model_dump(mode="json"),
+        method="distillation" if distils else "labels",
+        training_examples=sum(len(examples.training) for examples in blend),
+        validation_examples=sum(len(examples.validation) for examples in blend),
+        skipped_records=sum(examples.skipped for examples in blend),
+        steps=done,
+        tokens=sum(part.tokens for part in parts.values()),
+        loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
+        loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
+        best_step=min(int(state.best_global_step or done), state.max_steps),
+        seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
+        parts=parts,
+    )
 
 
 def _trained(
@@ -185,42 +209,6 @@ def _trained(
         model.tie_weights()
         cast(nn.Module, model).to(dtype).eval()
     return model, trainer.state, mixed
-
-
-def _record(
-    state: TrainerState,
-    mixed: MixedExamples,
-    blend: Sequence[Examples],
-    options: RecoveryOptions,
-    method: Literal["labels", "distillation"],
-) -> RecoveryRecord:
-    # A call that was killed after the last step makes one more, at a learning rate of zero.
-    done = min(state.global_step, state.max_steps)
-    learnt = mixed.learnt(min(done * options.batch_size, len(mixed)))
-    parts = {
-        examples.name: LearntPart(
-            share=examples.share,
-            examples=len(examples.training),
-            learnt=count,
-            tokens=round(examples.mean_tokens * count),
-            passes=round(count / len(examples.training), 3),
-        )
-        for examples, count in zip(blend, learnt, strict=True)
-    }
-    return RecoveryRecord(
-        config=options.model_dump(mode="json"),
-        method=method,
-        training_examples=sum(len(examples.training) for examples in blend),
-        validation_examples=sum(len(examples.validation) for examples in blend),
-        skipped_records=sum(examples.skipped for examples in blend),
-        steps=done,
-        tokens=sum(part.tokens for part in parts.values()),
-        loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
-        loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
-        best_step=min(int(state.best_global_step or done), state.max_steps),
-        seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
-        parts=parts,
-    )
 
 
 def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:

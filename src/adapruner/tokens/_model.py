@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from adapruner.models._architecture import new_model
 from adapruner.models._config import find_wrapper
 from adapruner.models._places import ModelLocation, quiet_transformers
 from adapruner.models._wrapper import give_wrapper, wrapper_of
-from adapruner.tokens._choosing import Vocabulary
 
 # Fields of configs that hold a token, or lists of them.
 _TOKENS = re.compile(
@@ -26,6 +26,25 @@ _TOKENS = re.compile(
 # Fields that hold tokens in forms that are not renumbered.
 _NOT_REWRITABLE = ("sequence_bias", "forced_decoder_ids", "constraints")
 _SIZES = re.compile(r"(.*_)?vocab_size(_.*)?")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The kept tokens.
+
+    Attributes:
+        kept: their ids, ascending; the new id of a token is its place in this list.
+        beyond: ids of added tokens that have no row in the embedding, ascending; their new ids follow those of the kept
+            tokens.
+    """
+
+    kept: tuple[int, ...]
+    beyond: tuple[int, ...] = ()
+
+    @cached_property
+    def new_ids(self) -> dict[int, int]:
+        """The new ids, by old id."""
+        return {old: new for new, old in enumerate((*self.kept, *self.beyond))}
 
 
 def named_tokens(settings: PreTrainedConfig | GenerationConfig) -> set[int]:

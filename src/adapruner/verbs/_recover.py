@@ -26,11 +26,11 @@ from adapruner.paths import given_path, output_path
 from adapruner.processes import end_with_parent, this_process
 from adapruner.progress import Reporter
 from adapruner.recovery._adapters import check_adapters
-from adapruner.recovery._checks import check_device, check_processes, check_trainer_options
 from adapruner.recovery._examples import Examples, Unwritten, read_examples
 from adapruner.recovery._folder import begin_training, check_folder, recover_into, training_alone, working_folder
 from adapruner.recovery._predictions import write_predictions
 from adapruner.recovery._sharding import shard
+from adapruner.recovery._trainers import check_device, check_processes, check_trainer_options
 from adapruner.recovery._training import RecoveryRecord, total_steps
 from adapruner.texts import record_of
 

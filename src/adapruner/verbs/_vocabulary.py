@@ -20,9 +20,8 @@ from adapruner.paths import output_path
 from adapruner.progress import Reporter
 from adapruner.result import shown_name
 from adapruner.texts import record_of
-from adapruner.tokens._choosing import VocabularySummary
 from adapruner.tokens._model import configs_with_tokens, cut_vocabulary
-from adapruner.tokens._selecting import select_vocabulary
+from adapruner.tokens._selecting import VocabularySummary, select_vocabulary
 from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
 from adapruner.verbs._export import check_output
 

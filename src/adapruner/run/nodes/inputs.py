@@ -22,7 +22,7 @@ from adapruner.models._loading import check_streamable, empty_model, is_streamab
 from adapruner.models._places import ModelLocation, find_model, fingerprint as fingerprint_of_model
 from adapruner.planning._budget import Budget, UnreachableRatioError, default_budget
 from adapruner.progress import Reporter
-from adapruner.recovery._checks import check_trainer_options
+from adapruner.recovery._trainers import check_trainer_options
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure

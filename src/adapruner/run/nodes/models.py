@@ -27,10 +27,10 @@ from adapruner.option_rules import is_on_after_least_squares
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
 from adapruner.recovery._adapters import check_adapters, scale_options
-from adapruner.recovery._checks import check_device
 from adapruner.recovery._examples import Examples, Unwritten, read_examples, window_examples
 from adapruner.recovery._folder import recover_into
 from adapruner.recovery._predictions import write_predictions
+from adapruner.recovery._trainers import check_device
 from adapruner.recovery._training import total_steps, train
 from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows
