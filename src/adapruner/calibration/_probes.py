@@ -71,12 +71,9 @@ def questions() -> list[Question]:
 
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
-    """Texts that every model has seen the like of: sums and products (`arithmetic`), Python (`code`, parts of this
-    package as they once were), a story (`prose`), conversations (`dialogue`), and tasks with answers (`instructions`).
-
-    Args:
-        seq_len: tokens per window.
-    """
+    """Texts that every model has seen the like of, in windows of `seq_len` tokens: sums and products (`arithmetic`),
+    Python (`code`, parts of this package as they once were), a story (`prose`), conversations (`dialogue`), and tasks
+    with answers (`instructions`)."""
     texts = built_in_texts().items()
     return {name: evaluation_text(text, tokenizer, seq_len, _WINDOWS, name=name) for name, text in texts}
 

@@ -63,22 +63,13 @@ def stream_documents(source: Source) -> Iterator[str]:
 
 
 def read_records(source: Source) -> list[Row]:
-    """All rows of a source (or of its part) by column, in their order; plain text has the column `text`.
-
-    Raises:
-        AdaPrunerError: it cannot be read.
-    """
+    """All rows of a source (or of its part) by column, in their order; plain text has the column `text`."""
     return [row for row in _held(source)[0] if _is_of_part(_joined(row), source.part)]
 
 
 def read_windows(source: Source) -> Tensor:
-    """[windows, tokens], int64: the windows of tokens in a `.safetensors` file (or of its part), in their order.
-
-    Windows are put into parts by the hash of their tokens.
-
-    Raises:
-        AdaPrunerError: it cannot be read, or holds something else.
-    """
+    """[windows, tokens], int64: the windows of tokens in a `.safetensors` file (or of its part), in their order. They
+    are put into parts by the hash of their tokens."""
     assert source.path is not None
     with _reading(source):
         try:
@@ -193,11 +184,8 @@ def _reading(source: Source) -> Iterator[None]:
 
 
 def _open(source: Source, streamed: bool = False) -> tuple[Iterator[Row], str]:
-    """The rows of a source, read one after the other, and their revision; the revision of a file is empty.
-
-    Args:
-        streamed: download no more of a Hub dataset than is read, and keep nothing of it.
-    """
+    """The rows of a source, read one after the other, and their revision; the revision of a file is empty. Streamed, no
+    more of a Hub dataset is downloaded than is read, and nothing of it kept."""
     path = source.path
     if path is not None and path.is_file():
         return _rows_of_file(source, path), ""
@@ -366,14 +354,8 @@ def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
 
 
 def text_rows(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
-    """The text of records in memory, by column; the first record decides which columns hold text.
-
-    Args:
-        name: of the records, for messages.
-
-    Raises:
-        AdaPrunerError: no column holds text, or a value is not text.
-    """
+    """The text of records in memory, by column; the first record decides which columns hold text. Refuses records
+    without text; the name is for messages."""
     try:
         yield from _rows_of_records(records, f"`{name}`")
     except ValueError as error:

@@ -30,21 +30,13 @@ def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: Any) -> Bat
 
 
 def tokens_of(tokenizer: Tokenizer, text: str, special: bool = False) -> Tensor:
-    """[tokens], int64: the tokens of a text.
-
-    Args:
-        special: with the special tokens that the tokenizer adds to a text.
-    """
+    """[tokens], int64: the tokens of a text, with the special ones that the tokenizer adds if `special`."""
     return torch.cat([tokens for tokens, _ in _encodings(tokenizer, text, special, with_ends=False)])
 
 
 def tokens_with_ends(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[Tensor, Tensor]:
-    """[tokens], int64: the tokens of a text, and the number of characters up to the end of each; 0 for special tokens.
-
-    Args:
-        tokenizer: a fast one.
-        special: as in `tokens_of`.
-    """
+    """[tokens], int64: `tokens_of` a fast tokenizer, and the number of characters up to the end of each; 0 for special
+    tokens."""
     tokens, ends = zip(*_encodings(tokenizer, text, special, with_ends=True), strict=True)
     return torch.cat(tokens), torch.cat(ends)
 

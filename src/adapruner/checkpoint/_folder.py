@@ -169,12 +169,9 @@ def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -
 
 
 def add_older_keys(path: Path, text: str | None = None) -> None:
-    """Adds the older names of config fields. transformers 4 and mlx-lm do not read `rope_parameters`, and would
-    silently use a theta of 10,000; nor do they read the new name of the number of experts.
-
-    Args:
-        text: name of the decoder's config in the config of a multimodal model.
-    """
+    """Adds the older names of config fields, or of those of the decoder, `text`, in the config of a multimodal model.
+    transformers 4 and mlx-lm do not read `rope_parameters`, and would silently use a theta of 10,000; nor do they read
+    the new name of the number of experts."""
     content = json.loads(path.read_text(encoding="utf-8"))
     fields = content[text] if text else content
     renamed = CONFIG_MAPPING[fields["model_type"]].attribute_map.get("num_experts")

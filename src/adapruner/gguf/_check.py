@@ -69,7 +69,6 @@ def layers_differ(config: PreTrainedConfig) -> bool:
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Width of a head."""
     return architecture_of(config).head_dim(config.per_layer_config[0])
 
 

@@ -196,17 +196,11 @@ def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         shapes = {"norm": (hidden,), "output": (hidden, width), **dict.fromkeys("qkv", (width, hidden))}
         tensors |= {f"blk.0.attn_{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
     if config.rope_parameters.get("rope_type") == "llama3":
-        tensors["rope_freqs.weight"] = _frequency_divisors(config)
+        # [half the width of a head]: the divisor of each rotary frequency.
+        exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
+        tensors["rope_freqs.weight"] = config.rope_parameters["rope_theta"] ** -exponents / scaled
     return tensors
-
-
-def _frequency_divisors(config: PreTrainedConfig) -> Tensor:
-    """[half the width of a head]: the divisor of each rotary frequency in Llama 3's scaling."""
-    width = head_dim(config)
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
-    unscaled: Tensor = config.rope_parameters["rope_theta"] ** -exponents
-    return unscaled / scaled
 
 
 def _write_header(

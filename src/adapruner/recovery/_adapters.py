@@ -43,7 +43,7 @@ def scale_options(
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
         layer_wise: the layers of both models are streamed, which checkpoints by itself.
         seq_len: tokens of an example.
-        ratio: the fraction that was removed; after a large one, the scales have a longer way to go.
+        ratio: the fraction that was removed.
     """
     micro_batch = RecoveryOptions().micro_batch_size
     return RecoveryOptions(

@@ -1,4 +1,4 @@
-"""Training examples of a dataset: instructions with answers, windows of running text, or what the teacher writes."""
+"""Training examples of a dataset, and how many a training needs: instructions, text, or what the teacher writes."""
 
 from __future__ import annotations
 
@@ -150,11 +150,7 @@ class Unwritten:
         return rows
 
     def examples(self, written: Tensor, options: RecoveryOptions) -> Examples:
-        """The examples of a written text, of which the predictions of the teacher are learnt, and none for the prompts.
-
-        Args:
-            written: see `write`.
-        """
+        """The examples of what `write` gave: the predictions of the teacher are learnt, and none for the prompts."""
         starts = [len(prompt) for prompt in self.prompts] or [1] * len(written)
         made = [_example(row[row != NO_TOKEN].tolist(), start, 0.0) for row, start in zip(written, starts, strict=True)]
         return _split(made, self.part, options, self.skipped)
@@ -306,11 +302,7 @@ def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
 
 def most_examples(options: RecoveryOptions, share: float, is_written: bool) -> int | None:
     """The largest number of examples of a dataset with that share which a training needs, those for validation
-    included; None if it needs all.
-
-    Args:
-        is_written: True if the teacher writes them, which costs more than reading too many.
-    """
+    included; None if it needs all. If the teacher writes them, too many cost more than to read too many."""
     if options.steps is not None:
         seen = float(options.steps * options.batch_size)
     elif options.tokens is not None:
@@ -322,11 +314,7 @@ def most_examples(options: RecoveryOptions, share: float, is_written: bool) -> i
 
 
 def most_held_out(options: RecoveryOptions, examples: float) -> int:
-    """The largest number of examples for validation.
-
-    Args:
-        examples: the number of all examples; if the training has a length, that decides.
-    """
+    """The largest number of examples for validation, out of all examples; the length of a training decides first."""
     if options.tokens is not None:
         few = _VALIDATED / _VALIDATIONS * int(options.tokens) / options.seq_len
     else:

@@ -33,16 +33,9 @@ def write_predictions(
     folder: Path,
     progress: Callable[[int], None] = lambda examples: None,
 ) -> list[Examples]:
-    """Writes the most probable tokens of a teacher and their log-probabilities at the temperature of the options, for
-    every learnt token of all examples. Processes share the files out; those that exist are kept.
-
-    Args:
-        teacher: may be streamed, or sharded.
-        folder: of the files; the examples are the same in every call.
-
-    Returns:
-        The examples, each with the place of its predictions.
-    """
+    """Writes the most probable tokens of a teacher, which may be streamed or sharded, and their log-probabilities at
+    the temperature of the options, for every learnt token of all examples. Processes share the files out; those that
+    exist are kept: the examples are the same in every call. Returns the examples with their predictions."""
     files: dict[Path, Sequence[Example]] = {}
 
     def taught(examples: Sequence[Example]) -> list[Example]:

@@ -159,7 +159,6 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
     special tokens, chat templates, settings.
 
     Args:
-        parts: of this tokenizer.
         new_ids: by old id; ascending, without gaps.
 
     Raises:
