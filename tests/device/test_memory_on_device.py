@@ -154,7 +154,7 @@ def test_estimates_are_what_is_needed(
     long_text_file: Path,
     tmp_path: Path,
 ) -> None:
-    """Of the largest stage, a tenth below at most and a third above."""
+    """The largest peak of a run is within a quarter of it."""
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 64, "num_hidden_layers": 6}
     model = family("llama", dtype, vocab_size=2048, **sizes)
     tokens = {"seq_len": 64, "pool": 16, "objective_windows": 16, "compensation_windows": 24}
@@ -162,10 +162,10 @@ def test_estimates_are_what_is_needed(
     estimate = only_json(device.run("inspect", model, "--cost", "--json", *flags(options)))["device_bytes"]
     # Trials hold second moments where there is room, which is not estimated: there is little.
     command = pruning(model, long_text_file, tmp_path / "a", options)
-    outcome = device.run(*command, memory=6 * estimate // 5)
+    outcome = device.run(*command, memory=5 * estimate // 4)
     only_json(outcome)
     peak = max(stage.peak for stage in outcome.stages)
-    assert 0.75 * estimate < peak < 1.1 * estimate, (peak, estimate)
+    assert 0.75 * estimate < peak < 1.25 * estimate, (peak, estimate)
 
 
 def test_adapters_cost_what_their_shapes_say(
