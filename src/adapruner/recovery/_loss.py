@@ -205,7 +205,8 @@ class _LossOfLogits(torch.autograd.Function):
             teacher = None if expected is None else expected.to(logits.device, wide)
             loss, gradient = loss_and_gradient(logits.to(wide), teacher, labels, weights, temperature)
         context.save_for_backward(gradient.mul_(scale).to(logits.dtype))
-        return loss * scale
+        scaled: Tensor = loss * scale
+        return scaled
 
     @staticmethod
     def backward(context: Any, *outer: Any) -> Any:

@@ -107,7 +107,7 @@ def making_of(config: PruneConfig, run: RunFolder, reporter: Reporter, earlier: 
         "run_folder": run,
         "stage_costs": lambda: reporter.finished_stages([making.record(node).key for node in making.wanted]),
     }
-    making = Making(
+    making: Making = Making(
         graph=GRAPH,
         options=dict(config),
         as_json=config.model_dump(mode="json"),

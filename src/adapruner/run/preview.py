@@ -125,11 +125,12 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
     def placed(config: PruneConfig) -> tuple[Memory, Placement]:
         making = making_of(config, RunFolder.temporary(), Reporter())
         making.values |= known
-        of_model = config, *(making.value(node) for node in (inputs.empty, inputs.structure, inputs.starting_budget))
+        empty, structure = making.value(inputs.empty), making.value(inputs.structure)
+        of_model = config, empty, structure, making.value(inputs.starting_budget)
         if stated is None:
             placement = making.value(inputs.placement)
         else:
-            streamable = is_streamable(making.value(inputs.location), making.value(inputs.empty).config)
+            streamable = is_streamable(making.value(inputs.location), empty.config)
             placement = choose_placement(*of_model, gpus, streamable, stated)
         return estimate_memory(*of_model, placement.devices, placement.layer_wise), placement
 
