@@ -8,7 +8,6 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def tiny_model(model_type: str = "llama", key_value_heads: int = 3, **fields: ob
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _cache_of_families(tmp_path_factory):
     """Families are checked once for all tests, also of other workers, and nothing is left with the user."""
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -114,7 +113,7 @@ def _cache_of_families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _nothing_waits_for_the_disk() -> Iterator[None]:
+def _nothing_waits_for_the_disk():
     """A power failure alone takes what was written and is not on the disk yet; a kill does not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adapruner.files._flush", lambda _: None)
@@ -122,7 +121,7 @@ def _nothing_waits_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _continuations_are_short() -> Iterator[None]:
+def _continuations_are_short():
     """A token takes as long to generate as a batch of windows to judge, and every run generates them twice."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*CONTINUED)
@@ -130,7 +129,7 @@ def _continuations_are_short() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _families_of_the_package() -> Iterator[None]:
+def _families_of_the_package():
     """Families that a test registers are for the process, and gone after the test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adapruner.models._architecture._registered", {})
@@ -139,22 +138,22 @@ def _families_of_the_package() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
+def make_model():
     return tiny_model
 
 
 @pytest.fixture
-def model() -> PreTrainedModel:
+def model():
     return tiny_model()
 
 
 @pytest.fixture
-def windows() -> torch.Tensor:
+def windows():
     return torch.randint(3, VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(VOCABULARY - 4))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -164,7 +163,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def model_folder(tmp_path_factory, tokenizer):
     """A tiny model with its tokenizer, as a user would have it on disk."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model().save_pretrained(folder)
@@ -173,7 +172,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory):
     """200 different paragraphs of 20 words."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"
     generator = torch.Generator().manual_seed(2)
@@ -183,20 +182,20 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+def finished(tmp_path_factory, model_folder, text_file):
     """An undisturbed run with `RUN_OPTIONS`; tests that change it take a copy."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **RUN_OPTIONS)
 
 
 @pytest.fixture
-def run(finished: adapruner.PruneResult, tmp_path: Path) -> Path:
+def run(finished, tmp_path):
     """A copy of the finished run."""
     return Path(shutil.copytree(finished.output, tmp_path / "run"))
 
 
 @pytest.fixture
-def prune(model_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., adapruner.PruneResult]:
+def prune(model_folder, text_file, tmp_path):
     """Prunes the tiny model with the text; into the folder of `run`, if nothing else is said."""
     defaults = {"model": str(model_folder), "calibration": str(text_file), "output": tmp_path / "run"}
     return lambda **options: adapruner.prune(**defaults | options)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
@@ -28,7 +28,7 @@ SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, 
 
 
 @pytest.fixture
-def instructions(tmp_path: Path) -> Path:
+def instructions(tmp_path):
     path = tmp_path / "instructions.jsonl"
     records = [{"instruction": f"w{number} w2", "input": "", "output": f"w3 w{number}"} for number in range(60)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -58,11 +58,11 @@ def dataset(name: str, count: int, share: float = 1.0, tokens: int = 8) -> Examp
         ("hf:owner/name:a:test:text:1,c4:1", {"hf:owner/name:a:test:text": 0.5, "c4": 0.5}),
     ],
 )
-def test_a_share_is_the_number_after_the_last_colon(text: str, expected: dict[str, float]) -> None:
+def test_a_share_is_the_number_after_the_last_colon(text, expected):
     assert {part.name: part.share for part in parse_blend(text)} == pytest.approx(expected)
 
 
-def test_paths_may_have_colons_and_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_have_colons_and_commas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("C:a.txt", r"D:\data\a.txt", "a,b.txt", "c.jsonl"):
         Path(name).write_text("w1")
@@ -97,9 +97,7 @@ def test_paths_may_have_colons_and_commas(tmp_path: Path, monkeypatch: pytest.Mo
         ("self@report", "has no parts"),
     ],
 )
-def test_unclear_blends_are_refused(
-    text: str, message: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unclear_blends_are_refused(text, message, model_folder, tmp_path, capsys):
     assert exit_code(["recover", str(model_folder), "--data", text, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -108,11 +106,11 @@ def test_unclear_blends_are_refused(
 
 
 @pytest.mark.parametrize(("given", "tokens"), [("2M", 2_000_000), ("300k", 300_000), ("1_000_000", 10**6), (5, 5)])
-def test_numbers_of_tokens(given: str | int, tokens: int) -> None:
+def test_numbers_of_tokens(given, tokens):
     assert RecoveryOptions(tokens=given).tokens == str(tokens)
 
 
-def test_every_batch_has_the_shares_and_short_datasets_are_repeated() -> None:
+def test_every_batch_has_the_shares_and_short_datasets_are_repeated():
     blend = [dataset("a", 500, 0.3), dataset("b", 7, 0.2), dataset("c", 900, 0.5)]
     places = {id(example): name.name for name in blend for example in name.training}
     mixed = MixedExamples(blend, 10_000, seed=3)
@@ -131,7 +129,7 @@ def test_every_batch_has_the_shares_and_short_datasets_are_repeated() -> None:
     assert [other[position] for position in range(99)] != [mixed[position] for position in range(99)]
 
 
-def test_the_length_of_a_training() -> None:
+def test_the_length_of_a_training():
     blend = [dataset("a", 30, 0.75, tokens=8), dataset("b", 10, 0.25, tokens=16)]
     steps = partial(total_steps, blend)
     # Ten tokens per example on average.
@@ -142,7 +140,7 @@ def test_the_length_of_a_training() -> None:
     assert steps(RecoveryOptions(steps=5)) == 5
 
 
-def test_validation_reads_a_fiftieth_of_the_examples_five_times() -> None:
+def test_validation_reads_a_fiftieth_of_the_examples_five_times():
     for options, examples, expected in [
         ({"steps": 1000, "batch_size": 8}, 10**6, 160),
         ({"steps": 100, "batch_size": 8}, 10**6, 16),
@@ -155,9 +153,7 @@ def test_validation_reads_a_fiftieth_of_the_examples_five_times() -> None:
         assert most_held_out(RecoveryOptions(**options), examples) == expected
 
 
-def test_no_more_is_tokenized_than_the_training_needs(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, instructions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_is_tokenized_than_the_training_needs(tmp_path, tokenizer, instructions, monkeypatch):
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(f"w{number % 90} " * 20 for number in range(5000)))
     seen = []
@@ -185,9 +181,7 @@ def test_no_more_is_tokenized_than_the_training_needs(
     assert len(seen) == 2 * (len(made.training) + len(made.validation))
 
 
-def test_the_weight_of_the_labels(
-    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, text_file: Path
-) -> None:
+def test_the_weight_of_the_labels(tokenizer, model, instructions, text_file):
     blend = parse_blend(f"self:1,{text_file}:1,answers:{instructions}:1,{instructions}:1")
     options = RecoveryOptions(seq_len=128, records=8)
     for label_weight, expected in ((0.4, [0, 0.4, 0, 0.4]), (1.0, [0, 1, 0, 1])):
@@ -204,9 +198,7 @@ def test_the_weight_of_the_labels(
         assert weights == [{weight} for weight in expected]
 
 
-def test_the_teacher_answers_prompts(
-    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, instructions: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_teacher_answers_prompts(tokenizer, model, instructions, monkeypatch):
     [part] = read_examples(
         parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), 0.5
     )
@@ -231,7 +223,7 @@ def test_the_teacher_answers_prompts(
     assert all(re.fullmatch(r"w50 w\d+ w2 w51", tokenizer.decode(prompt)) for prompt in chat.prompts)
 
 
-def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Path, tmp_path: Path) -> None:
+def test_a_blend_is_learnt(model_folder, text_file, instructions, tmp_path):
     record = adapruner.recover(
         model_folder,
         f"self:0.25,{text_file}:0.5,{instructions}:0.25",
@@ -254,7 +246,7 @@ def test_a_blend_is_learnt(model_folder: Path, text_file: Path, instructions: Pa
     assert [text["text"] for text in origin["texts"]][-2:] == [text_file.name, instructions.name]
 
 
-def test_what_the_teacher_writes_needs_one(model_folder: Path, instructions: Path, tmp_path: Path) -> None:
+def test_what_the_teacher_writes_needs_one(model_folder, instructions, tmp_path):
     for data in ("self:0.5,c4:0.5", f"answers:{instructions}"):
         with pytest.raises(AdaPrunerError, match="is text that the dense model writes: name it with `teacher`"):
             adapruner.recover(model_folder, data, tmp_path / "a", **SHORT)

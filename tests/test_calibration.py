@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import yaml
 from datasets import Dataset
 from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adapruner.calibration import _reading, _sources, _tokenizing
 from adapruner.calibration._pool import draw_windows, evaluation_text, generate_windows, text_windows
@@ -42,7 +40,7 @@ def source_of(folder: Path, content: str | bytes, name: str = "a.txt") -> Source
     return parse_source(str(folder / name))
 
 
-def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
+def test_files_of_every_kind_give_the_same_documents(tmp_path):
     """Held as well as streamed."""
     documents = [f"w{number} w{number + 1}" for number in range(5)]
     records = [{"text": text, "id": 1} for text in documents]
@@ -58,9 +56,7 @@ def test_files_of_every_kind_give_the_same_documents(tmp_path: Path) -> None:
 
 
 @given(text=st.text(st.sampled_from("\n\n\n\n a\x0c\u2028")), lines=st.sampled_from(["keep", "strip", "paragraphs"]))
-def test_plain_text_gives_the_documents_that_its_lines_say(
-    tmp_path_factory: pytest.TempPathFactory, text: str, lines: Any
-) -> None:
+def test_plain_text_gives_the_documents_that_its_lines_say(tmp_path_factory, text, lines):
     paragraphs = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
     expected = {
         "keep": [line if line.strip() else "" for line in text.splitlines(keepends=True)],
@@ -71,7 +67,7 @@ def test_plain_text_gives_the_documents_that_its_lines_say(
     assert [row["text"] for row in read_records(dataclasses.replace(source, lines=lines))] == expected
 
 
-def test_columns_are_named_usual_or_the_only_one(tmp_path: Path) -> None:
+def test_columns_are_named_usual_or_the_only_one(tmp_path):
     """Of all records, and not of the first alone."""
     lines = [json.dumps(record) for record in ({"instruction": "w1", "output": "w2"}, {"input": "w3", "output": "w4"})]
     assert read_documents(source_of(tmp_path, "\n".join(lines), "a.jsonl")) == ["w1\nw2", "w3\nw4"]
@@ -81,14 +77,14 @@ def test_columns_are_named_usual_or_the_only_one(tmp_path: Path) -> None:
         read_documents(source_of(tmp_path, json.dumps({"question": "w1", "passage": "w2 w3"}), "a.jsonl"))
 
 
-def test_a_byte_that_is_no_text_is_named_by_its_place(tmp_path: Path) -> None:
+def test_a_byte_that_is_no_text_is_named_by_its_place(tmp_path):
     for name in ("a.txt", "a.jsonl"):
         source = source_of(tmp_path, b'{"text": "w1"}\n' * 2000 + b"\xff" + b"w2 " * 9000, name)
         with pytest.raises(AdaPrunerError, match="not UTF-8 text: byte 30000 is invalid"):
             read_documents(source)
 
 
-def test_a_hub_data_set_as_a_local_folder_of_the_same_layout(tmp_path: Path) -> None:
+def test_a_hub_data_set_as_a_local_folder_of_the_same_layout(tmp_path):
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
     Dataset.from_dict({"text": ["w1", "w2"], "other": ["x", "y"]}).to_parquet(folder / "train-00000-of-00001.parquet")
@@ -101,7 +97,7 @@ def test_a_hub_data_set_as_a_local_folder_of_the_same_layout(tmp_path: Path) -> 
     assert list(stream_documents(parse_source(f"hf:{folder}"))) == ["w1", "w2"]
 
 
-def test_named_sources_are_read_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_sources_are_read_from_the_data_folder(tmp_path, monkeypatch):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" \n = Title = \n \n w1 w2 \n", encoding="utf-8")
     (tmp_path / "ptb").mkdir()
@@ -116,9 +112,7 @@ def test_named_sources_are_read_from_the_data_folder(tmp_path: Path, monkeypatch
     assert read_documents(parse_source("boolq-passages")) == ["w1 w2"]
 
 
-def test_data_sets_of_the_hub_are_read_from_saved_folders_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_sets_of_the_hub_are_read_from_saved_folders_first(tmp_path, monkeypatch):
     """Of a large one no more than would be read from the hub."""
     monkeypatch.setenv("ADAPRUNER_DATA", str(tmp_path))
     Dataset.from_dict({"text": ["w1"] * 20_001, "url": ["x"] * 20_001}).save_to_disk(tmp_path / "c4/train")
@@ -130,7 +124,7 @@ def test_data_sets_of_the_hub_are_read_from_saved_folders_first(
     assert read_records(parse_source("alpaca")) == [record]
 
 
-def test_parts_are_disjoint_and_complete(text_file: Path) -> None:
+def test_parts_are_disjoint_and_complete(text_file):
     names = ("calibration", "objective", "report")
     parts = [read_documents(parse_source(f"{text_file}@{part}")) for part in names]
     # No document is in two parts.
@@ -138,7 +132,7 @@ def test_parts_are_disjoint_and_complete(text_file: Path) -> None:
     assert all(len(part) > 20 for part in parts)
 
 
-def test_windows_are_beginnings_of_different_documents(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_windows_are_beginnings_of_different_documents(text_file, tokenizer):
     source = parse_source(str(text_file))
     windows = draw_windows(source, tokenizer, 150, 16, seed=0)
     assert windows.shape == (150, 16)
@@ -150,9 +144,7 @@ def test_windows_are_beginnings_of_different_documents(text_file: Path, tokenize
     assert not torch.equal(windows, draw_windows(source, tokenizer, 150, 16, seed=1))
 
 
-def test_short_documents_are_dropped_and_long_ones_are_used_again(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_short_documents_are_dropped_and_long_ones_are_used_again(tmp_path, tokenizer):
     source = source_of(tmp_path, "w1 w2 w3\n\nw4 w5 w6 w7 w8 w9 w10 w11 w12")
     windows = draw_windows(source, tokenizer, 2, 4, seed=0)
     ids = tokenizer("w4 w5 w6 w7 w8 w9 w10 w11").input_ids
@@ -161,7 +153,7 @@ def test_short_documents_are_dropped_and_long_ones_are_used_again(
         draw_windows(source, tokenizer, 3, 4, seed=0)
 
 
-def test_running_text_is_cut_without_overlap(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_running_text_is_cut_without_overlap(tmp_path, tokenizer):
     source = source_of(tmp_path, "w1 w2 w3\n\nw4 w5\n\nw6 w7")
     ids = tokenizer("w1 w2 w3 w4 w5 w6 w7").input_ids
     assert text_windows(source, tokenizer, 3).tolist() == [ids[:3], ids[3:6]]
@@ -170,7 +162,7 @@ def test_running_text_is_cut_without_overlap(tmp_path: Path, tokenizer: PreTrain
 
 
 @pytest.fixture
-def starting(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def starting(tokenizer):
     """A tokenizer that puts a token in front of every text, as those of Llama and Gemma do."""
     starting = copy.deepcopy(tokenizer)
     start = starting.convert_tokens_to_ids("w0")
@@ -178,7 +170,7 @@ def starting(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return starting
 
 
-def test_every_window_begins_as_a_text_does(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+def test_every_window_begins_as_a_text_does(tmp_path, starting):
     text = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
     start, *ids = starting(text).input_ids
     source = source_of(tmp_path, text)
@@ -186,7 +178,7 @@ def test_every_window_begins_as_a_text_does(tmp_path: Path, starting: PreTrained
     assert draw_windows(source, starting, 3, 4, seed=0).tolist() == text_windows(source, starting, 4).tolist()
 
 
-def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path, starting):
     content = "w1 w22 w3 w4 w5 w6 w7"
     source, (start, *ids) = source_of(tmp_path, content), starting(content).input_ids
     text = evaluation_text(source, starting, 4, None)
@@ -200,7 +192,7 @@ def test_special_tokens_in_front_of_windows_have_no_bytes(tmp_path: Path, starti
     assert published.predicted_bytes == len("w1 w22 w3") + len(" w5 w6 w7")
 
 
-def test_two_special_tokens_in_front_are_context(tmp_path: Path, starting: PreTrainedTokenizerFast) -> None:
+def test_two_special_tokens_in_front_are_context(tmp_path, starting):
     two = copy.deepcopy(starting)
     numbers = [(token, starting.convert_tokens_to_ids(token)) for token in ("w0", "w10")]
     two.backend_tokenizer.post_processor = TemplateProcessing("w0 w10 $A", special_tokens=numbers)
@@ -215,7 +207,7 @@ def test_two_special_tokens_in_front_are_context(tmp_path: Path, starting: PreTr
             use()
 
 
-def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:
+def test_the_model_writes_its_own_text(model):
     steps: list[float] = []
     windows = generate_windows(model, 5, 12, seed=0, advance=steps.append)
     assert windows.shape == (5, 12)
@@ -226,7 +218,7 @@ def test_the_model_writes_its_own_text(model: PreTrainedModel) -> None:
     assert not torch.equal(windows, generate_windows(model, 5, 12, seed=1))
 
 
-def test_names_of_the_same_text_are_known_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_same_text_are_known_as_such(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("w1")
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     (tmp_path / "folder").mkdir()
@@ -245,14 +237,14 @@ def test_names_of_the_same_text_are_known_as_such(tmp_path: Path, monkeypatch: p
         assert parse_source(one).identity != parse_source(other).identity
 
 
-def test_the_split_of_a_known_source_depends_on_the_purpose() -> None:
+def test_the_split_of_a_known_source_depends_on_the_purpose():
     for name, expected in {"wikitext2": "wikitext2:train", "ptb@report": "ptb:train@report", "c4": "c4"}.items():
         assert str(parse_source(name)) == expected
     for name, expected in {"wikitext2": "wikitext2:test", "ptb": "ptb:validation", "ptb:test": "ptb:test"}.items():
         assert str(parse_source(name, "report")) == expected
 
 
-def test_bytes_of_a_parquet_file_are_text(tmp_path: Path) -> None:
+def test_bytes_of_a_parquet_file_are_text(tmp_path):
     path = tmp_path / "a.parquet"
     Dataset.from_dict({"text": ["Füße".encode(), b"w1"]}).to_parquet(path)
     assert read_documents(parse_source(str(path))) == ["Füße", "w1"]
@@ -261,7 +253,7 @@ def test_bytes_of_a_parquet_file_are_text(tmp_path: Path) -> None:
         read_documents(parse_source(str(path)))
 
 
-def test_a_text_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_read_once_until_it_changes(tmp_path, monkeypatch):
     readings = []
     open_source = _reading._open
 
@@ -280,7 +272,7 @@ def test_a_text_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
     assert read_documents(parse_source(str(path))) == ["w3", "w4"]
 
 
-def test_other_locales_and_no_home_folder(tmp_path: Path) -> None:
+def test_other_locales_and_no_home_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "Füße"}', encoding="utf-8")
     (tmp_path / "sources.yaml").write_text(
         "# Füße\nfeet: {split: train, columns: [text], local: {train: a.jsonl}}", encoding="utf-8"
@@ -297,7 +289,7 @@ def test_other_locales_and_no_home_folder(tmp_path: Path) -> None:
     assert run.stdout.count(r"F\xfc\xdfe") == 2, run.stderr
 
 
-def test_a_fingerprint_follows_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_follows_the_content(tmp_path, monkeypatch):
     source = source_of(tmp_path, "w1")
     assert fingerprint(source) == hashlib.sha256(b"w1").hexdigest()
     (tmp_path / "a.txt").unlink()
@@ -316,7 +308,7 @@ def test_a_fingerprint_follows_the_content(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def _own_sources() -> Iterator[None]:
+def _own_sources():
     before = dict(_sources._registered)
     yield
     _sources._registered.clear()
@@ -324,9 +316,7 @@ def _own_sources() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_sources")
-def test_a_source_from_outside_is_calibrated_on(
-    tmp_path: Path, text_file: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_source_from_outside_is_calibrated_on(tmp_path, text_file, tokenizer):
     with pytest.raises(AdaPrunerError, match="unknown text source 'mine'"):
         parse_source("mine")
     (tmp_path / "train.jsonl").write_text(
@@ -365,16 +355,14 @@ def test_a_source_from_outside_is_calibrated_on(
         ("- mine", "cannot read the sources"),
     ],
 )
-def test_sources_that_cannot_be_added(content: str, message: str, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_added(content, message, tmp_path):
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(AdaPrunerError, match=message):
         register_sources(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("characters", [40, 1000])
-def test_long_texts_are_tokenized_in_pieces(
-    characters: int, text_file: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_texts_are_tokenized_in_pieces(characters, text_file, tokenizer, monkeypatch):
     """A piece ends between two words."""
     source, text = parse_source(str(text_file)), text_file.read_text().replace("\n\n", " ")
     with_bos = copy.deepcopy(tokenizer)
@@ -399,7 +387,7 @@ def test_long_texts_are_tokenized_in_pieces(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_long_line_takes_little_memory(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_long_line_takes_little_memory(tokenizer, tmp_path):
     words, path = "w1 w2 w3 w4 w5 " * 280_000, tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": words}))
     reset_peak()

@@ -19,8 +19,6 @@ from transformers import (
     GenerationConfig,
     MambaConfig,
     MambaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 import adapruner
@@ -37,31 +35,29 @@ from tiny_families import cut_to, tiny_config
 
 
 @pytest.fixture
-def pruned(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def pruned(make_model):
     return cut_to(make_model(num_hidden_layers=12))
 
 
 @pytest.fixture
-def folder(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def folder(pruned, tokenizer, tmp_path):
     """In several shards."""
     save_checkpoint(pruned, tokenizer, tmp_path / "model", shard_size="20KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 3
     return tmp_path / "model"
 
 
-def test_shards_are_loaded(folder: Path, pruned: PreTrainedModel, windows: torch.Tensor) -> None:
+def test_shards_are_loaded(folder, pruned, windows):
     assert torch.equal(adapruner.load(folder)(windows).logits, pruned(windows).logits)
 
 
-def test_whoever_may_read_new_files_may_read_the_model(folder: Path, tmp_path: Path) -> None:
+def test_whoever_may_read_new_files_may_read_the_model(folder, tmp_path):
     (tmp_path / "other").touch()
     assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "other").stat().st_mode}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_is_kept(
-    dtype: torch.dtype, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_dtype_is_kept(dtype, model, tokenizer, tmp_path):
     pruned = cut_to(model.to(dtype))
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     loaded = adapruner.load(tmp_path / "model").state_dict()
@@ -70,7 +66,7 @@ def test_the_dtype_is_kept(
         assert torch.equal(loaded[name], tensor)
 
 
-def test_the_chat_template_is_kept(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_chat_template_is_kept(pruned, tokenizer, tmp_path):
     tokenizer = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
     tokenizer.chat_template = "{% for message in messages %}w1 {{ message.content }} w2 {% endfor %}"
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
@@ -109,7 +105,7 @@ def counts_of_two_layers(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused(damage: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_folder_is_refused(damage, folder, capfd):
     capfd.readouterr()
     make, message = DAMAGES[damage]
     make(folder)
@@ -119,9 +115,7 @@ def test_a_damaged_folder_is_refused(damage: str, folder: Path, capfd: pytest.Ca
     assert capfd.readouterr().err == ""
 
 
-def test_settings_of_sampling_without_sampling(
-    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_settings_of_sampling_without_sampling(pruned, tokenizer, tmp_path):
     """As some models bring them; transformers reads them and refuses to write them."""
     pruned.generation_config.temperature = 0.6
     with pytest.raises(ValueError, match="temperature"):
@@ -133,9 +127,7 @@ def test_settings_of_sampling_without_sampling(
 
 
 @pytest.mark.parametrize("fields", [{"early_stopping": True}, {"length_penalty": 0.5}, {"output_scores": True}])
-def test_settings_that_do_not_go_together_are_left_out(
-    fields: dict[str, Any], pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_settings_that_do_not_go_together_are_left_out(fields, pruned, tokenizer, tmp_path):
     pruned.generation_config = GenerationConfig(eos_token_id=2, max_length=17, **fields)
     with pytest.raises(ValueError, match=next(iter(fields))):
         pruned.save_pretrained(tmp_path / "plain")
@@ -145,7 +137,7 @@ def test_settings_that_do_not_go_together_are_left_out(
     assert all(getattr(settings, name) != value for name, value in fields.items())
 
 
-def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_no_code_of_others_is_named(model, tokenizer, tmp_path):
     """A uniform cut is a stock model, whatever the config of the dense model says."""
     model.config.auto_map = {"AutoModelForCausalLM": "someone/else--modeling.Other"}
     model.config.model_file = "other_for_mlx.py"
@@ -155,7 +147,7 @@ def test_no_code_of_others_is_named(model: PreTrainedModel, tokenizer: PreTraine
     assert not list((tmp_path / "uniform").glob("*.py"))
 
 
-def test_the_config_names_the_file_for_mlx_where_it_is(folder: Path, tmp_path: Path) -> None:
+def test_the_config_names_the_file_for_mlx_where_it_is(folder, tmp_path):
     def named(saved: Path) -> str | None:
         name: str | None = json.loads((saved / "config.json").read_text())["model_file"]
         return name
@@ -191,7 +183,7 @@ assert "torch" not in sys.modules
 """
 
 
-def test_the_tokenizer_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_needs_no_torch(folder, tmp_path):
     """As where mlx-lm runs."""
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, str(folder)],
@@ -204,9 +196,7 @@ def test_the_tokenizer_needs_no_torch(folder: Path, tmp_path: Path) -> None:
     assert finished.stdout.splitlines() == ["PrunedLlamaConfig", "[9]"]
 
 
-def test_a_mixture_has_the_older_name_of_the_number_of_experts(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_mixture_has_the_older_name_of_the_number_of_experts(tokenizer, tmp_path):
     config = tiny_config("qwen3_moe")
     learn(config)
     model = random_model(config)
@@ -215,7 +205,7 @@ def test_a_mixture_has_the_older_name_of_the_number_of_experts(
     assert AutoConfig.from_pretrained(tmp_path / "model").num_experts == 4
 
 
-def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -> None:
+def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path):
     MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=48, num_hidden_layers=2)).save_pretrained(tmp_path)
     model = adapruner.load(tmp_path)
     assert type(model) is MambaForCausalLM
@@ -232,13 +222,13 @@ def test_a_family_that_cannot_be_pruned_is_loaded_all_the_same(tmp_path: Path) -
         ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention"),
     ],
 )
-def test_what_cannot_be_pruned_is_named(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_pruned_is_named(fields, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.inspect(tmp_path)
 
 
-def test_frequencies_stay_exact_in_the_fast_copy(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequencies_stay_exact_in_the_fast_copy(model, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     fast = in_fastest_dtype(model)
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
@@ -247,7 +237,7 @@ def test_frequencies_stay_exact_in_the_fast_copy(model: PreTrainedModel, monkeyp
 
 
 @pytest.mark.parametrize("installed", ["4.56.2", "5.13.1"])
-def test_an_older_transformers_is_named(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_transformers_is_named(installed, monkeypatch):
     monkeypatch.setattr("transformers.__version__", installed)
     with pytest.raises(ImportError, match=rf"needs transformers 5\.14 or newer; installed is {installed}\. [^\n]*$"):
         runpy.run_path(modeling_pruned.__file__)
@@ -260,13 +250,7 @@ def test_an_older_transformers_is_named(installed: str, monkeypatch: pytest.Monk
         {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
     ],
 )
-def test_older_keys_say_the_same_of_positions(
-    rope: dict[str, Any],
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_older_keys_say_the_same_of_positions(rope, make_model, windows, tokenizer, tmp_path):
     """With the new key alone, and with the older keys alone, the saved model is the same."""
     model = make_model(rope_parameters=rope)
     save_checkpoint(model, tokenizer, tmp_path / "model")
@@ -288,9 +272,7 @@ ORIGIN = {
 }
 
 
-def test_a_checkpoint_says_what_it_was_made_from(
-    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_checkpoint_says_what_it_was_made_from(pruned, tokenizer, tmp_path):
     save_checkpoint(pruned, tokenizer, tmp_path / "model", record=ORIGIN)
     assert read_origin(find_model(str(tmp_path / "model"))) == ORIGIN | {"format": 1}
     save_checkpoint(pruned, tokenizer, tmp_path / "silent")
@@ -312,9 +294,7 @@ def test_a_checkpoint_says_what_it_was_made_from(
         (b'{"format": 1, "texts": [5, {"use": "training"}, null]}', {"format": 1, "texts": [{"use": "training"}]}),
     ],
 )
-def test_a_record_that_is_broken_says_nothing(
-    content: bytes | None, expected: object, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_record_that_is_broken_says_nothing(content, expected, model_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     if content is not None:
         (folder / "adapruner.json").write_bytes(content)
@@ -322,13 +302,7 @@ def test_a_record_that_is_broken_says_nothing(
 
 
 @pytest.mark.parametrize("stored", [["config.json"], ["config.json", "generation_config.json"]])
-def test_tokens_of_minus_one_are_none(
-    stored: list[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    windows: torch.Tensor,
-    tmp_path: Path,
-) -> None:
+def test_tokens_of_minus_one_are_none(stored, model, tokenizer, windows, tmp_path):
     """As the first Llama has them."""
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -350,7 +324,7 @@ def names_below(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("to", ["gguf", "decilm"])
-def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_only_what_was_written_here_is_replaced(to, folder, model_folder, tmp_path):
     other = Path(shutil.copytree(model_folder, tmp_path / "other"))
     (tmp_path / "file.gguf").write_text("a thesis")
     before = names_below(tmp_path)
@@ -369,7 +343,7 @@ def test_only_what_was_written_here_is_replaced(to: str, folder: Path, model_fol
     assert (tmp_path / "file.gguf").read_text() == "a thesis"
 
 
-def test_a_failed_checkpoint_leaves_nothing(pruned: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+def test_a_failed_checkpoint_leaves_nothing(pruned, folder, tmp_path):
     before = names_below(tmp_path)
 
     class Tokenizer:

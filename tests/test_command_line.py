@@ -46,12 +46,12 @@ def in_a_shell(*arguments: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_every_option_of_a_run_is_in_one_group() -> None:
+def test_every_option_of_a_run_is_in_one_group():
     options = [*PruneOptions.model_fields, *SizeLimit.model_fields]
     assert Counter(name for names in OPTION_GROUPS.values() for name in names) == Counter(options)
 
 
-def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> None:
+def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal():
     shown = in_a_shell("prune", "--help", COLUMNS="80").stdout
     assert max(map(len, shown.splitlines())) <= 80
     panels = [name for name in OPTION_GROUPS if name not in HIDDEN_GROUPS]
@@ -61,7 +61,7 @@ def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal() -> Non
     assert len(re.findall("^│ --", shown, re.MULTILINE)) <= 55
 
 
-def test_no_colour_where_none_is_wanted() -> None:
+def test_no_colour_where_none_is_wanted():
     """Of a result on stdout and of an error on stderr; bold and italics are no colours (https://no-color.org)."""
     colour = re.compile(r"\x1b\[(?:\d+;)*[349][0-7]m")
     terminal = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
@@ -71,13 +71,7 @@ def test_no_colour_where_none_is_wanted() -> None:
         assert not colour.search(plain.stdout + plain.stderr)
 
 
-def test_a_dry_run_says_what_the_run_then_makes(
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_dry_run_says_what_the_run_then_makes(model_folder, text_file, tmp_path, monkeypatch, capsys):
     """Into the folder that is the default, which is named after the model and the ratio."""
     monkeypatch.chdir(tmp_path)
     command = ["--quiet", "prune", str(model_folder), "--calibration", str(text_file), *RUN, "--json"]
@@ -114,23 +108,14 @@ def test_a_dry_run_says_what_the_run_then_makes(
         ("smollm2", None, {"memory": "1GiB", "batch": 4}, "runs/smollm2-1GiB"),
     ],
 )
-def test_the_default_run_folder(
-    model: str | None,
-    recipe: str | None,
-    options: dict[str, object],
-    folder: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_default_run_folder(model, recipe, options, folder, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Path("mine.yaml").write_text("model: me/of-mine\nratio: 0.4\n")
     assert _default_output(model, recipe, options) == Path(folder)
 
 
-def test_a_dry_run_is_refused_for_what_the_run_would_be(
-    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_is_refused_for_what_the_run_would_be(model_folder, text_file, tmp_path, capsys):
     command = ["prune", str(model_folder), "-o", str(tmp_path / "run"), "--calibration", str(text_file), *RUN]
     with pytest.raises(SystemExit, match="2"):
         main([*command, "--evaluate", "no-such-file.txt", "--dry-run"])
@@ -139,7 +124,7 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_is_copied_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_copied_and_read_again(tmp_path, capsys):
     run("recipes", "--json")
     assert json.loads(capsys.readouterr().out).keys() == recipes().keys()
     for name in recipes():
@@ -151,7 +136,7 @@ def test_a_recipe_is_copied_and_read_again(tmp_path: Path, capsys: pytest.Captur
     assert "replace it with --overwrite" in capsys.readouterr().err
 
 
-def test_env_names_what_users_install_and_no_tool_of_developers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_names_what_users_install_and_no_tool_of_developers(capsys):
     def shown(*arguments: str) -> str:
         with contextlib.suppress(SystemExit):
             main(["env", *arguments])
@@ -168,9 +153,7 @@ def test_env_names_what_users_install_and_no_tool_of_developers(capsys: pytest.C
     assert version("transformers") in table
 
 
-def test_the_level_of_the_logger_decides_what_is_shown(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_level_of_the_logger_decides_what_is_shown(capsys, monkeypatch):
     def inspect(_: str) -> None:
         with Reporter().stage("looking"):
             logging.getLogger("adapruner").debug("a detail")
@@ -191,7 +174,7 @@ def test_the_level_of_the_logger_decides_what_is_shown(
     assert '"event": "finished", "stage": "looking"' in shown[("-v",)]
 
 
-def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_say_what_is_evaluated(capsys):
     reporter = Reporter()
     with reporter.making("key", "perplexity-dense"), reporter.stage("evaluating"):
         pass
@@ -203,9 +186,7 @@ def test_lines_say_what_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-def test_a_stage_prints_a_line_a_minute_without_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_prints_a_line_a_minute_without_a_terminal(capsys, monkeypatch):
     """In whole steps, also within one, and with the remaining time by the pace since the first; a stage of less than a
     minute has the line at its end alone."""
     seconds, is_waiting, is_over = [0.0], queue.Queue[bool](), queue.Queue[bool]()
@@ -243,7 +224,7 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(
     ]
 
 
-def test_help_has_examples_and_names_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples_and_names_options(capsys):
     with contextlib.suppress(SystemExit):
         main(["prune", "--help"])
     text = capsys.readouterr().out
@@ -252,13 +233,13 @@ def test_help_has_examples_and_names_options(capsys: pytest.CaptureFixture[str])
     assert "--empty" not in text
 
 
-def test_a_misspelled_alias_is_named_before_the_hub_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelled_alias_is_named_before_the_hub_is_asked(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", "smolm2"])
     assert capsys.readouterr().err == "adapruner: no model at smolm2; did you mean smollm2?\n"
 
 
-def test_bars_stand_below_each_other() -> None:
+def test_bars_stand_below_each_other():
     """Whatever the name of the stage and its number of steps, within 80 columns."""
     places = set()
     for name, total in (("cutting", 1), ("ranking attention layers", 48), ("looking for breakage", 1024)):

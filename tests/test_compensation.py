@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def moments_of(inputs: Tensor, damping: float) -> InputMoments:
 
 
 @pytest.fixture
-def inputs() -> Tensor:
+def inputs():
     """[tokens, inputs]: correlated, with means of their own."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
@@ -39,7 +38,7 @@ def inputs() -> Tensor:
 
 
 @pytest.fixture
-def weight() -> Tensor:
+def weight():
     return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -49,7 +48,7 @@ def error(weight: Tensor, inputs: Tensor, columns: Tensor) -> float:
     return float(lost.square().sum(1).mean())
 
 
-def test_least_squares_equals_a_solver_on_the_stacked_problem(inputs: Tensor, weight: Tensor) -> None:
+def test_least_squares_equals_a_solver_on_the_stacked_problem(inputs, weight):
     """The damped problem as an ordinary one: the rows √damping · I with the original columns as targets are added."""
     damping = 0.3
     columns = compensate(weight, moments_of(inputs, damping), KEPT)
@@ -62,9 +61,7 @@ def test_least_squares_equals_a_solver_on_the_stacked_problem(inputs: Tensor, we
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])
 @pytest.mark.parametrize("damping", [1e-8, 1e-2, 10.0])
-def test_never_worse_than_leaving_the_columns_as_they_are(
-    tokens: int, damping: float, inputs: Tensor, weight: Tensor
-) -> None:
+def test_never_worse_than_leaving_the_columns_as_they_are(tokens, damping, inputs, weight):
     """On its own text; also with fewer tokens than inputs, where H is singular."""
     inputs = inputs[:tokens]
     columns = compensate(weight, moments_of(inputs, damping), KEPT)
@@ -73,7 +70,7 @@ def test_never_worse_than_leaving_the_columns_as_they_are(
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
-def test_channels_that_never_change(value: float, inputs: Tensor, weight: Tensor) -> None:
+def test_channels_that_never_change(value, inputs, weight):
     """One that is constant, whether it stays or goes, and a copy of another."""
     inputs[:, 2] = inputs[:, 5] = value
     inputs[:, 7] = inputs[:, 6]
@@ -82,7 +79,7 @@ def test_channels_that_never_change(value: float, inputs: Tensor, weight: Tensor
     assert error(weight, inputs, columns) <= error(weight, inputs, weight[:, KEPT])
 
 
-def test_all_inputs_are_zero(weight: Tensor) -> None:
+def test_all_inputs_are_zero(weight):
     columns = compensate(weight, moments_of(torch.zeros(4, 8).double(), 1.0), KEPT)
     assert torch.equal(columns, weight[:, KEPT])
 
@@ -102,9 +99,7 @@ def damped(structure: Structure, damping: float) -> dict[int, InputMoments]:
     return dict.fromkeys(range(len(structure.blocks)), nothing)
 
 
-def test_a_compensated_model_is_nearer_to_the_dense_one(
-    make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_a_compensated_model_is_nearer_to_the_dense_one(make_model, windows):
     model = make_model("qwen3")
     structure, plan = cut(model)
     windows = windows.repeat(1, 2)
@@ -115,7 +110,7 @@ def test_a_compensated_model_is_nearer_to_the_dense_one(
     assert (compensated - dense).norm() < 0.95 * (plain - dense).norm()
 
 
-def test_nothing_removed_nothing_changed(model: PreTrainedModel, windows: Tensor) -> None:
+def test_nothing_removed_nothing_changed(model, windows):
     structure = build_structure(model)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
     pruned = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
@@ -131,9 +126,7 @@ def test_nothing_removed_nothing_changed(model: PreTrainedModel, windows: Tensor
         ("bitnet", 0),  # where a norm is over the channels
     ],
 )
-def test_sequential_is_the_least_squares_of_what_layers_really_get(
-    family: str, head_share: float, make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_sequential_is_the_least_squares_of_what_layers_really_get(family, head_share, make_model, windows):
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
     share, damping = CARRIED_SHARE, 1e-3
     model = make_model(family) if family != "bitnet" else AutoModelForCausalLM.from_config(tiny_config(family)).eval()
@@ -199,9 +192,7 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(
 
 
 @pytest.mark.parametrize("head_share", [0, 1])
-def test_sequential_in_another_dtype_is_that_of_a_copy(
-    head_share: float, model: PreTrainedModel, windows: Tensor
-) -> None:
+def test_sequential_in_another_dtype_is_that_of_a_copy(head_share, model, windows):
     """As where trials run in bfloat16: the weights are those of a pruned model in that dtype throughout, before they
     are rounded to it."""
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
@@ -215,9 +206,7 @@ def test_sequential_in_another_dtype_is_that_of_a_copy(
         assert pruned.get_parameter(name).bfloat16().equal(weight), name
 
 
-def test_sequential_brings_the_model_nearer_to_the_dense_one(
-    make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_sequential_brings_the_model_nearer_to_the_dense_one(make_model, windows):
     model = make_model("mistral")
     structure, plan = cut(model)
     one_shot = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))

@@ -138,9 +138,7 @@ def shapes_in_torch_engines(config: Any) -> dict[str, Shape]:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_reader_expects_the_shapes_in_the_file(
-    model_type: str, tied: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_each_reader_expects_the_shapes_in_the_file(model_type, tied, tokenizer, tmp_path):
     model = pruned(model_type, tie_word_embeddings=tied)
     folder = exported(model, tokenizer, tmp_path)
     weights, state = stored(folder), model.state_dict()
@@ -151,7 +149,7 @@ def test_each_reader_expects_the_shapes_in_the_file(
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_config_and_tokenizer_load_without_remote_code(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_config_and_tokenizer_load_without_remote_code(tokenizer, tmp_path):
     """A stock Llama does not: it would compute something else."""
     folder = exported(pruned(), tokenizer, tmp_path)
     assert type(AutoConfig.from_pretrained(folder)).__name__ == "LlamaConfig"
@@ -163,7 +161,7 @@ def test_config_and_tokenizer_load_without_remote_code(tokenizer: PreTrainedToke
         adapruner.load(folder)
 
 
-def test_the_config_of_the_engines_survives_writing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_config_of_the_engines_survives_writing(tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(exported(pruned(), tokenizer, tmp_path), trust_remote_code=True)
     config.save_pretrained(tmp_path / "again")
     again = AutoConfig.from_pretrained(tmp_path / "again", trust_remote_code=True)
@@ -172,7 +170,7 @@ def test_the_config_of_the_engines_survives_writing(tokenizer: PreTrainedTokeniz
 
 @pytest.mark.parametrize("hidden", [72, 576, 2048, 4096, 5120, 16384])
 @pytest.mark.parametrize("multiple", [1, 2, 3, 6, 43, 208])
-def test_every_width_is_read_as_it_is(hidden: int, multiple: int) -> None:
+def test_every_width_is_read_as_it_is(hidden, multiple):
     from adapruner.decilm import _block_config
 
     factor = _block_config(1, 1, multiple * 256, hidden)["ffn"]["ffn_mult"]
@@ -197,7 +195,7 @@ def test_every_width_is_read_as_it_is(hidden: int, multiple: int) -> None:
         ("llama", {"intermediate_size": 700}, "layer 0 has 700 channels, in .* a multiple of 256: .* `round_to` 256"),
     ],
 )
-def test_what_a_dense_model_lacks_is_said_before_a_run(model_type: str, fields: dict[str, Any], message: str) -> None:
+def test_what_a_dense_model_lacks_is_said_before_a_run(model_type, fields, message):
     with pytest.raises(AdaPrunerError, match=message):
         check_decilm(tiny_config(model_type, **{"intermediate_size": 768} | fields))
 
@@ -219,15 +217,13 @@ def test_what_a_dense_model_lacks_is_said_before_a_run(model_type: str, fields: 
         ),
     ],
 )
-def test_counts_that_cannot_be_expressed_are_refused_before_writing(
-    counts: Any, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_counts_that_cannot_be_expressed_are_refused_before_writing(counts, message, tokenizer, tmp_path):
     with pytest.raises(AdaPrunerError, match=message):
         exported(pruned(counts=counts), tokenizer, tmp_path)
     assert not (tmp_path / "decilm").exists()
 
 
-def test_equal_heads_need_not_fill_the_hidden_size(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_equal_heads_need_not_fill_the_hidden_size(tokenizer, tmp_path):
     """mlx-lm divides the hidden size by the heads and refuses this; the others read `head_dim`."""
     model = pruned(counts=lambda block: block.groups - (block.kind == "heads"))
     folder = exported(model, tokenizer, tmp_path)
@@ -235,7 +231,7 @@ def test_equal_heads_need_not_fill_the_hidden_size(tokenizer: PreTrainedTokenize
     assert shapes_in_torch_engines(AutoConfig.from_pretrained(folder, trust_remote_code=True)) == shapes
 
 
-def test_the_card_says_how_to_run_it(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_card_says_how_to_run_it(tokenizer, tmp_path):
     save_checkpoint(pruned(), tokenizer, tmp_path / "model", card="# Model\n\n## Loading\n\nold\n\n## More\n")
     adapruner.export(tmp_path / "model", "decilm", tmp_path / "decilm")
     card = (tmp_path / "decilm" / "README.md").read_text()
@@ -244,9 +240,7 @@ def test_the_card_says_how_to_run_it(tokenizer: PreTrainedTokenizerFast, tmp_pat
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_mlx_computes_the_same_without_remote_code(
-    tied: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_mlx_computes_the_same_without_remote_code(tied, tokenizer, tmp_path):
     mlx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
     generation = importlib.import_module("mlx_lm.generate")
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 2.0, "original_max_position_embeddings": 32}
@@ -263,7 +257,7 @@ def test_mlx_computes_the_same_without_remote_code(
     assert [int(token) for token, _ in steps] == tokens
 
 
-def test_what_a_link_leads_to_is_replaced(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_what_a_link_leads_to_is_replaced(tokenizer, tmp_path):
     save_checkpoint(pruned(), tokenizer, tmp_path / "model")
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "place")
@@ -272,7 +266,7 @@ def test_what_a_link_leads_to_is_replaced(tokenizer: PreTrainedTokenizerFast, tm
     assert len(stored(tmp_path / "place")) > 0
 
 
-def test_overwriting_replaces_and_leaves_what_is_beside(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_overwriting_replaces_and_leaves_what_is_beside(tokenizer, tmp_path):
     folder = exported(pruned(), tokenizer, tmp_path)
     (tmp_path / "decilm.partial").mkdir()
     (tmp_path / "decilm.partial" / "mine").touch()

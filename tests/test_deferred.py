@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from adapruner.models._deferred import deferred_by_module, read_all
 from adapruner.models._device import copy_in_dtype
@@ -20,7 +20,7 @@ Saved = Callable[..., Path]
 
 
 @pytest.fixture
-def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Saved:
+def saved(tmp_path, tokenizer):
     """Writes a random model of a family."""
 
     def save(model_type: str, **changes: object) -> Path:
@@ -36,9 +36,7 @@ def saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Saved:
     [("llama", {}), ("gemma3_text", {}), ("gpt2", {}), ("mixtral", {})],
     ids=lambda value: str(value or ""),
 )
-def test_a_deferred_model_has_the_weights_of_its_files(
-    model_type: str, changes: dict[str, object], saved: Saved
-) -> None:
+def test_a_deferred_model_has_the_weights_of_its_files(model_type, changes, saved):
     folder = find_model(str(saved(model_type, **changes)))
     deferred, loaded = load_model(folder, deferred=True), load_model(folder)
     assert sum(weight.untyped_storage().nbytes() for weight in deferred.parameters()) < 4 * 100
@@ -54,7 +52,7 @@ def test_a_deferred_model_has_the_weights_of_its_files(
     )
 
 
-def test_a_copy_in_another_dtype_is_deferred_too(saved: Saved) -> None:
+def test_a_copy_in_another_dtype_is_deferred_too(saved):
     folder = find_model(str(saved("llama", tie_word_embeddings=True)))
     model = load_model(folder, deferred=True)
     copied = copy_in_dtype(model, torch.bfloat16)
@@ -66,7 +64,7 @@ def test_a_copy_in_another_dtype_is_deferred_too(saved: Saved) -> None:
     assert deferred_by_module(model)
 
 
-def test_an_output_matrix_of_its_own_is_kept(saved: Saved) -> None:
+def test_an_output_matrix_of_its_own_is_kept(saved):
     """The config ties it to the embedding."""
     folder = saved("llama", tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(folder)

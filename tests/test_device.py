@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 
 from adapruner.memory import Memory, room_for_moments
 from adapruner.models._device import computing_repeatably
@@ -19,7 +18,7 @@ def settings() -> tuple[str, bool, bool, bool]:
     )
 
 
-def test_a_run_on_an_accelerator_computes_repeatably_and_leaves_the_settings_as_they_were() -> None:
+def test_a_run_on_an_accelerator_computes_repeatably_and_leaves_the_settings_as_they_were():
     torch.set_float32_matmul_precision("high")
     before = settings()
     try:
@@ -32,7 +31,7 @@ def test_a_run_on_an_accelerator_computes_repeatably_and_leaves_the_settings_as_
         torch.set_float32_matmul_precision("highest")
 
 
-def test_moments_take_no_memory_that_a_stage_needs() -> None:
+def test_moments_take_no_memory_that_a_stage_needs():
     cpu = torch.device("cpu")
     everything = room_for_moments(cpu, Memory(0, 0, "seq_len"))[cpu]
     some = room_for_moments(cpu, Memory(everything, 0, "seq_len"))[cpu]
@@ -40,7 +39,7 @@ def test_moments_take_no_memory_that_a_stage_needs() -> None:
     assert room_for_moments(cpu, Memory(2**60, 0, "seq_len")) == {cpu: 0}
 
 
-def test_devices_share_the_layers_in_their_order(model: PreTrainedModel) -> None:
+def test_devices_share_the_layers_in_their_order(model):
     layers = decoder_layers(model)
     sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
     total = sum(weight.nbytes for weight in model.parameters())

@@ -11,7 +11,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def in_small(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _workplace(tmp_path_factory):
     """Where the blocks are run, with the first run of the README in `runs/a`."""
     folder = tmp_path_factory.mktemp("docs")
     write_models(folder)
@@ -212,7 +212,7 @@ def run_python(content: str, page: str, line: int, names: dict[str, Any]) -> Non
 
 
 @pytest.fixture(autouse=True)
-def terms_stay() -> Iterator[None]:
+def terms_stay():
     """A page adds an importance term, which no other test shall see."""
     before = dict(TERMS)
     yield
@@ -221,7 +221,7 @@ def terms_stay() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_of_a_page_runs(page: Path) -> None:
+def test_every_block_of_a_page_runs(page):
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         language = block.info.split(" ")[0]
@@ -237,7 +237,7 @@ def test_every_block_of_a_page_runs(page: Path) -> None:
             assert language in ("console", "text"), f"{page}:{line} is a block of unknown language {language!r}"
 
 
-def test_all_options_that_are_named_exist() -> None:
+def test_all_options_that_are_named_exist():
     option = re.compile(r"(?<![\w-])--[a-z][a-z0-9.-]*[a-z0-9](?![\w…-]|\.…)")
     known = {*option.findall(app.generate_docs()), *_known_options(), *OF_OTHER_TOOLS, "--help"}
     for page in PAGES:
@@ -255,7 +255,7 @@ def commands_of(content: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_that_are_not_run_are_accepted(page: Path) -> None:
+def test_commands_that_are_not_run_are_accepted(page):
     """Also the examples of the help, which stand on the page of the command line."""
     for block in blocks(page):
         if block.info == "console":
@@ -271,7 +271,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *RESEARCH], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_anchors_lead_somewhere(page: Path) -> None:
+def test_links_and_anchors_lead_somewhere(page):
     """On GitHub; the site is built from the same links."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
@@ -284,7 +284,7 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), f"{page} links to {target}#{anchor}"
 
 
-def test_files_that_are_named_exist() -> None:
+def test_files_that_are_named_exist():
     places = (ROOT, ROOT / "src" / "adapruner")
     folders = "benchmarks|tests|examples|docs|research|src|models|families|checkpoint|importance|graph|run|recovery"
     for page in PAGES:
@@ -311,7 +311,7 @@ def measured_triples() -> list[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/choose.md", "docs/steps/serve.md"])
-def test_perplexities_are_those_of_the_results(name: str) -> None:
+def test_perplexities_are_those_of_the_results(name):
     measured = measured_triples()
     shown = re.findall(r"\| (\d\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|", (ROOT / name).read_text().replace("**", ""))
     assert shown
@@ -329,7 +329,7 @@ def words(markdown: str) -> list[str]:
     return [word for word in text.split() if re.search(r"\w", word)]
 
 
-def test_the_readme_is_short_and_begins_with_commands() -> None:
+def test_the_readme_is_short_and_begins_with_commands():
     text = README.read_text()
     lines = text.splitlines()
     assert len(lines) <= MOST_LINES
@@ -338,27 +338,27 @@ def test_the_readme_is_short_and_begins_with_commands() -> None:
         assert any(line.startswith(command) for line in lines[:FRESH_CHECKOUT]), command
 
 
-def test_no_page_is_long() -> None:
+def test_no_page_is_long():
     lengths = {str(page.relative_to(ROOT / "docs")): len(words(page.read_text())) for page in PAGES[2:]}
     long = {page: count for page, count in lengths.items() if count > MOST_WORDS and not page.startswith(LONG_PAGES)}
     assert long == {}
 
 
-def test_guides_do_not_link_to_experiments() -> None:
+def test_guides_do_not_link_to_experiments():
     for folder in ("steps", "guides"):
         for page in sorted((ROOT / "docs" / folder).glob("*.md")):
             assert "research/experiments" not in page.read_text(), page
 
 
 @pytest.mark.parametrize("name", ["options.md", "cli.md", "python.md"])
-def test_the_reference_is_what_the_code_says(name: str) -> None:
+def test_the_reference_is_what_the_code_says(name):
     pages = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
     assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == pages[name], (
         "run python docs/reference.py"
     )
 
 
-def test_printed_rows_are_those_of_the_code() -> None:
+def test_printed_rows_are_those_of_the_code():
     """Names of stages, of rows and of signs in the page that shows a run."""
     text = (ROOT / "docs" / "first-run.md").read_text()
     source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))
@@ -373,7 +373,7 @@ def test_printed_rows_are_those_of_the_code() -> None:
     assert missing == []
 
 
-def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch):
     """The alias of the docs too, with its tokenizer."""
     monkeypatch.setattr(sys, "argv", ["inputs.py"])
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -383,7 +383,7 @@ def test_the_inputs_of_the_examples_are_loaded_by_name(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_an_example_runs(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_runs(program, monkeypatch):
     family = "mixtral" if program.stem == "mixture" else "llama"
     monkeypatch.setattr(sys, "argv", [program.name, "--small", family])
     monkeypatch.syspath_prepend(program.parent)
@@ -394,7 +394,7 @@ def test_an_example_runs(program: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_the_commands_of_an_example_run(script: Path) -> None:
+def test_the_commands_of_an_example_run(script):
     """Without the length of a training, which is short here."""
     content = script.read_text().replace('"$1"', "smollm2").replace('"$2"', "runs/given")
     commands = commands_of(re.sub(r"--(tokens|steps) \w+", "", content))
@@ -404,14 +404,14 @@ def test_the_commands_of_an_example_run(script: Path) -> None:
 
 
 @pytest.mark.parametrize("example", [*PROGRAMS, *SCRIPTS], ids=lambda example: example.name)
-def test_an_example_is_short_and_says_how_long_it_takes(example: Path) -> None:
+def test_an_example_is_short_and_says_how_long_it_takes(example):
     text = example.read_text()
     assert len(text.splitlines()) <= LONGEST_EXAMPLE
     assert re.search(r"\d+ (second|minute)|[Nn]ot (run|tried)", text)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
-def test_the_cells_of_a_notebook_run(notebook: Path) -> None:
+def test_the_cells_of_a_notebook_run(notebook):
     content = json.loads(notebook.read_text())
     assert content["nbformat"] == 4
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -423,7 +423,7 @@ def test_the_cells_of_a_notebook_run(notebook: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed")
-def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -437,7 +437,7 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
     assert 'id="adaprunerprune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
 
 
-def test_the_picture_in_the_readme_is_that_of_its_numbers() -> None:
+def test_the_picture_in_the_readme_is_that_of_its_numbers():
     draw = runpy.run_path(str(ROOT / "docs" / "tradeoff.py"))["draw"]
     images = ROOT / "docs" / "images"
     content = json.loads((images / "tradeoff.json").read_text(encoding="utf-8"))
@@ -448,7 +448,7 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers() -> None:
         assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
 
 
-def test_messages_that_are_explained_are_those_of_the_code() -> None:
+def test_messages_that_are_explained_are_those_of_the_code():
     page = (ROOT / "docs" / "contribute" / "family-fails.md").read_text()
     source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))
     source = re.sub(r'"\s*f?"', "", source)
@@ -459,7 +459,7 @@ def test_messages_that_are_explained_are_those_of_the_code() -> None:
     assert missing == []
 
 
-def test_the_demo_prints_the_numbers_of_its_results() -> None:
+def test_the_demo_prints_the_numbers_of_its_results():
     """In the text and in the picture of a terminal, which docs/recording.py draws of a finished run."""
     table = json.loads((ROOT / "research" / "results" / "demo.json").read_text())["tables"]["perplexity"]
     for page in ("first-run.md", "images/first-run.svg"):
@@ -467,12 +467,12 @@ def test_the_demo_prints_the_numbers_of_its_results() -> None:
         assert all(f"{row['perplexity']:.2f}" in text for row in table["rows"]), page
 
 
-def test_the_tables_of_results_are_those_of_their_files() -> None:
+def test_the_tables_of_results_are_those_of_their_files():
     command = [sys.executable, "research/tables.py", "--check"]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
 
 
-def test_the_picture_of_the_graph_is_that_of_the_code() -> None:
+def test_the_picture_of_the_graph_is_that_of_the_code():
     draw = runpy.run_path(str(ROOT / "docs" / "graph.py"))["draw"]
     assert (ROOT / "docs" / "images" / "graph.svg").read_text(encoding="utf-8") == draw(GRAPH)

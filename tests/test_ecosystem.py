@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -23,9 +20,7 @@ FAMILIES = ["llama", "gpt2", "phi3", "gemma3_text"]
 
 
 @pytest.fixture
-def save(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> Callable[[str], Path]:
+def save(make_model, tokenizer, tmp_path):
     """Saves a model of a family, with layers of different sizes."""
 
     def save_family(family: str) -> Path:
@@ -36,7 +31,7 @@ def save(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_static_cache_generates_the_same(family: str, save: Callable[[str], Path], windows: torch.Tensor) -> None:
+def test_a_static_cache_generates_the_same(family, save, windows):
     model = adapruner.load(save(family))
     prompt = {"input_ids": windows[:2], "attention_mask": torch.ones_like(windows[:2])}
     greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "disable_compile": True}
@@ -45,7 +40,7 @@ def test_a_static_cache_generates_the_same(family: str, save: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_in_one_graph(family: str, save: Callable[[str], Path], windows: torch.Tensor) -> None:
+def test_compiles_in_one_graph(family, save, windows):
     model = adapruner.load(save(family))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -56,7 +51,7 @@ def test_compiles_in_one_graph(family: str, save: Callable[[str], Path], windows
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT asks for it
-def test_adapters_are_trained_and_merged(save: Callable[[str], Path], windows: torch.Tensor, tmp_path: Path) -> None:
+def test_adapters_are_trained_and_merged(save, windows, tmp_path):
     peft = pytest.importorskip("peft")
     folder = save("llama")
     model = adapruner.load(folder)
@@ -86,7 +81,7 @@ def test_adapters_are_trained_and_merged(save: Callable[[str], Path], windows: t
             assert torch.equal(loaded(windows).logits, merged(windows).logits)
 
 
-def test_a_stock_class_refuses_a_per_layer_folder(save: Callable[[str], Path]) -> None:
+def test_a_stock_class_refuses_a_per_layer_folder(save):
     """Loudly, rather than with some of the weights drawn at random."""
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(save("llama"))

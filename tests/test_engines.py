@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import adapruner
 from adapruner.config import PruneConfig
@@ -34,9 +30,7 @@ from tiny_families import tiny_config
         ("gpt_neox", ("transformers",), {"layout": "per-layer"}),
     ],
 )
-def test_several_engines_get_what_all_of_them_load(
-    model_type: str, engines: tuple[str, ...], options: dict[str, Any]
-) -> None:
+def test_several_engines_get_what_all_of_them_load(model_type, engines, options):
     config = tiny_config(model_type)
     learn(config)
     assert options_for(PruneConfig.from_options(model="x", for_=engines), config) == options
@@ -52,7 +46,7 @@ def test_several_engines_get_what_all_of_them_load(
         ("bloom", {"for_": "any"}, "no stock bloom has fewer channels"),
     ],
 )
-def test_what_an_engine_does_not_load_is_refused(model_type: str, options: dict[str, Any], message: str) -> None:
+def test_what_an_engine_does_not_load_is_refused(model_type, options, message):
     config = tiny_config(model_type)
     learn(config)
     with pytest.raises(AdaPrunerError, match=message):
@@ -60,14 +54,12 @@ def test_what_an_engine_does_not_load_is_refused(model_type: str, options: dict[
 
 
 @pytest.fixture(scope="module")
-def arguments(model_folder: Path, text_file: Path) -> list[str]:
+def arguments(model_folder, text_file):
     options = {name: value for name, value in QUICK.items() if not name.startswith("protect_")}
     return ["prune", str(model_folder), "--calibration", str(text_file), *flags(options)]
 
 
-def test_a_run_for_any_engine_is_a_stock_model(
-    arguments: list[str], windows: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_for_any_engine_is_a_stock_model(arguments, windows, tmp_path, capsys):
     assert exit_code([*arguments, "--for", "any", "--for", "vllm", "-o", str(tmp_path / "run")]) == 0
     folder = tmp_path / "run" / "model"
     assert not list(folder.glob("*.py"))
@@ -79,17 +71,13 @@ def test_a_run_for_any_engine_is_a_stock_model(
     assert f"serve: vllm serve {folder}" in capsys.readouterr().out
 
 
-def test_a_conflict_is_told_before_the_run(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conflict_is_told_before_the_run(arguments, tmp_path, capsys):
     assert exit_code([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")]) == 2
     assert "--layout per-layer: vllm would need layers of equal widths; change it, or --for" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_code_in_the_folder_is_named_in_the_command(
-    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_code_in_the_folder_is_named_in_the_command(make_model, tokenizer, tmp_path):
     folder = tmp_path / "a model"
     folder.mkdir()
     (folder / "modeling_pruned.py").touch()

@@ -10,8 +10,6 @@ import math
 import re
 import shutil
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -19,7 +17,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError, calibration
@@ -49,7 +47,7 @@ from tiny_families import cut_to
 TWO_DEVICES = (torch.device("cuda:0"), torch.device("cuda:1"))
 
 
-def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_loss_of_transformers(model, monkeypatch):
     windows = torch.randint(3, 96, (7, 12), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 36)
     with torch.no_grad():
@@ -63,7 +61,7 @@ def test_equals_the_loss_of_transformers(model: PreTrainedModel, monkeypatch: py
 
 
 @pytest.fixture
-def _continuations_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def _continuations_are_long(monkeypatch):
     """Long enough to repeat themselves."""
     monkeypatch.setattr(_writing, "_CONTINUED", 24)
 
@@ -76,9 +74,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, *prompts: str) -> None:
 
 
 @pytest.mark.usefixtures("_continuations_are_long")
-def test_text_is_written_without_the_settings_and_the_random_state_of_others(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_is_written_without_the_settings_and_the_random_state_of_others(model, tokenizer, monkeypatch):
     ask(monkeypatch, "w7 w8 w9", "w11")
     state, expected = torch.get_rng_state(), write(model, tokenizer)
     assert torch.equal(torch.get_rng_state(), state)
@@ -94,12 +90,7 @@ def test_text_is_written_without_the_settings_and_the_random_state_of_others(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_nothing_is_written_or_read_past_the_last_position(
-    family: str,
-    make_model: Callable[..., PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_is_written_or_read_past_the_last_position(family, make_model, tokenizer, monkeypatch):
     monkeypatch.setattr(_writing, "_CONTINUED", 128)
     model = make_model(family)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -112,7 +103,7 @@ def test_nothing_is_written_or_read_past_the_last_position(
     assert _breakage.share_answered(model, tokenizer, [question]) in (0, 1)
 
 
-def test_a_model_with_a_chat_template_is_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_with_a_chat_template_is_asked(tokenizer):
     assert [*calibration.prompts(tokenizer)] == ["openings"]
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
@@ -126,9 +117,7 @@ def test_a_model_with_a_chat_template_is_asked(tokenizer: PreTrainedTokenizerFas
     assert [*calibration.prompts(chat)] == ["openings"]
 
 
-def test_signs_of_writing_computed_by_hand(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signs_of_writing_computed_by_hand(model, tokenizer, monkeypatch):
     ask(monkeypatch, "w1", "w2", "w3")
     rows = [
         [5, 6, 5, 6, 5, 6, 5, 6],  # 5656 6565 5656 6565 5656: three of five were there before
@@ -154,12 +143,7 @@ def test_signs_of_writing_computed_by_hand(
 
 
 @pytest.mark.usefixtures("_continuations_are_long")
-def test_agreement_is_the_fraction_of_equal_next_tokens(
-    make_model: Callable[..., PreTrainedModel],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_agreement_is_the_fraction_of_equal_next_tokens(make_model, model, tokenizer, monkeypatch):
     """Along the text of the one, whatever the other would have written before."""
     ask(monkeypatch, "w7 w8 w9", "w20 w3 w4 w5")
     monkeypatch.setattr(_breakage, "questions", lambda: [Question("w1", ["w2", "w3"])])
@@ -175,9 +159,7 @@ def test_agreement_is_the_fraction_of_equal_next_tokens(
     assert agreed == [1, statistics.fmean(equal)]
 
 
-def test_questions_are_answered_by_the_likelihood_of_each_choice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_questions_are_answered_by_the_likelihood_of_each_choice(model, tokenizer):
     generator = torch.Generator().manual_seed(3)
     draw = lambda count: " ".join(f"w{word}" for word in torch.randint(92, (count,), generator=generator).tolist())  # noqa: E731
     asked = [Question(draw(3), [draw(1 + number % 3) for number in range(4)]) for _ in range(25)]
@@ -198,19 +180,13 @@ def test_questions_are_answered_by_the_likelihood_of_each_choice(
     assert _breakage.share_answered(model, tokenizer, [Question("w1", ["w2", "w2"])]) == 0
 
 
-def test_built_in_questions_have_a_right_answer_and_others() -> None:
+def test_built_in_questions_have_a_right_answer_and_others():
     asked = calibration.questions()
     assert len({question for question, _ in asked}) == 100
     assert all(2 <= len(choices) == len(set(choices)) <= 4 for _, choices in asked)
 
 
-def test_two_models_are_compared_as_in_a_run(
-    finished: adapruner.PruneResult,
-    model: PreTrainedModel,
-    model_folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_two_models_are_compared_as_in_a_run(finished, model, model_folder, tokenizer, capsys):
     def without_texts(breakage: Breakage | None) -> dict[str, Any]:
         assert breakage
         assert len(breakage.texts) == 5  # in windows of the run's length there
@@ -230,9 +206,7 @@ def test_two_models_are_compared_as_in_a_run(
     assert result.verdict in capsys.readouterr().out
 
 
-def test_of_models_with_other_tokens_only_what_compares_is_measured(
-    model: PreTrainedModel, model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_of_models_with_other_tokens_only_what_compares_is_measured(model, model_folder, tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["zzz"])
     model.save_pretrained(tmp_path / "other")
@@ -249,9 +223,7 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_the_texts_fit_a_model_with_fewer_positions(
-    is_dense: bool, model: PreTrainedModel, model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_texts_fit_a_model_with_fewer_positions(is_dense, model, model_folder, tokenizer, tmp_path):
     """Than the texts that the other one writes have."""
     shorter = copy.deepcopy(model)
     shorter.config.max_position_embeddings = 4
@@ -282,9 +254,7 @@ def test_the_texts_fit_a_model_with_fewer_positions(
         (None, None, 0.2, "usable"),  # a tokenizer that does not say which bytes a token is
     ],
 )
-def test_verdict_at_its_limits(
-    model: PreTrainedModel, formal: float | None, language: float | None, repeated: float | None, expected: str
-) -> None:
+def test_verdict_at_its_limits(model, formal, language, repeated, expected):
     number = measure_perplexity(model, torch.randint(3, 96, (2, 12)), "text")
 
     def text(bits: float | None) -> Perplexity:
@@ -312,7 +282,7 @@ def test_verdict_at_its_limits(
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(1.69, "usable"), (1.71, "recover first"), (9.0, "recover first")])
-def test_verdict_on_text_that_the_dense_model_would_not_write(loss: float, expected: str) -> None:
+def test_verdict_on_text_that_the_dense_model_would_not_write(loss, expected):
     def signs(loss: float) -> Breakage:
         writing = Writing(repetition=0.1, distinct=1.0, ended=0.0, loss_of_dense=loss, texts={})
         return Breakage(texts={}, writing={"openings, sampled": writing})
@@ -320,7 +290,7 @@ def test_verdict_on_text_that_the_dense_model_would_not_write(loss: float, expec
     assert judge(signs(1.4), signs(loss)) == expected
 
 
-def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_built_in_texts_are_the_same_everywhere(tokenizer):
     """They need no dataset, and nothing of the Python that runs."""
     texts = probe_texts(tokenizer, 32)
     assert {name: (*text.windows.shape,) for name, text in texts.items()} == {
@@ -345,7 +315,7 @@ def test_built_in_texts_are_the_same_everywhere(tokenizer: PreTrainedTokenizerFa
     assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b)) for a, sign, b, c in lines)
 
 
-def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> None:
+def test_windows_without_a_finite_loss_are_left_out(model):
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = math.inf
     windows = torch.randint(8, 96, (6, 12), generator=torch.Generator().manual_seed(0))
@@ -363,7 +333,7 @@ def test_windows_without_a_finite_loss_are_left_out(model: PreTrainedModel) -> N
         finite_windows(model, {"compensation": broken}, {"compensation": 2})
 
 
-def test_text_is_tried_where_numbers_may_overflow(model: PreTrainedModel) -> None:
+def test_text_is_tried_where_numbers_may_overflow(model):
     assert not may_overflow(model)
     assert may_overflow(copy.deepcopy(model).half())
     for value in (math.nan, -math.inf, 1e20):
@@ -373,7 +343,7 @@ def test_text_is_tried_where_numbers_may_overflow(model: PreTrainedModel) -> Non
         assert may_overflow(other)
 
 
-def test_the_protocol_is_said_with_the_provenance(model: PreTrainedModel) -> None:
+def test_the_protocol_is_said_with_the_provenance(model):
     windows, provenance = torch.full((3, 10), 5), {"data_set": "b", "revision": "c"}
     line = "wikitext2: 3 windows of 10 tokens without overlap, mean over 27 predicted tokens"
     assert measure_perplexity(model, windows, "wikitext2").protocol == line
@@ -383,7 +353,7 @@ def test_the_protocol_is_said_with_the_provenance(model: PreTrainedModel) -> Non
     assert (content["predicted_tokens"], content["provenance"]) == (27, provenance)
 
 
-def test_special_tokens_in_front_are_not_predicted(model: PreTrainedModel) -> None:
+def test_special_tokens_in_front_are_not_predicted(model):
     windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
     windows[:, :2] = torch.tensor([1, 2])
     result = measure_perplexity(model, windows, "text", stride=10, special_tokens=2)
@@ -397,7 +367,7 @@ def test_special_tokens_in_front_are_not_predicted(model: PreTrainedModel) -> No
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11])
-def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, stride: int) -> None:
+def test_overlapping_windows_predict_every_token_once(model, stride):
     tokens = torch.randint(3, 96, (12 + 6 * stride,), generator=torch.Generator().manual_seed(0))
     expected = []
     with torch.no_grad():
@@ -413,7 +383,7 @@ def test_overlapping_windows_predict_every_token_once(model: PreTrainedModel, st
     assert f"windows of 12 tokens every {stride} tokens" in result.protocol
 
 
-def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTrainedModel) -> None:
+def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e5)
     windows = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -426,7 +396,7 @@ def test_a_loss_too_large_for_a_perplexity_is_infinite_in_json_too(model: PreTra
     assert Perplexity.model_validate_json(result.model_dump_json()) == result
 
 
-def test_what_is_printed_as_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed_as_json_has_no_infinity(capsys):
     infinite = Perplexity(perplexity=math.inf, text="t", seq_len=9, windows=1, stride=9, predicted_bytes=8)
     print_output({"texts": [infinite], "loss": math.nan, "ratio": 0.5}, True, [])
     shown = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
@@ -442,7 +412,7 @@ def cut_some_channels(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_multiplications_are_those_of_the_matrices_and_of_attention(model: PreTrainedModel, cut: bool) -> None:
+def test_multiplications_are_those_of_the_matrices_and_of_attention(model, cut):
     counted = cut_some_channels(model) if cut else model
     layers = counted.base_model.layers
     matrices = sum(module.weight.numel() for module in layers.modules() if isinstance(module, nn.Linear))
@@ -455,7 +425,7 @@ def test_multiplications_are_those_of_the_matrices_and_of_attention(model: PreTr
     assert generated == matrices + len(layers) * 2 * 6 * 8 * 17 + head + rotary
 
 
-def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
+def test_models_are_measured_in_turn(model):
     steps: list[int] = []
     speeds = measure_speed({"dense": model, "cut": cut_some_channels(model)}, (1, 2), 8, 3, 3, steps.append)
     assert len(steps) == 2 * (2 * 4 + 1)
@@ -469,7 +439,7 @@ def test_models_are_measured_in_turn(model: PreTrainedModel) -> None:
             assert all(0 < rate.least <= rate.median <= rate.greatest for rate in rates.values())
 
 
-def test_a_model_that_cannot_be_pruned_has_a_speed(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_that_cannot_be_pruned_has_a_speed(make_model):
     other = make_model("stablelm", qk_layernorm=True)
     with pytest.raises(AdaPrunerError, match="cannot be pruned"):
         build_structure(other)
@@ -478,9 +448,7 @@ def test_a_model_that_cannot_be_pruned_has_a_speed(make_model: Callable[..., Pre
     assert speed.prompt_macs > 0
 
 
-def test_mapped_weights_count_once_at_one_batch_size(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_mapped_weights_count_once_at_one_batch_size(make_model, tmp_path):
     """94 MB that come from the file into memory as they are first used."""
     small = make_model("llama", hidden_size=480, num_hidden_layers=2)
     config = type(small.config).from_dict(small.config.to_dict() | {"intermediate_size": 8192})
@@ -492,9 +460,7 @@ def test_mapped_weights_count_once_at_one_batch_size(
         assert speed.peak_memory_bytes < 1.5 * speed.weight_bytes
 
 
-def test_the_command_warns_of_unfriendly_widths(
-    model: PreTrainedModel, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_warns_of_unfriendly_widths(model, model_folder, tmp_path, capsys):
     cut_some_channels(model).save_pretrained(tmp_path / "cut")
     options = f"--against {model_folder} --batch-size 1 --prompt 8 --new-tokens 2 --repetitions 1 --json".split()
     app(["benchmark", str(tmp_path / "cut"), *options], exit_on_error=False, result_action="return_value")
@@ -505,15 +471,7 @@ def test_the_command_warns_of_unfriendly_widths(
         adapruner.benchmark(model_folder, batch_sizes=(0,))
 
 
-def test_several_models_are_one_table(
-    model: PreTrainedModel,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_several_models_are_one_table(model, model_folder, text_file, tmp_path, tokenizer, capsys, monkeypatch):
     dense, cut = str(model_folder), str(tmp_path / "cut")
     cut_some_channels(model).save_pretrained(cut)
     tokenizer.save_pretrained(cut)
@@ -538,7 +496,7 @@ def test_several_models_are_one_table(
         app([*command[:2], str(tmp_path / "nowhere"), *command[3:]], exit_on_error=False, print_error=False)
 
 
-def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocol_says_texts_and_windows(model_folder, tmp_path, monkeypatch):
     words = " ".join(f"w{number % 90}" for number in range(300))
     for name, text in {"wikitext2/wiki.test.raw": f" {words} \n", "ptb/ptb.valid.txt": f" {words} \n" * 2}.items():
         (tmp_path / name).parent.mkdir()
@@ -560,13 +518,8 @@ def test_a_protocol_says_texts_and_windows(model_folder: Path, tmp_path: Path, m
 
 @pytest.mark.parametrize("memory_for", ["all weights", "a few layers"])
 def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
-    memory_for: str,
-    model: PreTrainedModel,
-    model_folder: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    memory_for, model, model_folder, text_file, capsys, monkeypatch
+):
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     total = weights / (0.8 if memory_for == "a few layers" else 0.7)
     monkeypatch.setattr("adapruner.memory.total_and_free", lambda _: (total, total))
@@ -587,14 +540,12 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_a_model_in_memory_is_used_as_it_is(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_in_memory_is_used_as_it_is(model, tokenizer):
     with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
         adapruner.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
 
 
-def test_what_a_checkpoint_was_calibrated_on_is_said(
-    model_folder: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_checkpoint_was_calibrated_on_is_said(model_folder, tmp_path, text_file, capsys):
     texts = assign_texts(PruneConfig(model="m", calibration=str(text_file), recover="ptb"))
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": texts.as_records()}))
@@ -628,14 +579,7 @@ def test_what_a_checkpoint_was_calibrated_on_is_said(
         (False, False, 0.8, Placement(TWO_DEVICES[:1], False)),
     ],
 )
-def test_where_a_model_is_evaluated(
-    is_known: bool,
-    streamable: bool,
-    free: float,
-    expected: Placement,
-    model_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_a_model_is_evaluated(is_known, streamable, free, expected, model_folder, monkeypatch):
     """On devices that each have memory for a part of the weights."""
     weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
     monkeypatch.setattr(_evaluate, "resolve_devices", lambda device: TWO_DEVICES[: device.count(",") + 1])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import ExpertGranularity
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import failed_checks
@@ -45,12 +43,12 @@ def make_mixture(family: str) -> PreTrainedModel:
 
 
 @pytest.fixture(params=FAMILIES)
-def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
+def mixture(request):
     return make_mixture(request.param)
 
 
 @pytest.fixture
-def mixtral() -> PreTrainedModel:
+def mixtral():
     return make_mixture("mixtral")
 
 
@@ -82,9 +80,7 @@ def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor
 
 @pytest.mark.parametrize("layer_wise", [False, True])
 @pytest.mark.parametrize("granularity", ["expert", "channel"])
-def test_taylor_terms_are_those_of_autograd(
-    mixture: PreTrainedModel, windows: Tensor, layer_wise: bool, granularity: ExpertGranularity
-) -> None:
+def test_taylor_terms_are_those_of_autograd(mixture, windows, layer_wise, granularity):
     if mixture.config.model_type == "deepseek_v3" and granularity == "channel":
         # Shared experts are as wide.
         with pytest.raises(AdaPrunerError, match="use `expert_granularity` expert"):
@@ -95,7 +91,7 @@ def test_taylor_terms_are_those_of_autograd(
     torch.testing.assert_close(statistics.taylor, taylor_by_hand(mixture, structure, windows[:3]), rtol=1e-3, atol=1e-6)
 
 
-def test_routing_is_what_the_router_says(mixtral: PreTrainedModel, windows: Tensor) -> None:
+def test_routing_is_what_the_router_says(mixtral, windows):
     """Share of tokens, and router weight times norm of the output, expert by expert (arXiv 2510.13999)."""
     structure = build_structure(mixtral)
     statistics = measure(mixtral, structure, windows[:2])
@@ -150,7 +146,7 @@ def channels_of(structure: Structure, layer: int) -> int:
     return next(number for number, block in enumerate(structure.blocks) if block.experts and block.layer == layer)
 
 
-def test_moments_of_experts_are_those_of_what_they_read(mixtral: PreTrainedModel, windows: Tensor) -> None:
+def test_moments_of_experts_are_those_of_what_they_read(mixtral, windows):
     structure = build_structure(mixtral, experts="channel")
     number = channels_of(structure, 1)
     moments = dict(measure_moments(mixtral, structure, windows, [number]))[number]
@@ -162,7 +158,7 @@ def test_moments_of_experts_are_those_of_what_they_read(mixtral: PreTrainedModel
     torch.testing.assert_close(squared, read.square().mean(1).flatten(), rtol=1e-3, atol=1e-6)
 
 
-def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTrainedModel) -> None:
+def test_channels_of_experts_are_compensated_by_least_squares(mixtral):
     """What each expert puts out is as near to what it was as any down projection of the kept channels comes."""
     windows = torch.randint(3, 256, (16, 64), generator=torch.Generator().manual_seed(0))
     structure = build_structure(mixtral, experts="channel")
@@ -182,9 +178,7 @@ def test_channels_of_experts_are_compensated_by_least_squares(mixtral: PreTraine
         assert (given @ new.T - wanted).norm() < 1.001 * least
 
 
-def test_channels_inside_of_experts_are_pruned_from_end_to_end(
-    mixtral: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
+def test_channels_inside_of_experts_are_pruned_from_end_to_end(mixtral, tokenizer, text_file, tmp_path):
     save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
     structure = build_structure(mixtral, experts="channel")
     per_channel = sum(4 * block.parameters_per_group for block in structure.blocks if block.experts)
@@ -204,7 +198,7 @@ def test_channels_inside_of_experts_are_pruned_from_end_to_end(
     )
 
 
-def test_an_expert_that_does_nothing_is_the_least_important(mixtral: PreTrainedModel, windows: Tensor) -> None:
+def test_an_expert_that_does_nothing_is_the_least_important(mixtral, windows):
     with torch.no_grad():
         for layer in mixtral.model.layers:
             layer.mlp.experts.down_proj[2] = 0
@@ -217,7 +211,7 @@ def test_an_expert_that_does_nothing_is_the_least_important(mixtral: PreTrainedM
                 assert int(scores[structure.block_of_group == number].argmin()) == 2, term
 
 
-def test_all_layers_keep_the_same_number(mixtral: PreTrainedModel, windows: Tensor) -> None:
+def test_all_layers_keep_the_same_number(mixtral, windows):
     structure = build_structure(mixtral)
     for layout in ("per-layer", "uniform"):
         counts = kept_counts(structure, Budget(0.195, Profile(1, 1) if layout == "per-layer" else "uniform"))  # type: ignore[arg-type]
@@ -228,9 +222,7 @@ def test_all_layers_keep_the_same_number(mixtral: PreTrainedModel, windows: Tens
         kept_counts(structure, Budget(0.5, Profile(0, 0)))
 
 
-def test_a_mixture_is_pruned_to_a_stock_one(
-    mixtral: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_mixture_is_pruned_to_a_stock_one(mixtral, windows, tokenizer, tmp_path):
     """Compensation leaves experts as they are."""
     structure = build_structure(mixtral)
     statistics = measure(mixtral, structure, windows)
@@ -247,9 +239,7 @@ def test_a_mixture_is_pruned_to_a_stock_one(
         assert torch.equal(stock(windows).logits, pruned(windows).logits)
 
 
-def test_the_decoder_alone_is_loaded_with_its_experts(
-    mixtral: PreTrainedModel, windows: Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_decoder_alone_is_loaded_with_its_experts(mixtral, windows, tokenizer, tmp_path):
     """vLLM loads the class of the decoder, which has to rename the experts of the file as the stock class does."""
     structure = build_structure(mixtral)
     counts = [block.groups - (block.kind == "heads" and block.layer == 0) for block in structure.blocks]
@@ -261,9 +251,7 @@ def test_the_decoder_alone_is_loaded_with_its_experts(
         assert torch.equal(decoder(windows).last_hidden_state, hidden)
 
 
-def test_a_mixture_is_pruned_from_end_to_end(
-    mixtral: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_mixture_is_pruned_from_end_to_end(mixtral, tokenizer, text_file, tmp_path):
     save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
     options = QUICK | {"ratio": 0.195, "trials": 11}
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **options)
@@ -279,7 +267,7 @@ def test_a_mixture_is_pruned_from_end_to_end(
         )
 
 
-def test_routing_that_chooses_groups_of_experts_first_is_proven() -> None:
+def test_routing_that_chooses_groups_of_experts_first_is_proven():
     config = tiny_config("deepseek_v3")
     config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
     architecture, model = infer_architecture(config), random_model(config)
@@ -290,7 +278,7 @@ def test_routing_that_chooses_groups_of_experts_first_is_proven() -> None:
     assert not failed_checks(model, architecture)
 
 
-def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole() -> None:
+def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole():
     """JetMoE: no stack in the module of the down projections computes what they read."""
     experts = infer_architecture(tiny_config("jetmoe")).experts
     assert experts is not None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import adapruner
 from adapruner import families
@@ -36,7 +35,7 @@ from tiny_families import tiny_config
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache, and a process that has seen no family."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "adapruner" / "families"
@@ -56,7 +55,7 @@ def contents(structure: Structure) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_the_families_with_a_file_are_inferred_to_the_same_structure(model_type: str) -> None:
+def test_the_families_with_a_file_are_inferred_to_the_same_structure(model_type):
     config, shipped = tiny_config(model_type), known_architectures()[model_type]
     inferred, model = infer_architecture(config), empty_model(config)
     for granularity in ("kv-group", "query-head"):
@@ -90,9 +89,7 @@ def test_the_families_with_a_file_are_inferred_to_the_same_structure(model_type:
         ("recurrent_gemma", {"channels"}, [0, 1, 2, 3]),
     ],
 )
-def test_a_family_without_a_file_is_inferred_and_proven(
-    model_type: str, kinds: set[str], whole_mixers: list[int]
-) -> None:
+def test_a_family_without_a_file_is_inferred_and_proven(model_type, kinds, whole_mixers):
     config = tiny_config(model_type)
     architecture = prove(config, infer_architecture(config))
     assert architecture.layouts == ("per-layer", "uniform")
@@ -103,7 +100,7 @@ def test_a_family_without_a_file_is_inferred_and_proven(
 
 
 @pytest.mark.parametrize("hidden_size", [32, 48])
-def test_a_state_space_mixer_of_any_size_is_made_small(hidden_size: int) -> None:
+def test_a_state_space_mixer_of_any_size_is_made_small(hidden_size):
     """Its heads times their width must equal a multiple of the hidden size."""
     types = ["mamba", "mamba", "attention"] * 4
     sizes = {"hidden_size": hidden_size, "mamba_n_heads": 4, "mamba_d_head": hidden_size // 2}
@@ -118,7 +115,7 @@ def test_a_state_space_mixer_of_any_size_is_made_small(hidden_size: int) -> None
     ("model_type", "attention", "feed_forward"),
     [("glm4", True, True), ("olmo_hybrid", True, False), ("granite", False, False), ("smollm3", False, False)],
 )
-def test_norms_behind_blocks_are_seen(model_type: str, attention: bool, feed_forward: bool) -> None:
+def test_norms_behind_blocks_are_seen(model_type, attention, feed_forward):
     inferred = infer_architecture(tiny_config(model_type))
     assert inferred.attention is not None
     assert inferred.feed_forward is not None
@@ -134,7 +131,7 @@ HEADS_AS_CHANNELS = ProjectionNames(inputs={"self_attn.v_proj": ("channels",)}, 
     [{"feed_forward": WRONG_ROWS}, {"layers": "model.norm"}, {"feed_forward": HEADS_AS_CHANNELS}],
     ids=["rows", "layers", "heads as channels"],
 )
-def test_the_proof_finds_what_is_wrong(changes: dict[str, object]) -> None:
+def test_the_proof_finds_what_is_wrong(changes):
     config = tiny_config("llama")
     right = known_architectures()["llama"]
     model = random_model(config)
@@ -152,7 +149,7 @@ def test_the_proof_finds_what_is_wrong(changes: dict[str, object]) -> None:
             prove(config, wrong.changed(attention=None))
 
 
-def test_gate_and_up_in_the_wrong_order_are_found() -> None:
+def test_gate_and_up_in_the_wrong_order_are_found():
     """The shapes are right, the rows are not."""
     config = tiny_config("phi3")
     right = known_architectures()["phi3"]
@@ -163,15 +160,13 @@ def test_gate_and_up_in_the_wrong_order_are_found() -> None:
 
 
 @pytest.fixture
-def smollm3(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def smollm3(tmp_path, tokenizer):
     random_model(tiny_config("smollm3")).save_pretrained(tmp_path / "smollm3")
     tokenizer.save_pretrained(tmp_path / "smollm3")
     return tmp_path / "smollm3"
 
 
-def test_a_family_is_checked_once(
-    smollm3: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_family_is_checked_once(smollm3, cache, monkeypatch, capsys):
     first = describe(smollm3)
     assert "checking how smollm3 is built: done in" in capsys.readouterr().err
     (file,) = cache.iterdir()
@@ -188,7 +183,7 @@ def test_a_family_is_checked_once(
     assert len(list(cache.iterdir())) == 2
 
 
-def test_what_was_inferred_can_be_a_file(smollm3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_inferred_can_be_a_file(smollm3, tmp_path, capsys):
     run(["inspect", str(smollm3), "--architecture"])
     (tmp_path / "smollm3.yaml").write_text(capsys.readouterr().out)
     inferred = architecture_of(load_config(find_model(str(smollm3))))
@@ -198,7 +193,7 @@ def test_what_was_inferred_can_be_a_file(smollm3: Path, tmp_path: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["attention"]["output"] == "self_attn.o_proj"
 
 
-def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3, text_file, tmp_path):
     result = adapruner.prune(str(smollm3), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     assert 0.095 <= result.result.removed_share <= 0.105
     tokens = torch.arange(3, 40).view(1, -1)
@@ -212,16 +207,14 @@ def test_a_family_without_a_file_is_pruned_from_end_to_end(smollm3: Path, text_f
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "model_type", "eos_token_id"])
-def test_layers_of_an_inferred_family_differ_in_nothing_else(smollm3: Path, field: str) -> None:
+def test_layers_of_an_inferred_family_differ_in_nothing_else(smollm3, field):
     config = json.loads((smollm3 / "config.json").read_text())
     (smollm3 / "config.json").write_text(json.dumps(config | {"per_layer_config": {"1": {field: 5}}}))
     with pytest.raises(AdaPrunerError, match=f"{field}.* per_layer_config|per_layer_config.*{field}"):
         adapruner.inspect(smollm3)
 
 
-def test_a_layout_that_a_family_cannot_have_is_refused(
-    smollm3: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layout_that_a_family_cannot_have_is_refused(smollm3, text_file, tmp_path, monkeypatch):
     uniform = infer_architecture(tiny_config("smollm3")).changed(layouts=("uniform",))
     monkeypatch.setattr(families, "_describe", lambda _: uniform)
     with pytest.raises(AdaPrunerError, match="cannot be cut differently: set `layout` to uniform"):
@@ -243,9 +236,7 @@ def test_a_layout_that_a_family_cannot_have_is_refused(
         ),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_a_line(
-    model_type: str, fields: dict[str, object], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_pruned_is_refused_in_a_line(model_type, fields, reason, tmp_path, capsys):
     random_model(tiny_config(model_type, **fields)).save_pretrained(tmp_path / "model")
     with pytest.raises(AdaPrunerError, match=reason):
         adapruner.inspect(tmp_path / "model")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ Rerun = Callable[[], int]
 
 
 @pytest.fixture
-def rerun(run: Path, model_folder: Path, text_file: Path) -> Rerun:
+def rerun(run, model_folder, text_file):
     """Runs the command of the finished run again, in its copy."""
     return lambda: exit_code(prune_command(model_folder, run, text_file))
 
@@ -87,13 +87,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("damage", [truncate, edit])
-def test_what_was_damaged_is_rebuilt(
-    damage: Callable[[Path], None],
-    finished: adapruner.PruneResult,
-    run: Path,
-    rerun: Rerun,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_was_damaged_is_rebuilt(damage, finished, run, rerun, capsys):
     for file in FILES:
         damage(run / file)
     assert rerun() == 0
@@ -104,7 +98,7 @@ def test_what_was_damaged_is_rebuilt(
     assert_same_artifacts(run, finished.output)
 
 
-def test_damage_takes_nothing_else_along(finished: adapruner.PruneResult, run: Path, rerun: Rerun) -> None:
+def test_damage_takes_nothing_else_along(finished, run, rerun):
     for artifact in ("statistics.safetensors", "plan.json", "model", "evaluation/perplexity-dense.json"):
         before = written(run)
         place = run / artifact
@@ -120,9 +114,7 @@ def test_damage_takes_nothing_else_along(finished: adapruner.PruneResult, run: P
     assert_same_cards(run, finished.output)
 
 
-def test_a_damaged_file_of_trials_is_one_line(
-    finished: adapruner.PruneResult, run: Path, rerun: Rerun, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_file_of_trials_is_one_line(finished, run, rerun, capsys):
     (run / "search.json").unlink()
     trials = run / "study.jsonl"
     trials.write_bytes(b"damaged\n" * 1000)
@@ -134,14 +126,7 @@ def test_a_damaged_file_of_trials_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["search.json", "plan.json", "model", "model/config.json", "report.html"])
-def test_results_that_were_removed_are_rebuilt(
-    name: str,
-    finished: adapruner.PruneResult,
-    run: Path,
-    rerun: Rerun,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_results_that_were_removed_are_rebuilt(name, finished, run, rerun, monkeypatch, capsys):
     """From what is there: nothing is measured, tried or evaluated again; and it is no damage."""
     monkeypatch.delattr(optuna.Study, "tell")
     stages = stages_done(run)
@@ -156,9 +141,7 @@ def test_results_that_were_removed_are_rebuilt(
     assert taken[0]["evaluating"] == taken[1]["evaluating"]
 
 
-def test_another_ratio_is_mended_by_its_own_command(
-    finished: adapruner.PruneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_ratio_is_mended_by_its_own_command(finished, tmp_path, capsys):
     other = tmp_path / "[old]:train:"
     again = ["prune", "--from", str(finished.output), "--ratio", "0.05", "-o", str(other)]
     assert exit_code(again) == 0
@@ -174,7 +157,7 @@ def test_another_ratio_is_mended_by_its_own_command(
     assert f"report: {other / 'report.html'}\n" in capsys.readouterr().out
 
 
-def test_a_report_of_what_cannot_be_read_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_what_cannot_be_read_is_refused(run, capsys):
     truncate(run / "windows.safetensors")
     assert exit_code(["report", str(run)]) == 2
     assert "cannot read the run in" in capsys.readouterr().err
@@ -188,18 +171,14 @@ def test_a_report_of_what_cannot_be_read_is_refused(run: Path, capsys: pytest.Ca
         ("speed.json", "[1]", "Input should be an object"),
     ],
 )
-def test_a_report_of_another_version_names_the_file(
-    name: str, content: str, problem: str, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_of_another_version_names_the_file(name, content, problem, run, capsys):
     (run / name).write_text(content)
     assert exit_code(["report", str(run)]) == 2
     said = capsys.readouterr().err
     assert f"{run / name} is of another version of adapruner, or was changed ({problem}): rerun the command" in said
 
 
-def test_an_encoding_without_all_signs_stops_nothing(
-    finished: adapruner.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_encoding_without_all_signs_stops_nothing(finished, tmp_path, monkeypatch):
     """As with LC_ALL=C and PYTHONUTF8=0."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -207,9 +186,7 @@ def test_an_encoding_without_all_signs_stops_nothing(
     assert b"\\u2026" in written.getvalue()
 
 
-def test_another_ratio_is_not_made_from_damaged_measurements(
-    finished: adapruner.PruneResult, run: Path, tmp_path: Path
-) -> None:
+def test_another_ratio_is_not_made_from_damaged_measurements(finished, run, tmp_path):
     """They are rebuilt where something needs them; the earlier run is not touched."""
     edit(run / "statistics.safetensors")
     damaged = (run / "statistics.safetensors").read_bytes()
@@ -220,7 +197,7 @@ def test_another_ratio_is_not_made_from_damaged_measurements(
 
 
 @pytest.fixture
-def measured(run: Path) -> Path:
+def measured(run):
     """A copy of the finished run in which nothing after the measuring was made."""
     for name in ("evaluation", "model"):
         shutil.rmtree(run / name)
@@ -230,7 +207,7 @@ def measured(run: Path) -> Path:
 
 
 @pytest.fixture
-def _signals_as_before() -> Iterator[None]:
+def _signals_as_before():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -239,14 +216,7 @@ def _signals_as_before() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_signals_as_before")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_trial_end_and_the_run_resumes(
-    number: signal.Signals,
-    finished: adapruner.PruneResult,
-    measured: Path,
-    rerun: Rerun,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_signal_lets_the_trial_end_and_the_run_resumes(number, finished, measured, rerun, monkeypatch, capsys):
     told = 0
     ask, tell = optuna.Study.ask, optuna.Study.tell
 
@@ -272,12 +242,7 @@ def test_a_signal_lets_the_trial_end_and_the_run_resumes(
 
 
 @pytest.mark.usefixtures("_signals_as_before")
-def test_a_signal_while_measuring_keeps_what_was_measured(
-    finished: adapruner.PruneResult,
-    measured: Path,
-    rerun: Rerun,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_signal_while_measuring_keeps_what_was_measured(finished, measured, rerun, monkeypatch):
     replace = os.replace
 
     def interrupted(source: Path, target: Path) -> None:
@@ -297,7 +262,7 @@ def test_a_signal_while_measuring_keeps_what_was_measured(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of 96 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -308,13 +273,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_run_resumes(
-    small_disk: Path,
-    finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_full_disk_is_one_line_and_the_run_resumes(small_disk, finished, model_folder, text_file, capsys):
     run = small_disk / "run"
     capsys.readouterr()
     for size in (96, 192, 384):
@@ -342,7 +301,7 @@ def let_a_trial_run_out_of_memory() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_memory_is_one_line_and_the_run_resumes(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_no_memory_is_one_line_and_the_run_resumes(model_folder, text_file, tmp_path):
     arguments = prune_command(model_folder, tmp_path / "run", text_file, QUICK)
     process = start_main(let_a_trial_run_out_of_memory, (), arguments, tmp_path)
     process.join()
@@ -361,13 +320,7 @@ def with_broken_embedding(
     return folder
 
 
-def test_samples_that_break_the_model_are_left_out_and_named(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_samples_that_break_the_model_are_left_out_and_named(model, tokenizer, text_file, tmp_path, capsys):
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
     options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8, "calibration": str(text_file)}
     run = tmp_path / "run"
@@ -391,9 +344,7 @@ def test_samples_that_break_the_model_are_left_out_and_named(
     assert not {"reading activations", "measuring", "searching"} & {*stages_done(tmp_path / "other")}
 
 
-def test_a_broken_model_is_refused(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_broken_model_is_refused(model, tokenizer, text_file, tmp_path):
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(0, 90))
     with pytest.raises(
         AdaPrunerError, match=r"not finite on (\d+) of the \1 windows of the \w+: its weights are broken"

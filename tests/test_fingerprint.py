@@ -17,7 +17,7 @@ from adapruner.models._places import find_model, fingerprint
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path) -> Path:
+def folder(model_folder, tmp_path):
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
@@ -48,14 +48,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_what_is_computed_from_counts(change: Callable[[Path], object], folder: Path) -> None:
+def test_what_is_computed_from_counts(change, folder):
     before = of(folder)
     assert of(folder) == before
     change(folder)
     assert of(folder) != before
 
 
-def test_copies_and_what_is_said_of_a_model_do_not_count(folder: Path, tmp_path: Path) -> None:
+def test_copies_and_what_is_said_of_a_model_do_not_count(folder, tmp_path):
     before = of(folder)
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     (tmp_path / "copy" / "README.md").write_text("another card")
@@ -64,7 +64,7 @@ def test_copies_and_what_is_said_of_a_model_do_not_count(folder: Path, tmp_path:
     assert of(tmp_path / "copy") == before
 
 
-def test_14_gb_are_quick(folder: Path) -> None:
+def test_14_gb_are_quick(folder):
     """Large files count by their size, their time, and blocks of theirs."""
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(14 * 10**9)
@@ -77,7 +77,7 @@ def test_14_gb_are_quick(folder: Path) -> None:
     assert of(folder) != before
 
 
-def test_a_hub_id_counts_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_counts_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     place, seen = tmp_path / "models--owner--name", set()

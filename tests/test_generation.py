@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -37,14 +37,14 @@ def tokens_of(rows: Tensor) -> list[list[int]]:
 
 
 @pytest.fixture
-def _batches_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _batches_are_small(monkeypatch):
     monkeypatch.setattr(_generation, "_MOST_ROWS", 3)
     monkeypatch.setattr(_generation, "_CHECKED_EVERY", 5)  # those that have ended are dropped
 
 
 @pytest.mark.usefixtures("_batches_are_small")
 @pytest.mark.parametrize("family", ["llama", "bloom", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mistral", "opt"])
-def test_padded_prompts_are_continued_as_each_alone(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_padded_prompts_are_continued_as_each_alone(family, make_model):
     model, ends = make_model(family), [*range(2, 96, 8)]
     rows = greedy(model, PROMPTS, 24, ends)
     assert rows.shape == (4, 10 + 24)
@@ -56,14 +56,14 @@ def test_padded_prompts_are_continued_as_each_alone(family: str, make_model: Cal
 @pytest.mark.parametrize(
     "family", ["bamba", "falcon_h1", "gpt_oss", "jamba", "lfm2", "mixtral", "qwen3_next", "recurrent_gemma"]
 )
-def test_caches_of_every_kind_continue_texts(family: str) -> None:
+def test_caches_of_every_kind_continue_texts(family):
     model, ends = random_model(tiny_config(family)).eval(), [*range(2, 256, 16)]
     assert tokens_of(greedy(model, PROMPTS, 24, ends)[:, 10:]) == [
         continued_alone(model, prompt, 24, ends) for prompt in PROMPTS
     ]
 
 
-def test_greedy_and_sampled_texts_are_written_together(model: PreTrainedModel) -> None:
+def test_greedy_and_sampled_texts_are_written_together(model):
     state, temperatures = torch.get_rng_state(), torch.tensor([0.0, 1.0] * 4)
     steps: list[float] = []
     texts = continue_texts(model, PROMPTS * 2, 12, temperatures, 7, advance=steps.append)
@@ -77,7 +77,7 @@ def test_greedy_and_sampled_texts_are_written_together(model: PreTrainedModel) -
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_samples_have_the_probabilities_at_the_temperature() -> None:
+def test_samples_have_the_probabilities_at_the_temperature():
     logits, temperatures = torch.tensor([0.0, 1.0, -1.0, 2.0]), torch.tensor([0.0, 0.7]).repeat_interleave(20_000)
     sampling = _generation._Sampling(temperatures, [torch.Generator().manual_seed(0)] * len(temperatures))
     scores = sampling(None, logits.repeat(40_000, 1))
@@ -87,7 +87,7 @@ def test_samples_have_the_probabilities_at_the_temperature() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_texts_end_with_the_last_position(family: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_texts_end_with_the_last_position(family, make_model):
     model = make_model(family)
     rows = greedy(model, [[11] * 40, [12] * 50], 30)
     assert tokens_of(rows[:, 50:]) == [
@@ -96,7 +96,7 @@ def test_texts_end_with_the_last_position(family: str, make_model: Callable[...,
     ]
 
 
-def test_a_model_that_predicts_no_numbers_writes_any_tokens(model: PreTrainedModel) -> None:
+def test_a_model_that_predicts_no_numbers_writes_any_tokens(model):
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
     rows = continue_texts(model, PROMPTS, 4, torch.tensor([0.0, 1.0, 0.0, 1.0]), 0)
     assert ((rows[:, 10:] >= 0) & (rows[:, 10:] < 96)).all()
@@ -140,7 +140,7 @@ SETTINGS: dict[str, object] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_no_generation_setting_of_a_model_counts(name: str, model: PreTrainedModel) -> None:
+def test_no_generation_setting_of_a_model_counts(name, model):
     expected = generate_windows(model, 4, 12, seed=0)
     setattr(model.generation_config, name, SETTINGS[name])
     model.generation_config.do_sample = True
@@ -152,7 +152,7 @@ def test_no_generation_setting_of_a_model_counts(name: str, model: PreTrainedMod
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("mask", ["none", "true for the keys that are seen", "a bias"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_fast_attention_is_that_of_pytorch(queries: int, mask: str, groups: int) -> None:
+def test_fast_attention_is_that_of_pytorch(queries, mask, groups):
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(2, 6, queries, 8),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -32,7 +31,7 @@ from run_helpers import byte_tokenizer
 
 
 @pytest.fixture
-def file(make_model: object, tmp_path: Path) -> Path:
+def file(make_model, tmp_path):
     tokenizer = byte_tokenizer()
     model: PreTrainedModel = make_model("llama", vocab_size=len(tokenizer), attention_bias=False, mlp_bias=False)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32")
@@ -40,9 +39,7 @@ def file(make_model: object, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("gguf_type", get_args(GgufType))
-def test_what_was_written_is_loaded(
-    gguf_type: GgufType, file: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_what_was_written_is_loaded(gguf_type, file, make_model, tmp_path):
     """Rows are multiples of 32, as the types in blocks need them."""
     if "_k" in gguf_type:
         pytest.importorskip("cyllama")
@@ -64,9 +61,7 @@ def test_what_was_written_is_loaded(
         ({"attention_bias": True}, "the biases"),
     ],
 )
-def test_what_would_be_lost_is_refused(
-    fields: dict[str, Any], lost: str, file: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_what_would_be_lost_is_refused(fields, lost, file, make_model, tmp_path):
     tokenizer = load_tokenizer(find_model(str(file)))
     sizes = {"vocab_size": len(tokenizer), "attention_bias": False, "mlp_bias": False}
     write_gguf(make_model("llama", **sizes | fields), tokenizer, tmp_path / "other.gguf", "f32")
@@ -85,7 +80,7 @@ def test_what_would_be_lost_is_refused(
         (["rope_factors_long.weight"], {}, True),
     ],
 )
-def test_scaled_rotary_embeddings_are_recognised(tensors: list[str], said: dict[str, object], is_refused: bool) -> None:
+def test_scaled_rotary_embeddings_are_recognised(tensors, said, is_refused):
     fields = {
         f"phi3.rope.scaling.{name}": SimpleNamespace(contents=lambda value=value: value) for name, value in said.items()
     }
@@ -100,9 +95,7 @@ def test_scaled_rotary_embeddings_are_recognised(tensors: list[str], said: dict[
     refuse_what_is_not_read(reader, "file", scaled, True)
 
 
-def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(file, monkeypatch):
     readings = []
     read = gguf.GGUFReader.__init__
 
@@ -124,7 +117,7 @@ def test_a_run_reads_a_file_once_for_its_config_and_once_for_its_weights(
 
 
 @pytest.fixture
-def long_lists(tmp_path: Path) -> Path:
+def long_lists(tmp_path):
     """A file with lists of tokens that are stepped over, and a short one for each layer that is not."""
     writer = GGUFWriter(tmp_path / "long.gguf", "llama")
     writer.add_token_list([f"w{number}" * (number % 7) for number in range(5000)])
@@ -141,7 +134,7 @@ def long_lists(tmp_path: Path) -> Path:
     return tmp_path / "long.gguf"
 
 
-def test_tokens_are_stepped_over(long_lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_stepped_over(long_lists, monkeypatch):
     """All else is what the reader of gguf reads, and transformers counts the tokens."""
     whole = gguf.GGUFReader(long_lists)
     settings, _ = PreTrainedConfig.get_config_dict(long_lists.parent, gguf_file=long_lists.name)
@@ -163,7 +156,7 @@ def test_tokens_are_stepped_over(long_lists: Path, monkeypatch: pytest.MonkeyPat
         assert np.array_equal(one.data, other.data)
 
 
-def test_a_list_that_is_longer_than_the_file_is_refused(long_lists: Path) -> None:
+def test_a_list_that_is_longer_than_the_file_is_refused(long_lists):
     content = long_lists.read_bytes()
     assert content.count(struct.pack("<Q", 5000)) >= 3
     for count in (5001, 2**40, 2**63):
@@ -172,7 +165,7 @@ def test_a_list_that_is_longer_than_the_file_is_refused(long_lists: Path) -> Non
             load_config(find_model(str(long_lists)))
 
 
-def test_the_licence_is_found_behind_other_fields(tmp_path: Path) -> None:
+def test_the_licence_is_found_behind_other_fields(tmp_path):
     path = tmp_path / "model.gguf"
     writer = GGUFWriter(path, "llama")
     writer.add_token_list(["a", "", "ccc"])
@@ -227,14 +220,14 @@ F32 = 0
         (b"", "cannot mmap an empty file"),
     ],
 )
-def test_a_header_says_what_the_file_holds(content: bytes, message: str | None, tmp_path: Path) -> None:
+def test_a_header_says_what_the_file_holds(content, message, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         check_header(path)
 
 
-def test_a_file_with_fewer_weights_than_its_model_is_refused(file: Path) -> None:
+def test_a_file_with_fewer_weights_than_its_model_is_refused(file):
     """Transformers would allocate those that do not fit, and fill them at random."""
     wide = packed_field("llama.feed_forward_length", 4, struct.pack("<I", 2**20))
     narrow = packed_field("llama.feed_forward_length", 4, struct.pack("<I", 24))
@@ -247,9 +240,7 @@ def test_a_file_with_fewer_weights_than_its_model_is_refused(file: Path) -> None
         load_config(find_model(str(file)))
 
 
-def test_a_family_that_transformers_reads_without_gguf_is_checked_too(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_that_transformers_reads_without_gguf_is_checked_too(file, monkeypatch):
     fields, _ = PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda *_, **__: (fields, {}))
     assert load_config(find_model(str(file))).hidden_size == 48
@@ -273,7 +264,7 @@ def load_or_refuse(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", SIZES + SIZES_OF_ATTENTION)
-def test_a_size_of_zero_gives_no_warning(name: str, file: Path) -> None:
+def test_a_size_of_zero_gives_no_warning(name, file):
     content, field = file.read_bytes(), f"llama.{name}".encode() + struct.pack("<I", 4)
     assert content.count(field) == 1
     place = content.index(field) + len(field)
@@ -289,7 +280,7 @@ def test_a_size_of_zero_gives_no_warning(name: str, file: Path) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
-def test_a_damaged_file_is_loaded_or_refused_in_one_line(file: Path, data: st.DataObject) -> None:
+def test_a_damaged_file_is_loaded_or_refused_in_one_line(file, data):
     """Bytes of its header are replaced, or its end is missing."""
     healthy = file.read_bytes()
     damaged = bytearray(healthy)

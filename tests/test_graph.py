@@ -121,7 +121,7 @@ def made(folder: Path, **options: Any) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "text.txt").write_text("abc")
     return tmp_path / "run"
 
@@ -146,13 +146,13 @@ def value(folder: Path, name: str = "total") -> Any:
         (lambda graph: (graph.in_memory(lambda size: 0), graph.check()), "nothing needs <lambda>"),
     ],
 )
-def test_a_declaration_that_forgets_something_is_an_error(declare: Callable[[Graph], Any], message: str) -> None:
+def test_a_declaration_that_forgets_something_is_an_error(declare, message):
     graph = Graph(Options, unkeyed=("config",))
     with pytest.raises(GraphError, match=message):
         declare(graph)
 
 
-def test_the_example_of_a_graph_runs() -> None:
+def test_the_example_of_a_graph_runs():
     outcome = doctest.testmod(declaring)
     assert outcome.attempted > 3
     assert not outcome.failed
@@ -161,7 +161,7 @@ def test_the_example_of_a_graph_runs() -> None:
 # Keys
 
 
-def test_keys_are_of_what_is_reached_and_of_nothing_else(folder: Path) -> None:
+def test_keys_are_of_what_is_reached_and_of_nothing_else(folder):
     def keys(**options: Any) -> dict[str, str]:
         run = making(folder, **options)
         return {node.path: run.record(node).key for node in run.wanted}
@@ -181,7 +181,7 @@ def test_keys_are_of_what_is_reached_and_of_nothing_else(folder: Path) -> None:
     assert not set(keys().values()) & set(before.values())
 
 
-def test_what_is_made_is_not_made_again_and_what_is_costly_not_held(folder: Path) -> None:
+def test_what_is_made_is_not_made_again_and_what_is_costly_not_held(folder):
     run = making(folder)
     run.make_missing()
     assert run.given["calls"] == ["letters", "numbers", "doubled", "total"]
@@ -191,7 +191,7 @@ def test_what_is_made_is_not_made_again_and_what_is_costly_not_held(folder: Path
     assert not (folder / "unfinished").exists()
 
 
-def test_a_result_is_remade_when_removed_and_others_when_needed(folder: Path) -> None:
+def test_a_result_is_remade_when_removed_and_others_when_needed(folder):
     made(folder)
     (folder / "numbers.json").unlink()
     assert made(folder) == []
@@ -202,7 +202,7 @@ def test_a_result_is_remade_when_removed_and_others_when_needed(folder: Path) ->
     assert made(folder) == ["letters", "numbers", "doubled", "total"]
 
 
-def test_damage_is_recognised_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_recognised_and_said(folder, capsys):
     made(folder)
     (folder / "doubled.json").write_text("[1]")
     run = making(folder)
@@ -213,7 +213,7 @@ def test_damage_is_recognised_and_said(folder: Path, capsys: pytest.CaptureFixtu
     assert value(folder, "doubled") == [0, 6, 12]
 
 
-def test_what_was_made_otherwise_is_refused_with_what_changed(folder: Path) -> None:
+def test_what_was_made_otherwise_is_refused_with_what_changed(folder):
     made(folder)
     with pytest.raises(AdaPrunerError, match=r"\(factor 2 → 5\): doubled.json, total.json would be rebuilt"):
         making(folder, factor=5).refuse_outdated()
@@ -227,7 +227,7 @@ def test_what_was_made_otherwise_is_refused_with_what_changed(folder: Path) -> N
     assert made(folder, factor=5) == ["doubled", "total"]
 
 
-def test_what_another_run_holds_is_taken_over(folder: Path) -> None:
+def test_what_another_run_holds_is_taken_over(folder):
     made(folder)
     other = folder.with_name("other")
     run = making(other, others=(RunFolder(folder),), ratio=3)
@@ -236,7 +236,7 @@ def test_what_another_run_holds_is_taken_over(folder: Path) -> None:
     assert value(other, "doubled") == [0, 6, 12]
 
 
-def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
+def test_what_is_taken_counts_whatever_it_was_made_from(folder):
     made(folder, factor=7)
     other = folder.with_name("other")
     run = making(other, others=(RunFolder(folder),), ratio=3)
@@ -247,7 +247,7 @@ def test_what_is_taken_counts_whatever_it_was_made_from(folder: Path) -> None:
     assert run.record(GRAPH.nodes["total"]).key != making(other, ratio=3).record(GRAPH.nodes["total"]).key  # type: ignore[arg-type]
 
 
-def test_what_an_interrupted_run_with_other_options_made_is_removed(folder: Path) -> None:
+def test_what_an_interrupted_run_with_other_options_made_is_removed(folder):
     """Results that are there already do not need it; the run would be refused next time."""
     made(folder)
     other = making(folder, size=5)
@@ -258,7 +258,7 @@ def test_what_an_interrupted_run_with_other_options_made_is_removed(folder: Path
     assert value(folder) == 18
 
 
-def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Path) -> None:
+def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder):
     graph = Graph(Options, given=("calls", "run"))
 
     @graph.leaf()
@@ -305,7 +305,7 @@ def test_what_is_read_again_in_no_time_is_only_held_for_the_next_node(folder: Pa
         assert value(folder / device, "b") == held
 
 
-def test_mistakes_are_found_before_the_work(folder: Path) -> None:
+def test_mistakes_are_found_before_the_work(folder):
     graph = Graph(Options, given=("calls",), unkeyed=("config",))
 
     @graph.costly
@@ -356,7 +356,7 @@ def _killed_at(folder: Path, statement: int) -> None:
     (folder / "ended").touch()
 
 
-def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(folder: Path) -> None:
+def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(folder):
     context = fast_starts()
     undisturbed = folder.with_name("undisturbed")
     made(undisturbed, wants_extra=True)
@@ -378,7 +378,7 @@ def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(fold
 # The run folder
 
 
-def test_what_is_taken_over_replaces_the_whole_folder(tmp_path: Path) -> None:
+def test_what_is_taken_over_replaces_the_whole_folder(tmp_path):
     source, target = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "target")
     for run, names in ((source, ("a", "b")), (target, ("a", "c"))):
         run.model.mkdir(parents=True)
@@ -391,7 +391,7 @@ def test_what_is_taken_over_replaces_the_whole_folder(tmp_path: Path) -> None:
     assert target.is_made("model", record.key)
 
 
-def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+def test_a_folder_takes_the_place_of_a_file(tmp_path):
     (tmp_path / "compensated").touch()
     for content in ("{}", '{"a": 1}'):
         partial_path = tmp_path / "partial"
@@ -402,7 +402,7 @@ def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
         assert (tmp_path / "compensated" / "config.json").read_text() == content
 
 
-def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+def test_files_are_known_by_their_content(tmp_path):
     small, large = tmp_path / "small.json", tmp_path / "large.safetensors"
     small.write_text('{"a": 1}')
     save_file({"a": torch.zeros(2 << 20)}, large)
@@ -417,7 +417,7 @@ def test_files_are_known_by_their_content(tmp_path: Path) -> None:
     assert not are_as_written(files, tmp_path)
 
 
-def test_one_command_at_a_time_has_a_folder(tmp_path: Path) -> None:
+def test_one_command_at_a_time_has_a_folder(tmp_path):
     run = RunFolder(tmp_path / "run")
     with contextlib.suppress(KeyError), run.locked():
         with pytest.raises(AdaPrunerError, match="another command is running in"), run.locked():
@@ -428,7 +428,7 @@ def test_one_command_at_a_time_has_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_locks(monkeypatch):
     """A file system that grants a lock to everybody."""
     lock = contextlib.nullcontext()
     monkeypatch.setattr("adapruner.graph.folder.FileLock", lambda _: SimpleNamespace(acquire=lambda timeout: lock))
@@ -436,7 +436,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_one_command_at_a_time_has_a_folder_without_locks(tmp_path: Path) -> None:
+def test_one_command_at_a_time_has_a_folder_without_locks(tmp_path):
     run, again = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     with run.locked(), pytest.raises(AdaPrunerError, match="another command is running in"), again.locked():
         pass
@@ -449,9 +449,7 @@ def test_one_command_at_a_time_has_a_folder_without_locks(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)), NotImplementedError("no flock")])
-def test_a_file_system_that_cannot_lock_is_named(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_cannot_lock_is_named(error, tmp_path, monkeypatch):
     def fail(timeout: float) -> None:
         raise error
 
@@ -460,7 +458,7 @@ def test_a_file_system_that_cannot_lock_is_named(
         pass
 
 
-def test_records_that_a_kill_cut_off_are_of_nothing(folder: Path) -> None:
+def test_records_that_a_kill_cut_off_are_of_nothing(folder):
     made(folder)
     for record in (folder / "keys").iterdir():
         record.write_bytes(record.read_bytes()[:-20])

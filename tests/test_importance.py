@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +19,12 @@ from adapruner.importance._terms import TERMS
 from adapruner.measurement._moments import measure_moments
 from adapruner.measurement._removal import removal_errors
 from adapruner.measurement._samples import measure
-from adapruner.measurement._statistics import Statistics
 from adapruner.run.options import register_extensions
-from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 
 
 @pytest.fixture
-def measured(model: PreTrainedModel, windows: Tensor) -> tuple[Structure, Statistics]:
+def measured(model, windows):
     structure = build_structure(model)
     errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     measured = measure(model, structure, windows)
@@ -63,9 +60,7 @@ def channel_score(model: PreTrainedModel, windows: Tensor, layer: int, channel: 
 
 
 @pytest.mark.parametrize("metric", LLM_PRUNER_METRICS)
-def test_llm_pruner_metrics(
-    metric: str, model: PreTrainedModel, windows: Tensor, measured: tuple[Structure, Statistics]
-) -> None:
+def test_llm_pruner_metrics(metric, model, windows, measured):
     structure, statistics = measured
     scores = score_groups(statistics, structure, LLM_PRUNER_METRICS[metric])
     for index, block in enumerate(structure.blocks):
@@ -76,7 +71,7 @@ def test_llm_pruner_metrics(
                 assert math.isclose(actual, expected, rel_tol=1e-3)
 
 
-def test_chosen_samples_are_all_that_counts(measured: tuple[Structure, Statistics]) -> None:
+def test_chosen_samples_are_all_that_counts(measured):
     structure, statistics = measured
     point = LLM_PRUNER_METRICS["vectorize"]
     both = score_groups(statistics.select([1, 4]), structure, point)
@@ -93,9 +88,7 @@ BY_OUTPUTS = [name for name in OF_ALL_MODELS if name != "conditional_variance"]
 
 
 @pytest.mark.parametrize("term", OF_ALL_MODELS)
-def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
-    term: str, measured: tuple[Structure, Statistics]
-) -> None:
+def test_every_term_is_not_negative_and_ignores_the_order_of_samples(term, measured):
     structure, statistics = measured
     compute, unit = TERMS[term].function, TERMS[term].unit
     values = compute(statistics)
@@ -114,9 +107,7 @@ def test_every_term_is_not_negative_and_ignores_the_order_of_samples(
 @pytest.mark.parametrize(
     ("term", "silent"), [(term, "inputs") for term in BY_INPUTS] + [(term, "outputs") for term in BY_OUTPUTS]
 )
-def test_what_takes_part_in_nothing_is_not_important(
-    term: str, silent: str, model: PreTrainedModel, windows: Tensor
-) -> None:
+def test_what_takes_part_in_nothing_is_not_important(term, silent, model, windows):
     """A channel and a KV group score least of their block where they are always zero, and where their output weights
     are."""
     layer = model.model.layers[1]
@@ -139,9 +130,7 @@ def test_what_takes_part_in_nothing_is_not_important(
 
 
 @pytest.mark.parametrize("metric", ACTIVATION_METRICS)
-def test_peers_that_rank_by_activations(
-    metric: str, model: PreTrainedModel, windows: Tensor, measured: tuple[Structure, Statistics]
-) -> None:
+def test_peers_that_rank_by_activations(metric, model, windows, measured):
     """Wanda-sp and FLAP written out over all activations of one projection each."""
     structure, statistics = measured
     scores = score_groups(statistics, structure, ACTIVATION_METRICS[metric])
@@ -163,7 +152,7 @@ def test_peers_that_rank_by_activations(
         torch.testing.assert_close(scores[structure.block_of_group == block], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_terms_of_second_moments_say_when_these_are_missing(model: PreTrainedModel, windows: Tensor) -> None:
+def test_terms_of_second_moments_say_when_these_are_missing(model, windows):
     structure = build_structure(model)
     for term in ("reconstruction", "elimination"):
         with pytest.raises(AdaPrunerError, match="from second moments, which are missing"):
@@ -171,7 +160,7 @@ def test_terms_of_second_moments_say_when_these_are_missing(model: PreTrainedMod
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max", "prod"])
-def test_reductions_by_brute_force(reduction: str, measured: tuple[Structure, Statistics]) -> None:
+def test_reductions_by_brute_force(reduction, measured):
     structure, statistics = measured
     point = MetricPoint(weights={"fine_first": 1}, alignment="none", reduction=reduction)
     scores = score_groups(statistics, structure, point)
@@ -187,7 +176,7 @@ def test_reductions_by_brute_force(reduction: str, measured: tuple[Structure, St
         assert math.isclose(float(scores[group]), float(expected), rel_tol=1e-6)
 
 
-def test_alignment_makes_scores_independent_of_scale(measured: tuple[Structure, Statistics]) -> None:
+def test_alignment_makes_scores_independent_of_scale(measured):
     """A loss in other units scales first-order terms by c and second-order ones by c²; aligned mixes do not care."""
     structure, statistics = measured
     scaled = replace(
@@ -206,7 +195,7 @@ def test_alignment_makes_scores_independent_of_scale(measured: tuple[Structure, 
         assert math.isclose(total, structure.blocks[block].groups, rel_tol=1e-6)
 
 
-def test_points_that_mean_nothing_are_refused() -> None:
+def test_points_that_mean_nothing_are_refused():
     with pytest.raises(ValidationError, match="unknown importance terms"):
         MetricPoint(weights={"fine_frist": 1})
     for weights in ({"fine_first": -1.0}, {"fine_first": 0.0}, {}):
@@ -214,7 +203,7 @@ def test_points_that_mean_nothing_are_refused() -> None:
             MetricPoint(weights=weights)
 
 
-def test_a_plugin_is_imported_only_if_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_is_imported_only_if_it_is_named(tmp_path, monkeypatch):
     """A package with two modules, each an entry point, as it is installed."""
     for name in ("named", "unnamed"):
         (tmp_path / f"plugin_{name}.py").write_text(

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "adapruner"
 LAZY = {"__init__.py"}
 
 
-def test_no_circle_of_imports() -> None:
+def test_no_circle_of_imports():
     graph = grimp.build_graph("adapruner", cache_dir=None)
     # A module is loaded with the packages around it, and the root package loads everything lazily.
     imports = {
@@ -26,6 +26,6 @@ def test_no_circle_of_imports() -> None:
     TopologicalSorter(imports).prepare()
 
 
-def test_imports_by_computed_names_are_known() -> None:
+def test_imports_by_computed_names_are_known():
     named = {path for path in SOURCE.rglob("*.py") if "import_module" in path.read_text(encoding="utf-8")}
     assert {path.relative_to(SOURCE).as_posix() for path in named} <= LAZY

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ LOUD = 2
 
 
 @pytest.fixture
-def loud_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def loud_model(make_model):
     """With 24 channels in each of 4 layers, one of which matters more than the others."""
     model = make_model()
     with torch.no_grad():
@@ -43,19 +42,19 @@ def loud_model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 @pytest.fixture
-def text(loud_model: PreTrainedModel) -> Tensor:
+def text(loud_model):
     """The model's own, so that what diverges from it loses."""
     return generate_windows(loud_model, 440, 12, seed=2)
 
 
 @pytest.fixture
-def objective(loud_model: PreTrainedModel, text: Tensor) -> Objective:
+def objective(loud_model, text):
     structure = build_structure(loud_model)
     return Objective(loud_model, structure, measure(loud_model, structure, text[:4]), text[:400])
 
 
 @pytest.fixture
-def candidate() -> Candidate:
+def candidate():
     budget = Budget(0.15, Profile(0, 0))
     return Candidate(point=LLM_PRUNER_METRICS["param_first"], samples=(0, 1, 2), budget=budget)
 
@@ -71,9 +70,7 @@ def levelled_to_ratio(
     return level(objective, windows, candidate, rounds, range(4), moves_heads, progress)
 
 
-def test_candidates_of_one_plan_are_judged_once(
-    objective: Objective, candidate: Candidate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_of_one_plan_are_judged_once(objective, candidate, monkeypatch):
     cut: list[str] = []
 
     def counted(*arguments: Any) -> PreTrainedModel:
@@ -112,9 +109,7 @@ def widths(objective: Objective, candidate: Candidate) -> list[int]:
     return [len(block.kept) for block in plan.blocks if block.kind == "channels"]
 
 
-def test_costs_are_those_of_narrower_models_that_are_run_whole(
-    objective: Objective, candidate: Candidate, text: Tensor
-) -> None:
+def test_costs_are_those_of_narrower_models_that_are_run_whole(objective, candidate, text):
     candidate = with_budget(candidate, without_attention=(1,))
     structure, model, text = objective.structure, objective.model, text[:12]
     scores = scores_of(structure, objective.statistics, candidate)
@@ -151,13 +146,7 @@ def test_costs_are_those_of_narrower_models_that_are_run_whole(
     ("family", "granularity"),
     [("gpt2", "kv-group"), ("opt", "kv-group"), ("bloom", "kv-group"), ("phi3", "kv-group"), ("mistral", "query-head")],
 )
-def test_heads_are_probed_whatever_the_attention_knows_of_them(
-    make_model: Callable[..., PreTrainedModel],
-    windows: Tensor,
-    family: str,
-    granularity: Literal["kv-group", "query-head"],
-    candidate: Candidate,
-) -> None:
+def test_heads_are_probed_whatever_the_attention_knows_of_them(make_model, windows, family, granularity, candidate):
     """Some count their heads, or have a part for each."""
     model = make_model(family)
     structure = build_structure(model, granularity)
@@ -179,7 +168,7 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(
     assert next(probe.added([(number, fewer)])) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Candidate, text: Tensor) -> None:
+def test_protected_layers_stay_as_they_are(objective, candidate, text):
     candidate = with_budget(candidate, allocation=Profile(1, 0))
     costs = {layer: (float(layer), 0.01) for layer in (1, 2, 3)}
     changed = _levelling.with_moved_channels(objective, candidate, costs, range(1, 4))
@@ -196,9 +185,7 @@ def test_protected_layers_stay_as_they_are(objective: Objective, candidate: Cand
     assert _levelling.paying_changes(probe, range(1, 4), -1e9, None) == [(3, 1)]
 
 
-def test_channels_move_to_the_layer_where_they_cost_most(
-    objective: Objective, candidate: Candidate, text: Tensor
-) -> None:
+def test_channels_move_to_the_layer_where_they_cost_most(objective, candidate, text):
     seen: list[int] = []
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3, seen.append)
     assert levelled.moves
@@ -210,9 +197,7 @@ def test_channels_move_to_the_layer_where_they_cost_most(
     assert float(gained) == pytest.approx(sum(move.gain for move in levelled.moves if move.accepted), abs=1e-4)
 
 
-def test_what_does_not_lower_the_loss_is_not_taken(
-    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_lower_the_loss_is_not_taken(objective, candidate, text, monkeypatch):
     monkeypatch.setattr(_levelling, "_EXPONENT", -0.4)
     levelled = levelled_to_ratio(objective, text[400:], candidate, 3)
     assert levelled.candidate == candidate
@@ -222,7 +207,7 @@ def test_what_does_not_lower_the_loss_is_not_taken(
 
 
 @pytest.fixture
-def deaf(loud_model: PreTrainedModel) -> PreTrainedModel:
+def deaf(loud_model):
     """The attentions of two layers hardly matter, all channels do."""
     with torch.no_grad():
         for number, layer in enumerate(loud_model.model.layers):
@@ -231,9 +216,7 @@ def deaf(loud_model: PreTrainedModel) -> PreTrainedModel:
     return loud_model
 
 
-def test_heads_move_to_the_layers_where_they_cost_most(
-    deaf: PreTrainedModel, objective: Objective, candidate: Candidate, text: Tensor
-) -> None:
+def test_heads_move_to_the_layers_where_they_cost_most(deaf, objective, candidate, text):
     # One head each goes from the layers where they matter.
     candidate = with_budget(candidate, heads=(3, 2, 2, 3))
     seen: list[int] = []
@@ -249,14 +232,7 @@ def test_heads_move_to_the_layers_where_they_cost_most(
     assert levelled_to_ratio(objective, text[400:], candidate, 1).candidate.budget.heads == (3, 2, 2, 3)
 
 
-def test_layer_by_layer_the_same_is_levelled(
-    deaf: PreTrainedModel,
-    objective: Objective,
-    candidate: Candidate,
-    text: Tensor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layer_by_layer_the_same_is_levelled(deaf, objective, candidate, text, tmp_path, monkeypatch):
     """Every layer of the model is read once for two changes."""
     deaf.save_pretrained(tmp_path)
     streamed = replace(objective, model=load_model(find_model(str(tmp_path)), layer_wise=True))
@@ -281,13 +257,7 @@ def test_layer_by_layer_the_same_is_levelled(
 
 
 @pytest.mark.parametrize("parts", [(1,), (1, 2, 4)])
-def test_of_the_changes_that_pay_the_best_part_is_taken(
-    deaf: PreTrainedModel,
-    objective: Objective,
-    candidate: Candidate,
-    monkeypatch: pytest.MonkeyPatch,
-    parts: tuple[int, ...],
-) -> None:
+def test_of_the_changes_that_pay_the_best_part_is_taken(deaf, objective, candidate, monkeypatch, parts):
     """All four together lose, because two of them are wrong."""
     monkeypatch.setattr(_levelling, "_DIVISORS", parts)
     candidate = with_budget(candidate, ratio=0.2)
@@ -305,9 +275,7 @@ def test_of_the_changes_that_pay_the_best_part_is_taken(
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
-def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
-    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch, is_kept: bool
-) -> None:
+def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(objective, candidate, text, monkeypatch, is_kept):
     if not is_kept:
         monkeypatch.setattr(_levelling, "_CERTAIN", 1e6)
     without = with_budget(candidate, without_attention=(1,))
@@ -321,17 +289,13 @@ def test_an_attention_is_kept_where_it_is_surely_worth_the_widths(
     assert only.gain_standard_error == pytest.approx(float(gains.std() / 20), rel=1e-2)
 
 
-def test_what_the_budget_cannot_do_without_stays_removed(
-    objective: Objective, candidate: Candidate, text: Tensor
-) -> None:
+def test_what_the_budget_cannot_do_without_stays_removed(objective, candidate, text):
     without = with_budget(candidate, ratio=0.6, without_attention=(1, 2, 3))
     levelled = levelled_to_ratio(objective, text[400:404], without, 0)
     assert (levelled.candidate, levelled.kept) == (without, ())
 
 
-def test_losses_that_are_not_finite_change_nothing(
-    objective: Objective, candidate: Candidate, text: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_that_are_not_finite_change_nothing(objective, candidate, text, monkeypatch):
     without = with_budget(candidate, without_attention=(1,))
     for broken in (0, 1):
         calls = iter(range(9))
@@ -345,7 +309,7 @@ def test_losses_that_are_not_finite_change_nothing(
         assert levelled_to_ratio(objective, text[400:404], without, 0) == Levelled(candidate=without, moves=())
 
 
-def test_costs_that_noise_explains_move_nothing() -> None:
+def test_costs_that_noise_explains_move_nothing():
     assert _levelling.factors({layer: (1.0 + 0.1 * (layer % 2), 0.2) for layer in range(6)}) == {}
     assert _levelling.factors({0: (1.0, 0.1)}) == {}
     factors = _levelling.factors({0: (1.0, 1e-9), 1: (1.0, 1e-9), 2: (4.0, 1e-9), 3: (-1.0, 1e-9)})

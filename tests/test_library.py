@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
@@ -23,13 +22,13 @@ Prune = Callable[..., adapruner.PruneResult]
 
 
 @pytest.fixture
-def loaded(model: PreTrainedModel) -> PreTrainedModel:
+def loaded(model):
     """Made in this process, and never saved; the files of `model_folder` are of the same weights."""
     return model
 
 
 @pytest.fixture
-def documents(text_file: Path) -> list[str]:
+def documents(text_file):
     return text_file.read_text().split("\n\n")
 
 
@@ -39,13 +38,7 @@ def state_of(model: PreTrainedModel) -> dict[str, Any]:
     return own | {"training": model.training, "config": config, "settings": model.generation_config}
 
 
-def test_a_model_and_texts_in_memory_give_the_plan_of_files(
-    finished: adapruner.PruneResult,
-    loaded: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: list[str],
-    tmp_path: Path,
-) -> None:
+def test_a_model_and_texts_in_memory_give_the_plan_of_files(finished, loaded, tokenizer, documents, tmp_path):
     before = state_of(loaded)
     options = {"tokenizer": tokenizer, "output": tmp_path / "run", **RUN_OPTIONS}
     result = adapruner.prune(loaded, documents, **options)
@@ -62,9 +55,7 @@ def test_a_model_and_texts_in_memory_give_the_plan_of_files(
         adapruner.prune(loaded, documents, **options)
 
 
-def test_a_temporary_run_lasts_as_long_as_its_result(
-    model_folder: Path, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: list[str]
-) -> None:
+def test_a_temporary_run_lasts_as_long_as_its_result(model_folder, loaded, tokenizer, documents):
     rows = datasets.Dataset.from_dict({"id": list(range(len(documents))), "text": documents})
     result = adapruner.prune(loaded, rows, tokenizer=tokenizer, **QUICK)
     of_list = adapruner.prune(str(model_folder), documents, config=PruneOptions(**QUICK), seed=0)
@@ -79,7 +70,7 @@ def test_a_temporary_run_lasts_as_long_as_its_result(
     assert pruned(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-def test_windows_are_used_as_they_are_and_each_for_one_thing(prune: Prune, tmp_path: Path) -> None:
+def test_windows_are_used_as_they_are_and_each_for_one_thing(prune, tmp_path):
     windows = torch.randint(3, 96, (60, 12), generator=torch.Generator().manual_seed(0))
     options = QUICK | {"pool": 6, "objective_windows": 3, "compensation_windows": 60, "final_windows": 60}
     options.pop("seq_len")
@@ -114,28 +105,21 @@ def test_windows_are_used_as_they_are_and_each_for_one_thing(prune: Prune, tmp_p
     ],
 )
 def test_what_cannot_be_pruned_is_refused_before_anything_is_kept(
-    changes: dict[str, Any],
-    message: str,
-    loaded: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: list[str],
-    tmp_path: Path,
-) -> None:
+    changes, message, loaded, tokenizer, documents, tmp_path
+):
     given: dict[str, Any] = {"model": loaded, "calibration": documents, "tokenizer": tokenizer, **QUICK} | changes
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.prune(given.pop("model"), given.pop("calibration"), output=tmp_path / "run", **given)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_run_finds_its_gradients_whatever_the_caller_does(
-    finished: adapruner.PruneResult, prune: Prune, tmp_path: Path
-) -> None:
+def test_a_run_finds_its_gradients_whatever_the_caller_does(finished, prune, tmp_path):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert prune(**RUN_OPTIONS, output=tmp_path / mode.__name__).plan == finished.plan
 
 
-def test_a_term_is_known_by_its_file(tmp_path: Path) -> None:
+def test_a_term_is_known_by_its_file(tmp_path):
     names = set[str]()
     path = tmp_path / "own.py"
     for content in ("def term(statistics): return [1.0]\n", "def term(statistics): return [2.0]\n"):
@@ -150,14 +134,8 @@ def test_a_term_is_known_by_its_file(tmp_path: Path) -> None:
 
 
 def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(
-    finished: adapruner.PruneResult,
-    loaded: PreTrainedModel,
-    model_folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    text_file: Path,
-    documents: list[str],
-    tmp_path: Path,
-) -> None:
+    finished, loaded, model_folder, tokenizer, text_file, documents, tmp_path
+):
     [by_path] = adapruner.evaluate(model_folder, str(text_file), seq_len=16).perplexity
     loaded.model.layers[0].train()
     [in_memory] = adapruner.evaluate(loaded, str(text_file), seq_len=16, tokenizer=tokenizer).perplexity
@@ -182,7 +160,7 @@ def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(
         adapruner.benchmark(pruned, dtype="float16")
 
 
-def test_the_steps_one_by_one_make_the_model_of_a_run(finished: adapruner.PruneResult, loaded: PreTrainedModel) -> None:
+def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
     structure = adapruner.inspect(loaded)
     windows = load_file(finished.output / "windows.safetensors")
     statistics = adapruner.measure(loaded, structure, windows["pool"])

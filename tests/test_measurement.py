@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -54,9 +53,7 @@ def mean_loss(model: PreTrainedModel, windows: Tensor) -> float:
         if granularity == "kv-group" or architecture.config_fields.key_value_heads
     ],
 )
-def test_equals_a_loop_of_plain_backward_passes(
-    family: str, granularity: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_equals_a_loop_of_plain_backward_passes(family, granularity, make_model, windows):
     model = make_model(family)
     structure = build_structure(model, granularity)
     statistics = measure(model, structure, windows, batch_size=4)
@@ -80,7 +77,7 @@ def test_equals_a_loop_of_plain_backward_passes(
         assert math.isclose(float(statistics.loss[sample]), float(loss), rel_tol=1e-5)
 
 
-def test_jointly_is_the_gradient_of_the_mean_loss(model: PreTrainedModel, windows: Tensor) -> None:
+def test_jointly_is_the_gradient_of_the_mean_loss(model, windows):
     structure = build_structure(model)
     statistics = measure(model, structure, windows, batch_size=len(windows), jointly=True)
     assert len(statistics) == 1
@@ -92,7 +89,7 @@ def test_jointly_is_the_gradient_of_the_mean_loss(model: PreTrainedModel, window
     torch.testing.assert_close(statistics.element_absolute[0], expected, rtol=1e-3, atol=1e-7)
 
 
-def test_first_order_term_predicts_the_change_of_the_loss(model: PreTrainedModel, windows: Tensor) -> None:
+def test_first_order_term_predicts_the_change_of_the_loss(model, windows):
     """Shrinking the part of the output projection that reads a group by ε changes the loss by -ε Σ g w."""
     model = model.double()
     structure = build_structure(model)
@@ -117,7 +114,7 @@ def test_first_order_term_predicts_the_change_of_the_loss(model: PreTrainedModel
     assert checked > 10
 
 
-def test_first_order_term_predicts_a_removal(make_model: Callable[..., PreTrainedModel], windows: Tensor) -> None:
+def test_first_order_term_predicts_a_removal(make_model, windows):
     """Where the group is small, removing it changes the loss by what the output projection's term says."""
     model = make_model("llama", mlp_bias=False, attention_bias=False).double()
     with torch.no_grad():
@@ -141,7 +138,7 @@ def test_first_order_term_predicts_a_removal(make_model: Callable[..., PreTraine
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_give_float32_statistics(model: PreTrainedModel, windows: Tensor, dtype: torch.dtype) -> None:
+def test_narrow_dtypes_give_float32_statistics(model, windows, dtype):
     structure = build_structure(model)
     exact = measure(model, structure, windows)
     narrow = measure(copy.deepcopy(model).to(dtype), structure, windows)
@@ -152,13 +149,13 @@ def test_narrow_dtypes_give_float32_statistics(model: PreTrainedModel, windows: 
     assert math.isclose(float(ratio), 1, rel_tol=0.05)
 
 
-def test_the_batch_size_does_not_matter(model: PreTrainedModel, windows: Tensor) -> None:
+def test_the_batch_size_does_not_matter(model, windows):
     structure = build_structure(model)
     one, three = (measure(model, structure, windows, batch_size) for batch_size in (1, 3))
     torch.testing.assert_close(one.taylor, three.taylor, rtol=1e-3, atol=1e-6)
 
 
-def test_leaves_the_model_as_it_was(model: PreTrainedModel, windows: Tensor) -> None:
+def test_leaves_the_model_as_it_was(model, windows):
     model.lm_head.weight.requires_grad_(False)
     measure(model, build_structure(model), windows)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -167,7 +164,7 @@ def test_leaves_the_model_as_it_was(model: PreTrainedModel, windows: Tensor) -> 
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_broken_weights_are_named(model: PreTrainedModel, windows: Tensor) -> None:
+def test_broken_weights_are_named(model, windows):
     windows[1:] = windows[1:].clamp_max(90)
     windows[0, 3] = 95
     model.model.embed_tokens.weight.data[95] = float("nan")
@@ -175,7 +172,7 @@ def test_broken_weights_are_named(model: PreTrainedModel, windows: Tensor) -> No
         measure(model, build_structure(model), windows, batch_size=1)
 
 
-def test_save_and_load(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_save_and_load(model, windows, tmp_path):
     statistics = measure(model, build_structure(model), windows)
     path = tmp_path / "statistics.safetensors"
     statistics.save(path)

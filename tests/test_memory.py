@@ -7,7 +7,6 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, memory
@@ -47,9 +46,7 @@ def memory_of(model_config: LlamaConfig, by_layer: bool, device: str = "cpu", co
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_saved_activations_are_what_one_layer_more_keeps(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_saved_activations_are_what_one_layer_more_keeps(family, make_model, windows):
     """Of the whole model, by PyTorch's own account."""
     kept = []
     model = make_model(family)
@@ -78,7 +75,7 @@ def test_saved_activations_are_what_one_layer_more_keeps(
 PARAMETERS, LAYER, OUTSIDE = 6_738_415_616, 202_383_360, 6_738_415_616 - 32 * 202_383_360
 
 
-def test_a_7b_model_needs_what_its_shapes_say() -> None:
+def test_a_7b_model_needs_what_its_shapes_say():
     """In bfloat16, the dense and the pruned model, of which a fifth is removed, and the states of the text."""
     llama = LlamaConfig(dtype="bfloat16")
     whole = memory_of(llama, False, "cuda")
@@ -97,21 +94,19 @@ def test_a_7b_model_needs_what_its_shapes_say() -> None:
     assert by_layer.host - whole.host == pytest.approx(2 * waiting, rel=1e-3)
 
 
-def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16() -> None:
+def test_a_gpu_that_is_not_here_is_taken_for_one_with_bfloat16():
     """Trials run a copy there, of half the size."""
     weights = memory_of(LlamaConfig(), False, "cuda").weights
     assert weights == pytest.approx((4 + 2 + 4 * 0.8) * PARAMETERS, rel=1e-3)
 
 
-def test_a_context_that_the_model_does_not_have_is_refused(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_a_context_that_the_model_does_not_have_is_refused(make_model, tmp_path):
     make_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(AdaPrunerError, match="64"):
         estimate(tmp_path, **TINY | {"seq_len": 65})
 
 
-def test_a_recovery_counts_and_does_not_decide_where_layers_are(tmp_path: Path) -> None:
+def test_a_recovery_counts_and_does_not_decide_where_layers_are(tmp_path):
     """All weights and their gradients in float32, and two moments of each."""
     llama = LlamaConfig(dtype="bfloat16")
     alone, lora, full, small = (
@@ -138,7 +133,7 @@ def test_a_recovery_counts_and_does_not_decide_where_layers_are(tmp_path: Path) 
 
 
 @pytest.fixture
-def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+def choose(model_folder, monkeypatch):
     """Chooses for a model that needs 800 bytes as a whole and 500 layer by layer."""
     needed = {False: Memory(700, 100, "second moments"), True: Memory(400, 100, "seq_len")}
     monkeypatch.setattr(memory, "estimate_memory", lambda *given: needed[given[5]])
@@ -157,14 +152,14 @@ def choose(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return choose
 
 
-def test_the_memory_of_the_machine_decides_and_not_what_is_free(choose: Callable[..., bool]) -> None:
+def test_the_memory_of_the_machine_decides_and_not_what_is_free(choose):
     assert [choose(1100, free) for free in (900, 1000)] == [False, False]
     assert [choose(1000, free) for free in (600, 1000)] == [True, True]
     assert choose(10_000, 10_000, layer_wise=True)
     assert not choose(1000, 900, streamable=False)
 
 
-def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
+def test_what_does_not_fit_is_refused(choose):
     sizes = r"Not enough memory: .* GiB of weights \+ .* GiB of {} = .* GiB are needed on cpu, .* are free"
     with pytest.raises(
         AdaPrunerError, match=sizes.format("second moments") + r"\. Try `layer_wise` or `dtype` bfloat16;"
@@ -179,7 +174,7 @@ def test_what_does_not_fit_is_refused(choose: Callable[..., bool]) -> None:
         choose(1000, 700, streamable=False)
 
 
-def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_on_as_few_devices_as_hold_them(model_folder, monkeypatch):
     """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
     monkeypatch.setattr(
         memory,
@@ -210,7 +205,7 @@ def test_layers_are_on_as_few_devices_as_hold_them(model_folder: Path, monkeypat
         choose(200, streamable=False)
 
 
-def test_spread_weights_are_estimated_for_the_device_that_has_most() -> None:
+def test_spread_weights_are_estimated_for_the_device_that_has_most():
     """The share of the dense and of the pruned model, and a layer of each beyond it; or what is outside of layers."""
     llama = LlamaConfig(dtype="bfloat16")
     one, two, many = (memory_of(llama, False, "cuda", count).weights for count in (1, 2, 100))
@@ -218,9 +213,7 @@ def test_spread_weights_are_estimated_for_the_device_that_has_most() -> None:
     assert many == 2 * 2 * (OUTSIDE + LAYER)
 
 
-def test_processes_on_one_machine_share_its_memory(
-    choose: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_on_one_machine_share_its_memory(choose, monkeypatch):
     launched = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -228,7 +221,7 @@ def test_processes_on_one_machine_share_its_memory(
     assert choose(2000, 2000)
 
 
-def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_bounds_memory(tmp_path, monkeypatch):
     """Numbers as cgroup v2 gives them; cached files are free."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
@@ -243,7 +236,7 @@ def test_a_container_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="has no such limits")
 @pytest.mark.parametrize(("kind", "field"), [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
-def test_a_limit_of_the_process_bounds_memory(kind: str, field: str) -> None:
+def test_a_limit_of_the_process_bounds_memory(kind, field):
     process, number = psutil.Process(), getattr(psutil, kind)
     before, limit = process.rlimit(number), getattr(process.memory_info(), field) + GIB
     process.rlimit(number, (limit, before[1]))
@@ -255,7 +248,7 @@ def test_a_limit_of_the_process_bounds_memory(kind: str, field: str) -> None:
     assert 0.9 * GIB < free <= GIB
 
 
-def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_memory(model_folder, capsys):
     def printed(*more: str) -> str:
         with contextlib.suppress(SystemExit):
             main(["inspect", str(model_folder), "--cost", *flags(TINY | {"level_rounds": 0}), *more])
@@ -274,7 +267,7 @@ def test_inspect_prints_memory(model_folder: Path, capsys: pytest.CaptureFixture
         main(["inspect", str(model_folder), "--pool", "6"])
 
 
-def test_inspect_says_if_a_model_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_if_a_model_fits(tmp_path, capsys):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 48, "vocab_size": 1000}
     LlamaConfig(**sizes, num_attention_heads=8).save_pretrained(tmp_path)
     peak = estimate(tmp_path, device="cuda", **TINY).memory.device
@@ -302,9 +295,7 @@ def test_inspect_says_if_a_model_fits(tmp_path: Path, capsys: pytest.CaptureFixt
         estimate(tmp_path, "24GB", device="cpu")
 
 
-def test_trials_run_in_one_dtype_layer_by_layer_and_not(
-    model_folder: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_run_in_one_dtype_layer_by_layer_and_not(model_folder, windows, monkeypatch):
     """As on a processor that multiplies bfloat16."""
     monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: True)
     whole, streamed = (load_model(find_model(str(model_folder)), layer_wise=way) for way in (False, True))
@@ -319,9 +310,7 @@ def test_trials_run_in_one_dtype_layer_by_layer_and_not(
     assert streamed.dtype == torch.float32
 
 
-def test_no_moments_are_held_when_the_model_is_cut(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_moments_are_held_when_the_model_is_cut(model_folder, text_file, tmp_path, monkeypatch):
     alive = []
     cut = models.prune_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.families import learn
@@ -70,7 +70,7 @@ def check_equal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "qwen3_moe", "mixtral"])
-def test_mlx_computes_the_same(model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_mlx_computes_the_same(model_type, tokenizer, tmp_path):
     # mlx-lm does not know the sliding windows of Mistral and Mixtral.
     fields = {"sliding_window": None} if model_type in ("mistral", "mixtral") else {}
     save_checkpoint(pruned(model_type, **fields), tokenizer, tmp_path / "model")
@@ -80,12 +80,12 @@ def test_mlx_computes_the_same(model_type: str, tokenizer: PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "olmo2"])
-def test_layers_without_attention(model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_layers_without_attention(model_type, tokenizer, tmp_path):
     save_checkpoint(without_attention(model_type), tokenizer, tmp_path / "model")
     check_equal(tmp_path / "model")
 
 
-def test_layers_of_two_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_layers_of_two_kinds(tokenizer, tmp_path):
     """Every sixth layer of Gemma 3 has no sliding window, and mlx-lm needs one of these."""
     layers = (["sliding_attention"] * 5 + ["full_attention"]) * 2
     model = pruned("gemma3_text", layer_types=layers, tie_word_embeddings=True)
@@ -93,7 +93,7 @@ def test_layers_of_two_kinds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
     check_equal(tmp_path / "model")
 
 
-def test_mlx_asks_before_it_runs_the_file(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_mlx_asks_before_it_runs_the_file(tokenizer, tmp_path):
     save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
     with pytest.raises(ValueError, match=r"mlx_pruned\.py"):
         read(tmp_path / "model", trusted=False)
@@ -103,16 +103,14 @@ def test_mlx_asks_before_it_runs_the_file(tokenizer: PreTrainedTokenizerFast, tm
     ("model_type", "message"),
     [("bloom", "Model type bloom not supported"), ("gpt_neox", "mlx-lm cannot build this pruned gpt_neox")],
 )
-def test_what_mlx_cannot_build_is_said_in_a_line(
-    model_type: str, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_what_mlx_cannot_build_is_said_in_a_line(model_type, message, tokenizer, tmp_path):
     save_checkpoint(pruned(model_type), tokenizer, tmp_path / "model")
     with pytest.raises(ValueError, match=message) as refusal:
         read(tmp_path / "model")
     assert "\n" not in str(refusal.value)
 
 
-def test_a_width_that_does_not_fit(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_width_that_does_not_fit(tokenizer, tmp_path):
     save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
@@ -122,7 +120,7 @@ def test_a_width_that_does_not_fit(tokenizer: PreTrainedTokenizerFast, tmp_path:
         read(tmp_path / "model")
 
 
-def test_quantized_by_mlx(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_quantized_by_mlx(tokenizer, tmp_path):
     """The tools of mlx-lm copy the file."""
     save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
     options = {"quantize": True, "q_bits": 8, "q_group_size": 32, "trust_remote_code": True}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import adapruner
 from adapruner.calibration._pool import generate_windows
 from adapruner.errors import AdaPrunerError
 from adapruner.measurement._moments import InputMoments, StoredMoments, factorize, measure_moments, solve_damped
@@ -52,7 +48,7 @@ def with_rows_of_damping(x: Tensor, damping: float) -> Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
-def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedModel, windows: Tensor) -> None:
+def test_moments_are_means_over_all_tokens(batch_size, model, windows):
     structure = build_structure(model)
     moments = dict(measure_moments(model, structure, windows, [0, 3], batch_size))
     assert set(moments) == {0, 3}
@@ -64,7 +60,7 @@ def test_moments_are_means_over_all_tokens(batch_size: int, model: PreTrainedMod
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2"])
-def test_tokens_are_weighted_where_a_norm_follows(model_type: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_tokens_are_weighted_where_a_norm_follows(model_type, make_model):
     """Against a solver of what the norm leaves of the errors: those of each token divided by the size of its output."""
     model = make_model(model_type)
     structure = build_structure(model)
@@ -76,15 +72,14 @@ def test_tokens_are_weighted_where_a_norm_follows(model_type: str, make_model: C
         sizes = (x @ weight.T).square().mean(1, keepdim=True).sqrt()
         assert sizes.max() > 1.2 * sizes.min()
         own, shares = moments[index], sizes**-2 / (sizes**-2).sum()
-        torch.testing.assert_close(own.mean.double(), (shares * x).sum(0), rtol=1e-3, atol=1e-5)
         kept = torch.arange(x.shape[1])[x.shape[1] // 4 :]
         rows = torch.cat([x * shares.sqrt(), torch.eye(x.shape[1]).double() * own.damping**0.5])
         wanted = torch.linalg.lstsq(rows[:, kept], rows @ weight.T).solution.T
-        fitted, _ = compensate(weight.float(), own, kept, "least-squares")
+        fitted = compensate(weight.float(), own, kept)
         torch.testing.assert_close(fitted.double(), wanted, rtol=1e-3, atol=1e-3 * float(weight.abs().max()))
 
 
-def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:
+def test_more_text_needs_less_damping(model):
     structure = build_structure(model)
     windows = torch.randint(3, 96, (64, 12), generator=torch.Generator().manual_seed(5))
     few, many = (
@@ -94,7 +89,7 @@ def test_more_text_needs_less_damping(model: PreTrainedModel) -> None:
     assert many < few
 
 
-def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, windows: Tensor) -> None:
+def test_what_cannot_be_measured_is_refused(model, windows):
     structure = build_structure(model)
     with pytest.raises(AdaPrunerError, match="at least 2 windows"):
         dict(measure_moments(model, structure, windows[:1], [0]))
@@ -104,7 +99,7 @@ def test_what_cannot_be_measured_is_refused(model: PreTrainedModel, windows: Ten
 
 
 @pytest.mark.parametrize("granularity", ["kv-group", "query-head"])
-def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTrainedModel, windows: Tensor) -> None:
+def test_removal_alone_costs_what_a_refit_leaves(granularity, model, windows):
     """For every group: least squares without it, by a solver on the activations themselves."""
     structure = build_structure(model, granularity)
     alone = removal_errors(model, structure, measured(model, structure, windows, 1e-3))["removal_error"]
@@ -121,7 +116,7 @@ def test_removal_alone_costs_what_a_refit_leaves(granularity: str, model: PreTra
             torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-6)
 
 
-def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, windows: Tensor) -> None:
+def test_elimination_adds_up_to_the_error_of_a_refit(model, windows):
     """One channel after the other: the errors up to any of them are what least squares without all of them leaves."""
     structure = build_structure(model)
     eliminated = removal_errors(model, structure, measured(model, structure, windows, 1e-2))["elimination_error"]
@@ -140,7 +135,7 @@ def test_elimination_adds_up_to_the_error_of_a_refit(model: PreTrainedModel, win
             torch.testing.assert_close(costs[order[:gone]].sum(), left, rtol=0.05, atol=1e-6)
 
 
-def test_conditional_variances_multiply_to_the_determinant(model: PreTrainedModel, windows: Tensor) -> None:
+def test_conditional_variances_multiply_to_the_determinant(model, windows):
     """By the chain rule, in whatever order the channels go; and the first head to go is the best explained, by a
     solver on the activations."""
     structure = build_structure(model)
@@ -163,7 +158,7 @@ def test_conditional_variances_multiply_to_the_determinant(model: PreTrainedMode
         assert own.argmin() == torch.stack(unexplained).argmin()
 
 
-def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Tensor) -> None:
+def test_blocks_without_moments_cost_nothing(model, windows):
     structure = build_structure(model)
     for errors in removal_errors(model, structure, dict(measure_moments(model, structure, windows, [1]))).values():
         assert errors[structure.block_of_group == 1].all()
@@ -171,7 +166,7 @@ def test_blocks_without_moments_cost_nothing(model: PreTrainedModel, windows: Te
 
 
 @pytest.mark.parametrize("damping", [1e-5, 1.0])
-def test_damped_systems_are_solved_as_well_as_in_float64(damping: float) -> None:
+def test_damped_systems_are_solved_as_well_as_in_float64(damping):
     """With two inputs a thousand times as large as the others, and nearly alike, as in most language models; the right
     side is what compensation asks for."""
     generator = torch.Generator().manual_seed(0)
@@ -194,7 +189,7 @@ def test_damped_systems_are_solved_as_well_as_in_float64(damping: float) -> None
     assert lost(solved) == pytest.approx(lost(expected), rel=1e-4)
 
 
-def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> None:
+def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same():
     x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 10)
     second = (x.T @ x).half().float()
     factor = factorize(second, 1e-9)
@@ -206,7 +201,7 @@ def test_a_system_that_rounding_leaves_indefinite_is_solved_all_the_same() -> No
         solve_damped(second.fill_diagonal_(float("nan")), 1e-9, torch.ones(10, 1))
 
 
-def test_stored_moments_are_read_once_where_there_is_room(tmp_path: Path) -> None:
+def test_stored_moments_are_read_once_where_there_is_room(tmp_path):
     stored = StoredMoments(tmp_path)
     for block in range(1, 4):
         InputMoments(block * torch.eye(4), 0.5).save(stored.path(block))
@@ -224,9 +219,7 @@ def test_stored_moments_are_read_once_where_there_is_room(tmp_path: Path) -> Non
     assert StoredMoments(tmp_path, {torch.device("meta"): room})[1].second.device.type == "meta"
 
 
-def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
-    finished: adapruner.PruneResult, model_folder: Path
-) -> None:
+def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(finished, model_folder):
     text, written = (
         load_file(finished.output / name)["compensation"] for name in ("windows.safetensors", "self.safetensors")
     )
@@ -241,7 +234,7 @@ def test_a_run_sums_them_over_its_text_and_over_what_the_model_writes(
         )
 
 
-def test_inputs_that_repeat_each_other_are_ranked_in_float64() -> None:
+def test_inputs_that_repeat_each_other_are_ranked_in_float64():
     """Few tokens of low rank: against plain float64 on the moments as they are."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(128, 24, generator=generator) @ torch.randn(24, 96, generator=generator)

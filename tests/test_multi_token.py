@@ -33,9 +33,7 @@ def make_base(folder: Path, family: str, layer: str, tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize(("family", "layer"), [("qwen3", "mtp.layers.0."), ("deepseek_v3", f"model.layers.{LAYERS}.")])
-def test_a_head_is_left_out_and_the_card_says_so(
-    family: str, layer: str, tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_head_is_left_out_and_the_card_says_so(family, layer, tokenizer, text_file, tmp_path):
     make_base(tmp_path / "base", family, layer, tokenizer)
     result = adapruner.prune(tmp_path / "base", str(text_file), output=tmp_path / "run", **QUICK | {"ratio": 0.16})
     assert "it is not in this model" in (result.model_folder / "README.md").read_text()
@@ -47,13 +45,11 @@ def test_a_head_is_left_out_and_the_card_says_so(
     assert not any(report.values())
 
 
-def test_a_model_without_a_head_has_no_such_line(finished: adapruner.PruneResult) -> None:
+def test_a_model_without_a_head_has_no_such_line(finished):
     assert "Multi-token" not in (finished.model_folder / "README.md").read_text()
 
 
-def test_layers_beyond_those_that_the_config_counts_are_refused(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_layers_beyond_those_that_the_config_counts_are_refused(tokenizer, tmp_path):
     make_base(tmp_path, "deepseek_v3", f"model.layers.{LAYERS}.", tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))

@@ -67,9 +67,7 @@ def loaded(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("model_type", "layout"), CASES)
-def test_the_pruned_model_is_the_masked_one_with_an_image_too(
-    model_type: str, layout: Layout, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_the_pruned_model_is_the_masked_one_with_an_image_too(model_type, layout, tokenizer, tmp_path):
     dense = write(model_type, tmp_path / "dense", tokenizer)
     decoder = open_model(find_model(str(tmp_path / "dense")))
     structure = build_structure(decoder)
@@ -92,7 +90,7 @@ def test_the_pruned_model_is_the_masked_one_with_an_image_too(
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_weights_with_other_names_in_files_are_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_weights_with_other_names_in_files_are_loaded(tokenizer, tmp_path):
     tiny_wrapper("deepseek_ocr2").save_pretrained(tmp_path / "dense")
     assert "model.layers.0.self_attn.q_proj.weight" in tensors_in(tmp_path / "dense")
     decoder = open_model(find_model(str(tmp_path / "dense")))
@@ -104,9 +102,7 @@ def test_weights_with_other_names_in_files_are_loaded(tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_vl"])
-def test_everything_but_the_decoder_is_kept_byte_for_byte(
-    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_everything_but_the_decoder_is_kept_byte_for_byte(model_type, tokenizer, tmp_path):
     write(model_type, tmp_path / "dense", tokenizer)
     decoder = open_model(find_model(str(tmp_path / "dense")), dtype="float32")
     structure = build_structure(decoder)
@@ -129,7 +125,7 @@ def test_everything_but_the_decoder_is_kept_byte_for_byte(
         assert (tmp_path / "pruned" / name).read_text() == (tmp_path / "dense" / name).read_text()
 
 
-def test_layers_are_read_one_by_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_layers_are_read_one_by_one(tokenizer, tmp_path):
     write("gemma3", tmp_path, tokenizer)
     location = find_model(str(tmp_path))
     with torch.no_grad():
@@ -137,9 +133,7 @@ def test_layers_are_read_one_by_one(tokenizer: PreTrainedTokenizerFast, tmp_path
         assert torch.equal(open_model(location, layer_wise=True)(TOKENS).logits, logits)
 
 
-def test_a_run_prunes_the_decoder(
-    tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_prunes_the_decoder(tokenizer, text_file, tmp_path, capsys):
     dense = write("gemma3", tmp_path / "dense", tokenizer)
     result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **QUICK)
     model = loaded(result.model_folder)
@@ -162,9 +156,7 @@ def test_a_run_prunes_the_decoder(
     assert f"of its {total:,} parameters" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_dry_run_loads_no_weights_and_writes_nothing(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_loads_no_weights_and_writes_nothing(tokenizer, tmp_path, monkeypatch):
     write("gemma3", tmp_path / "dense", tokenizer)
     texts = (" ".join(f"w{(start + number) % 90}" for number in range(30)) for start in range(90))
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"image": "a.png", "text": text}) for text in texts))
@@ -181,14 +173,14 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_ratio_is_of_all_parameters_or_of_the_decoder() -> None:
+def test_a_ratio_is_of_all_parameters_or_of_the_decoder():
     assert ratio_of_decoder.make(0.8, 0.2, "parameters") == 0.25
     assert ratio_of_decoder.make(0.8, 0.2, "decoder") == 0.2
     with pytest.raises(AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, which alone is")):
         ratio_of_decoder.make(0.8, 0.8, "parameters")
 
 
-def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_tokens_of_the_processor_are_kept(tokenizer, tmp_path):
     dense = write("gemma3", tmp_path / "dense", tokenizer)
     location = find_model(str(tmp_path / "dense"))
     decoder = open_model(location)
@@ -207,9 +199,7 @@ def test_tokens_of_the_processor_are_kept(tokenizer: PreTrainedTokenizerFast, tm
         torch.testing.assert_close(model(**fewer).logits, dense(**inputs).logits[..., list(kept)], rtol=1e-9, atol=1e-9)
 
 
-def test_an_export_is_the_decoder_alone(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_is_the_decoder_alone(tokenizer, tmp_path, capsys):
     config = tiny_wrapper_config("llava")
     config.text_config.intermediate_size = 256
     AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path / "dense")
@@ -228,13 +218,13 @@ def test_an_export_is_the_decoder_alone(
         ("clip", "a clip has other models besides a text model"),
     ],
 )
-def test_what_has_no_decoder_inside_is_refused_in_one_line(model_type: str, message: str, tmp_path: Path) -> None:
+def test_what_has_no_decoder_inside_is_refused_in_one_line(model_type, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(AdaPrunerError, match=message) as refusal:
         adapruner.inspect(tmp_path)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_model_in_memory_is_to_be_saved_first(tmp_path: Path) -> None:
+def test_a_model_in_memory_is_to_be_saved_first(tmp_path):
     with pytest.raises(AdaPrunerError, match="a gemma3 in memory has other models besides its decoder: save it"):
         adapruner.inspect(tiny_wrapper("gemma3"))

@@ -6,7 +6,6 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from huggingface_hub import ModelCard
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions
@@ -50,9 +48,7 @@ from run_helpers import (
 Prune = Callable[..., adapruner.PruneResult]
 
 
-def test_the_result_is_a_smaller_model_with_its_numbers(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path
-) -> None:
+def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, text_file):
     pruned = adapruner.load(finished.model_folder)
     result = RunResult.model_validate_json((finished.output / "result.json").read_bytes())
     assert result == finished.result
@@ -83,7 +79,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(
     }
 
 
-def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResult) -> None:
+def test_the_run_folder_holds_what_the_design_says(finished):
     files = (
         "config.yaml windows.safetensors self.safetensors statistics.safetensors attention.json study.jsonl search.json"
     )
@@ -100,7 +96,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: adapruner.PruneResu
     }
 
 
-def test_the_model_can_write_its_own_calibration_text(prune: Prune) -> None:
+def test_the_model_can_write_its_own_calibration_text(prune):
     """That it writes the same each time is tested layer by layer."""
     # There is no text to report on.
     assert not prune(**QUICK | {"calibration": "self"}).result.final.perplexity
@@ -108,9 +104,7 @@ def test_the_model_can_write_its_own_calibration_text(prune: Prune) -> None:
 
 @pytest.mark.parametrize(("space", "alignment"), [("paper", "data"), ("paper", "paper"), ("extended", "data")])
 @pytest.mark.parametrize("search", ["calibration", "metric"])
-def test_parts_of_the_space_can_be_searched_alone(
-    space: str, alignment: str, search: str, run: Path, model_folder: Path, text_file: Path
-) -> None:
+def test_parts_of_the_space_can_be_searched_alone(space, alignment, search, run, model_folder, text_file):
     options = OPTIONS | {"alignment": alignment, "search": search, "trials": 6, "space": space, "level_rounds": 0}
     interrupt_before("cutting", model_folder, run, calibration=str(text_file), overwrite=True, **options)
     result = SearchResult.model_validate_json((run / "search.json").read_bytes())
@@ -131,7 +125,7 @@ def test_parts_of_the_space_can_be_searched_alone(
     ],
     ids=["paper", "paper compensated", "uniform"],
 )
-def test_other_ways(changes: dict[str, object], prune: Prune, run: Path, model_folder: Path) -> None:
+def test_other_ways(changes, prune, run, model_folder):
     """Every mode ends in a model that loads, meets the ratio, and has been found by a search of that mode."""
     shared = {"trials": 12, "ratio": 0.12, "final_windows": 0, "level_rounds": None, "overwrite": True}
     result = prune(**OPTIONS | shared | changes)
@@ -143,7 +137,7 @@ def test_other_ways(changes: dict[str, object], prune: Prune, run: Path, model_f
         assert len({(block.kind, len(block.kept)) for block in result.plan.blocks}) == 2
 
 
-def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(prune: Prune, run: Path, model_folder: Path) -> None:
+def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(prune, run, model_folder):
     options = OPTIONS | {"ratio": 0.15, "overwrite": True}
     result = prune(sequential=False, **options)
     tokens = load_file(run / "windows.safetensors")["compensation"]
@@ -164,7 +158,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(prune: Prune, ru
 
 
 @pytest.mark.parametrize("final_windows", [30, 500])
-def test_the_windows_of_a_trial_are_as_many_as_the_text_has(final_windows: int, prune: Prune, tmp_path: Path) -> None:
+def test_the_windows_of_a_trial_are_as_many_as_the_text_has(final_windows, prune, tmp_path):
     options = QUICK | {"objective_windows": None, "final_windows": final_windows, "seq_len": 5, "compensation": "none"}
     result = prune(**options).result
     there = len(load_file(tmp_path / "run" / "windows.safetensors")["objective"])
@@ -177,7 +171,7 @@ def test_the_windows_of_a_trial_are_as_many_as_the_text_has(final_windows: int, 
         prune(output=tmp_path / "other", **options | {"seq_len": 16})
 
 
-def test_query_heads_end_to_end(prune: Prune, text_file: Path) -> None:
+def test_query_heads_end_to_end(prune, text_file):
     result = prune(**QUICK, head_granularity="query-head", head_share=1.0)
     assert any(len(block.kept) < block.groups for block in result.plan.blocks if block.kind == "heads")
     assert adapruner.evaluate(result.model_folder, [str(text_file)], seq_len=16, limit=3).perplexity[0].windows == 3
@@ -186,7 +180,7 @@ def test_query_heads_end_to_end(prune: Prune, text_file: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "inspect"])
-def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_on_stdout(verb, model_folder, text_file, capsys):
     extra = ["--evaluate", str(text_file), "--seq-len", "16", "--limit", "5"] if verb == "evaluate" else []
     assert exit_code([verb, str(model_folder), "--json", *extra]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -197,7 +191,7 @@ def test_json_on_stdout(verb: str, model_folder: Path, text_file: Path, capsys: 
         assert content["parameters"] == sum(p.numel() for p in adapruner.load(model_folder).parameters())
 
 
-def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResult, text_file: Path) -> None:
+def test_the_model_card_says_what_the_result_says(finished, text_file):
     card = ModelCard.load(finished.model_folder / "README.md")
     result = finished.result
     assert card.data.library_name == "transformers"
@@ -225,7 +219,7 @@ def test_the_model_card_says_what_the_result_says(finished: adapruner.PruneResul
         ({"heads": [4, 4], "experts": [6, 6]}, "experts"),
     ],
 )
-def test_the_model_card_names_what_was_removed(kept: dict[str, list[int]], named: str) -> None:
+def test_the_model_card_names_what_was_removed(kept, named):
     groups = {"heads": 4, "channels": 8, "experts": 8}
     blocks = [
         SimpleNamespace(kind=kind, groups=groups[kind], kept=range(count)) for kind in kept for count in kept[kind]
@@ -233,9 +227,7 @@ def test_the_model_card_names_what_was_removed(kept: dict[str, list[int]], named
     assert _what_was_removed(SimpleNamespace(blocks=blocks)) == named
 
 
-def test_the_licence_of_the_base_model_is_carried_over(
-    model_folder: Path, finished: adapruner.PruneResult, tmp_path: Path
-) -> None:
+def test_the_licence_of_the_base_model_is_carried_over(model_folder, finished, tmp_path):
     base = tmp_path / "base <b>|`x`"
     shutil.copytree(model_folder, base)
     config = finished.result.config.model_copy(update={"model": str(base)})
@@ -258,9 +250,7 @@ def test_the_licence_of_the_base_model_is_carried_over(
 TRAINING: dict[str, Any] = {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4, "label_weight": 1.0}
 
 
-def test_a_recovery_without_a_teacher_does_not_load_the_dense_model(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_recovery_without_a_teacher_does_not_load_the_dense_model(model_folder, text_file, tmp_path):
     options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
     adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     before = stages_done(tmp_path / "run")
@@ -271,9 +261,7 @@ def test_a_recovery_without_a_teacher_does_not_load_the_dense_model(
     assert "loading" not in again
 
 
-def test_examples_of_a_recovery_are_not_held_before_it(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_of_a_recovery_are_not_held_before_it(model_folder, text_file, tmp_path, monkeypatch):
     def count() -> int:
         gc.collect()
         return sum(type(known) is Examples for known in gc.get_objects())
@@ -291,21 +279,19 @@ def test_examples_of_a_recovery_are_not_held_before_it(
     assert held["recovering"] == 1
 
 
-def test_no_two_texts_that_the_model_writes_share_a_seed() -> None:
+def test_no_two_texts_that_the_model_writes_share_a_seed():
     uses = ("pool", "objective", "compensation", "recovery")
     assert [seed_of_writing(use, seed) for seed in range(3) for use in uses] == [*range(12)]
 
 
-def test_options_that_contradict_each_other_are_refused_where_they_are_made() -> None:
+def test_options_that_contradict_each_other_are_refused_where_they_are_made():
     with pytest.raises(ValidationError, match="`samples` 11 is more than the 10 of `pool`"):
         PruneOptions(samples=11, pool=10)
     # A recipe may give the other one.
     assert cli_options.PruneOptions(samples=100).samples == 100
 
 
-def test_a_model_is_exported(
-    make_model: Callable[..., PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_exported(make_model, tmp_path, capsys):
     tokenizer, output = byte_tokenizer(), tmp_path / "a model.gguf"
     model = make_model(vocab_size=len(tokenizer), attention_bias=False, mlp_bias=False)
     save_checkpoint(model, tokenizer, tmp_path / "model")
@@ -317,7 +303,7 @@ def test_a_model_is_exported(
         torch.testing.assert_close(adapruner.load(output)(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, tmp_path: Path) -> None:
+def test_layer_by_layer_leads_to_the_same_model(prune, text_file, tmp_path):
     """With everything in one dtype, and by a text that the model writes itself. It is what a run is told to do where
     memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
     texts = {"calibration": "self", "objective": str(text_file)}
@@ -339,9 +325,7 @@ def test_layer_by_layer_leads_to_the_same_model(prune: Prune, text_file: Path, t
 
 
 @pytest.mark.parametrize(("ratio", "rate"), [(0.25, 0.005), (0.3, 0.01)])
-def test_scales_move_faster_after_a_large_cut(
-    prune: Prune, monkeypatch: pytest.MonkeyPatch, ratio: float, rate: float
-) -> None:
+def test_scales_move_faster_after_a_large_cut(prune, monkeypatch, ratio, rate):
     rates = []
 
     def tuned(load: Callable[[], Any], text: Any, teacher: Any, settings: RecoveryOptions, *rest: Any) -> Any:
@@ -353,14 +337,14 @@ def test_scales_move_faster_after_a_large_cut(
     assert rates == [rate]
 
 
-def test_vector_wise_terms_alone(prune: Prune) -> None:
+def test_vector_wise_terms_alone(prune):
     """The best fixed metric is then the one that needs no gradient of a weight."""
     result = prune(**QUICK | {"trials": 6, "terms": "vector-wise"})
     assert result.result.search.best_fixed_name == "vectorize"
     assert "element_absolute" not in load_file(result.output / "statistics.safetensors")
 
 
-def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, prune: Prune) -> None:
+def test_a_pruned_model_is_pruned_again(finished, prune):
     again = prune(model=str(finished.model_folder), **QUICK)
     assert again.result.model("dense").parameters == finished.result.final.parameters
     assert 0.095 <= again.result.removed_share <= 0.105
@@ -368,9 +352,7 @@ def test_a_pruned_model_is_pruned_again(finished: adapruner.PruneResult, prune: 
         estimate(finished.model_folder, **OPTIONS)
 
 
-def test_quiet_leaves_results_and_advice(
-    finished: adapruner.PruneResult, run: Path, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_quiet_leaves_results_and_advice(finished, run, model_folder, text_file, tmp_path):
     """Of a process of its own, which completes a run from the search on."""
     for path in (run / "search.json", run / "study.jsonl", run / "plan.json"):
         path.unlink()
@@ -386,9 +368,7 @@ def test_quiet_leaves_results_and_advice(
     assert json.loads("\n".join(line for line in lines if line not in advice))["plan_hash"] == finished.plan.hash
 
 
-def test_advice_names_what_should_not_go_unseen(
-    finished: adapruner.PruneResult, text_file: Path, tmp_path: Path
-) -> None:
+def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     known = finished.result.final.perplexity[f"{text_file}@report"]
     trained = RecoveryRecord.model_construct()
 
@@ -435,8 +415,8 @@ def test_advice_names_what_should_not_go_unseen(
 
 
 def test_attention_that_the_family_cannot_lose_is_refused_before_anything_is_made(
-    make_model: Any, tokenizer: PreTrainedTokenizerFast, prune: Prune, tmp_path: Path
-) -> None:
+    make_model, tokenizer, prune, tmp_path
+):
     save_checkpoint(make_model("bloom"), tokenizer, tmp_path / "bloom")
     with pytest.raises(AdaPrunerError, match=r"`remove_attention`: models of the family bloom cannot lose"):
         prune(model=str(tmp_path / "bloom"), **OPTIONS, remove_attention=True)

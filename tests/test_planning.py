@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 from rich.console import Console
-from transformers import LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
@@ -20,18 +18,17 @@ from adapruner.models._architecture import remember_family
 from adapruner.models._loading import empty_model
 from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts, weigh_channels
 from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
 
 
 @pytest.fixture(scope="module")
-def llama_7b() -> Structure:
+def llama_7b():
     """LLaMA-7B in shapes only."""
     return build_structure(empty_model(LlamaConfig()))
 
 
-def test_sizes_of_llama_7b(llama_7b: Structure) -> None:
+def test_sizes_of_llama_7b(llama_7b):
     assert llama_7b.total_parameters == 6_738_415_616
     heads, channels = llama_7b.blocks[:2]
     assert (heads.groups, heads.parameters_per_group) == (32, 4 * 128 * 4096)
@@ -39,7 +36,7 @@ def test_sizes_of_llama_7b(llama_7b: Structure) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_parts_and_what_can_be_removed_at_most(tied: bool) -> None:
+def test_the_parts_and_what_can_be_removed_at_most(tied):
     """Against the names of the parameters, and a model with one KV group and one channel in each layer."""
     sizes = {"vocab_size": 90, "hidden_size": 48, "num_hidden_layers": 3, "head_dim": 8, "tie_word_embeddings": tied}
     widths = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}
@@ -56,7 +53,7 @@ def test_the_parts_and_what_can_be_removed_at_most(tied: bool) -> None:
     assert structure.removable_parameters == structure.total_parameters - smallest.total_parameters
 
 
-def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
+def test_equal_shares_are_those_of_llm_pruner(llama_7b):
     """25 % of heads and channels in layers 4 to 29 leave 5,422,977,024 parameters (arXiv 2305.11627)."""
     ratio = 1 - 5_422_977_024 / llama_7b.total_parameters
     counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 2), heads=1))
@@ -69,9 +66,7 @@ def test_equal_shares_are_those_of_llm_pruner(llama_7b: Structure) -> None:
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.35, 0.45])
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("round_to", [1, 32, 256])
-def test_the_ratio_is_met_and_widths_are_rounded(
-    llama_7b: Structure, ratio: float, head_share: float, round_to: int
-) -> None:
+def test_the_ratio_is_met_and_widths_are_rounded(llama_7b, ratio, head_share, round_to):
     counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 3), heads=head_share, round_to=round_to))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.005
     for block, count in zip(llama_7b.blocks, counts, strict=True):
@@ -85,7 +80,7 @@ def test_the_ratio_is_met_and_widths_are_rounded(
     assert max(channels) - min(channels) <= round_to
 
 
-def test_query_heads_go_in_equal_numbers_from_every_kv_group(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_query_heads_go_in_equal_numbers_from_every_kv_group(make_model):
     structure = build_structure(make_model("llama"), "query-head")
     counts = kept_counts(structure, Budget(0.2, Profile(0, 0), heads=1))
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
@@ -97,7 +92,7 @@ def test_query_heads_go_in_equal_numbers_from_every_kv_group(make_model: Callabl
         assert len(set(per_group)) == 1
 
 
-def test_keeps_the_most_important_groups(model: PreTrainedModel) -> None:
+def test_keeps_the_most_important_groups(model):
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     counts = [max(1, block.groups // 2) for block in structure.blocks]
@@ -111,7 +106,7 @@ def test_keeps_the_most_important_groups(model: PreTrainedModel) -> None:
             assert own[list(block.kept)].min() > own[[i for i in range(block.groups) if i not in block.kept]].max()
 
 
-def test_same_input_same_hash_and_json_round_trip(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_same_input_same_hash_and_json_round_trip(model, tmp_path):
     structure = build_structure(model)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
     counts = [block.groups - 1 for block in structure.blocks]
@@ -123,7 +118,7 @@ def test_same_input_same_hash_and_json_round_trip(model: PreTrainedModel, tmp_pa
     assert make_plan(structure, torch.ones_like(scores), counts).blocks[0].kept == (0, 1)  # ties: the earlier ones
 
 
-def test_explain_names_every_layer(model: PreTrainedModel) -> None:
+def test_explain_names_every_layer(model):
     structure = build_structure(model)
     scores = torch.ones(structure.group_offsets[-1])
     plan = make_plan(structure, scores, kept_counts(structure, Budget(0.1, Profile(1, 1))))
@@ -136,7 +131,7 @@ def test_explain_names_every_layer(model: PreTrainedModel) -> None:
     assert all(f"{len(block.kept)} of {block.groups}" in text for block in plan.blocks)
 
 
-def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
+def test_an_impossible_ratio_names_the_largest(llama_7b):
     with pytest.raises(
         AdaPrunerError, match=r"0\.95 cannot be reached.* at most (0\.\d+) of the 6,738,415,616"
     ) as error:
@@ -164,13 +159,13 @@ def test_an_impossible_ratio_names_the_largest(llama_7b: Structure) -> None:
         ),
     ],
 )
-def test_what_cannot_be_met_is_refused(budget: Budget, message: str, model: PreTrainedModel) -> None:
+def test_what_cannot_be_met_is_refused(budget, message, model):
     structure = build_structure(model)
     with pytest.raises(AdaPrunerError, match=message):
         kept_counts(structure, budget)
 
 
-def test_a_budget_survives_json(llama_7b: Structure) -> None:
+def test_a_budget_survives_json(llama_7b):
     """As part of the candidates in the files of a run."""
     adapter, profile = TypeAdapter(Budget), Budget(0.2, Profile(2, 1, 0.5), heads=0.5)
     weighed = weigh_channels(llama_7b, replace(profile, heads=(3,) * 32, without_attention=(1,)), (1.0,) * 32)
@@ -178,7 +173,7 @@ def test_a_budget_survives_json(llama_7b: Structure) -> None:
         assert adapter.validate_json(adapter.dump_json(budget)) == budget
 
 
-def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure) -> None:
+def test_a_plan_fits_only_its_model(model, llama_7b):
     structure = build_structure(model)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
     with pytest.raises(AdaPrunerError, match="this plan is for a llama of"):
@@ -187,7 +182,7 @@ def test_a_plan_fits_only_its_model(model: PreTrainedModel, llama_7b: Structure)
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
 @pytest.mark.parametrize(("tilt", "bend"), [(0.5, 0.0), (-0.5, 0.0), (0.0, 1.0), (0.3, -0.5)])
-def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: float, tilt: float, bend: float) -> None:
+def test_a_depth_profile_says_how_shares_compare(llama_7b, ratio, tilt, bend):
     counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 3, tilt=tilt, bend=bend), heads=0.5))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.001
     shares = [1 - count / 11008 for b, count in zip(llama_7b.blocks, counts, strict=True) if b.kind == "channels"]
@@ -200,7 +195,7 @@ def test_a_depth_profile_says_how_shares_compare(llama_7b: Structure, ratio: flo
 
 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
-def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_share: float) -> None:
+def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b, head_share):
     counts = kept_counts(llama_7b, Budget(0.3, "uniform", heads=head_share, round_to=32))
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
     for kind in ("heads", "channels"):
@@ -209,12 +204,12 @@ def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b: Structure, head_s
         assert (kept == {32}) == (kind == "heads" and head_share == 0)
 
 
-def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b: Structure) -> None:
+def test_a_uniform_layout_that_steps_over_the_ratio_is_refused(llama_7b):
     with pytest.raises(AdaPrunerError, match="lower `round_to`"):
         kept_counts(llama_7b, Budget(0.3, "uniform", round_to=1024))
 
 
-def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
+def test_layers_that_differ_cannot_be_cut_alike(model):
     structure = build_structure(model)
     plan = make_plan(
         structure, torch.ones(structure.group_offsets[-1]), kept_counts(structure, Budget(0.1, Profile(1, 1)))
@@ -223,7 +218,7 @@ def test_layers_that_differ_cannot_be_cut_alike(model: PreTrainedModel) -> None:
         kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, "uniform"))
 
 
-def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b: Structure) -> None:
+def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b):
     heads = tuple(32 if layer < 30 else 8 for layer in range(32))
     counts = kept_counts(llama_7b, Budget(0.2, Profile(4, 3), heads=heads, without_attention=(5,)))
     of_heads = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "heads"]
@@ -236,7 +231,7 @@ def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b: Struc
         kept_counts(llama_7b, Budget(0.01, heads=heads, without_attention=(5,)))
 
 
-def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:
+def test_shares_take_the_place_of_the_profile(llama_7b):
     budget = Budget(0.2, Profile(4, 3, bend=0.8), heads=0.5)
     counts = kept_counts(llama_7b, budget)
     channels = {number: block for number, block in enumerate(llama_7b.blocks) if block.kind == "channels"}
@@ -255,7 +250,7 @@ def test_shares_take_the_place_of_the_profile(llama_7b: Structure) -> None:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3])
 @pytest.mark.parametrize("head_share", [0.0, 1.0])
-def test_layers_without_a_share_stay_whole(ratio: float, head_share: float) -> None:
+def test_layers_without_a_share_stay_whole(ratio, head_share):
     """Also where their width is no multiple of what widths are rounded to."""
     sizes = {"vocab_size": 96, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 1100}
     structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=8, **sizes)))
@@ -269,7 +264,7 @@ def test_layers_without_a_share_stay_whole(ratio: float, head_share: float) -> N
     assert abs(structure.removed_parameters(counts) / structure.total_parameters - ratio) <= 0.005
 
 
-def test_heads_give_up_as_many_whichever_layers_share_the_channels() -> None:
+def test_heads_give_up_as_many_whichever_layers_share_the_channels():
     sizes = {"vocab_size": 96, "hidden_size": 512, "num_attention_heads": 16, "intermediate_size": 1536}
     structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=12, **sizes)))
     left = []
@@ -282,7 +277,7 @@ def test_heads_give_up_as_many_whichever_layers_share_the_channels() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.04, 0.14, 0.23])
-def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio: float) -> None:
+def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio):
     """As well where it is given how many heads stay."""
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -16,7 +15,7 @@ from adapruner.files import copy_folder, link_or_copy
 
 
 @pytest.fixture
-def _no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_proc(monkeypatch, tmp_path):
     """As on Windows and macOS: no /proc, and no symbols of the C library of GNU."""
     monkeypatch.setattr(progress, "Path", lambda name: tmp_path / "none" / str(name).lstrip("/"))
 
@@ -30,7 +29,7 @@ def _no_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reported", "peak"), [({"rss": 5, "peak_wset": 9}, 9), ({"rss": 5}, 5)], ids=["windows", "macos"]
 )
-def test_peak_memory_without_proc(reported: dict[str, int], peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_without_proc(reported, peak, monkeypatch):
     assert not progress.reset_peak_memory()
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(**reported))
     monkeypatch.setattr(psutil, "Process", lambda: process)
@@ -39,13 +38,13 @@ def test_peak_memory_without_proc(reported: dict[str, int], peak: int, monkeypat
         pass
 
 
-def test_all_memory_is_usable_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_memory_is_usable_without_control_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "none")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10, available=7))
     assert memory.total_and_free(memory._CPU) == (10, 7)
 
 
-def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     """As on a file system without hard links, or on another drive."""
 
     def refuse(*_: object) -> None:
@@ -59,7 +58,7 @@ def test_files_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatc
     assert not target.samefile(source)
 
 
-def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+def test_a_copy_that_was_cut_off_is_made_again(tmp_path):
     """A linked file is the same as its source, over which nothing can be copied."""
     source = tmp_path / "source"
     source.mkdir()

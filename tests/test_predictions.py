@@ -30,7 +30,7 @@ def llama(seed: int) -> PreTrainedModel:
 
 
 @pytest.fixture
-def examples() -> Examples:
+def examples():
     """More than a file of them, and of different lengths."""
     torch.manual_seed(0)
     windows = window_examples(
@@ -46,7 +46,7 @@ def trained(examples: Examples, folder: Path, teacher: PreTrainedModel | None, *
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_all_tokens_of_a_teacher_teach_as_it_does(temperature: float, examples: Examples, tmp_path: Path) -> None:
+def test_all_tokens_of_a_teacher_teach_as_it_does(temperature, examples, tmp_path):
     options = RecoveryOptions(**SHORT, teacher_top=VOCABULARY, temperature=temperature)
     (taught,) = write_predictions(llama(0), [examples], options, tmp_path / "teacher")
     record = trained(taught, tmp_path / "stored", None, temperature=temperature)
@@ -56,7 +56,7 @@ def test_all_tokens_of_a_teacher_teach_as_it_does(temperature: float, examples: 
         assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-3)
 
 
-def test_fewer_tokens_are_a_lower_bound(examples: Examples, tmp_path: Path) -> None:
+def test_fewer_tokens_are_a_lower_bound(examples, tmp_path):
     """The more tokens, the nearer is the divergence to the full one."""
     losses = []
     for known in (16, 64, VOCABULARY):
@@ -67,7 +67,7 @@ def test_fewer_tokens_are_a_lower_bound(examples: Examples, tmp_path: Path) -> N
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_files_that_exist_are_kept(examples: Examples, tmp_path: Path) -> None:
+def test_files_that_exist_are_kept(examples, tmp_path):
     options, seen = RecoveryOptions(**SHORT, teacher_top=4), list[int]()
     write_predictions(llama(0), [examples], options, tmp_path, seen.append)
     assert sum(seen) == len(examples.training) + len(examples.validation)
@@ -81,7 +81,7 @@ def test_files_that_exist_are_kept(examples: Examples, tmp_path: Path) -> None:
     assert files[2].read_bytes() == b"kept"
 
 
-def test_a_streamed_teacher_predicts_the_same(examples: Examples, tmp_path: Path) -> None:
+def test_a_streamed_teacher_predicts_the_same(examples, tmp_path):
     llama(0).save_pretrained(tmp_path / "model")
     options, read = RecoveryOptions(**SHORT, teacher_top=4), []
     for name, layer_wise in (("streamed", True), ("loaded", False)):
@@ -92,7 +92,7 @@ def test_a_streamed_teacher_predicts_the_same(examples: Examples, tmp_path: Path
     assert len(read[0][3]) == sum(label != -100 for label in examples.training[80]["labels"][1:])
 
 
-def test_recovery_from_stored_predictions(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_recovery_from_stored_predictions(model_folder, text_file, tmp_path):
     options = SHORT | {"teacher": str(model_folder), "records": 40}
     record = adapruner.recover(model_folder, str(text_file), tmp_path / "stored", teacher_top=8, **options)
     expected = adapruner.recover(model_folder, str(text_file), tmp_path / "run", **options)

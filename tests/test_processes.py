@@ -27,7 +27,7 @@ from run_helpers import exit_code, fast_starts, flags
 VARIABLES = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
 
-def test_a_standalone_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_standalone_process_leads(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert this_process() == Process(0, 1, 0, 1)
@@ -39,7 +39,7 @@ def test_a_standalone_process_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert this_process() == Process()
 
 
-def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch):
     for name, value in {**VARIABLES, "TORCHELASTIC_RUN_ID": "a"}.items():
         monkeypatch.setenv(name, value)
     assert this_process() == Process(5, 8, 1, 4)
@@ -55,7 +55,7 @@ def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="cannot fork")
-def test_a_process_ends_after_its_launcher_was_killed() -> None:
+def test_a_process_ends_after_its_launcher_was_killed():
     """It has the end of a pipe, which is closed when it ends."""
     program = (
         "import os, time; from adapruner.processes import end_with_parent\n"
@@ -87,7 +87,7 @@ def recover_in(folder: Path, arguments: list[str]) -> None:
     (folder / f"process-{this_process().rank}").write_text(str(distributed.get_world_size()))
 
 
-def test_processes_started_together_train(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_processes_started_together_train(model_folder, text_file, tmp_path):
     output = tmp_path / "tuned"
     options = {"steps": 2, "batch_size": 4, "micro_batch_size": 1, "seq_len": 16, "train": "full", "json": True}
     command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *flags(options)]
@@ -97,9 +97,7 @@ def test_processes_started_together_train(model_folder: Path, text_file: Path, t
     assert adapruner.load(output).num_parameters() > 0
 
 
-def test_several_processes_do_not_prune(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_do_not_prune(model_folder, text_file, tmp_path, monkeypatch):
     for name, value in {**VARIABLES, "TORCHELASTIC_RUN_ID": "a"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(AdaPrunerError, match=r"runs in one process, and 8 were started: .* adapruner recover"):
@@ -119,7 +117,7 @@ def outlive(folder: Path) -> None:
         (folder / "said.txt").write_text(str(describe_failure(error, "")))
 
 
-def test_a_process_says_that_another_one_has_ended(tmp_path: Path) -> None:
+def test_a_process_says_that_another_one_has_ended(tmp_path):
     with pytest.raises(ChildFailedError):
         launch(2, outlive, tmp_path)
     assert (tmp_path / "said.txt").read_text() == "another process of the run has ended"

@@ -62,7 +62,7 @@ OPTIONS = st.builds(
 
 
 @given(OPTIONS)
-def test_options_are_valid_or_refused(options: dict[str, Any]) -> None:
+def test_options_are_valid_or_refused(options):
     try:
         config = PruneConfig.from_options(**{"model": "m"} | options)
     except AdaPrunerError:
@@ -104,9 +104,7 @@ def valid_options(options: Any) -> st.SearchStrategy[dict[str, Any]]:
     valid_options(RecoveryOptions),
     FRACTION | st.lists(FRACTION, min_size=1, unique=True),
 )
-def test_a_config_survives_its_file(
-    tmp_path: Path, options: dict[str, Any], recovery: dict[str, Any], ratio: float | list[float]
-) -> None:
+def test_a_config_survives_its_file(tmp_path, options, recovery, ratio):
     """Whatever is valid comes back from config.yaml as it was, also words that look like numbers."""
     try:
         config = PruneConfig.from_options(
@@ -147,7 +145,7 @@ def plans(draw: st.DrawFn) -> PruningPlan:
 
 
 @given(plans())
-def test_a_plan_survives_its_file(tmp_path: Path, plan: PruningPlan) -> None:
+def test_a_plan_survives_its_file(tmp_path, plan):
     path = tmp_path / "plan.json"
     plan.save(path)
     again = PruningPlan.load(path)
@@ -170,7 +168,7 @@ def check_loaded(path: Path) -> None:
     assert len(plan.explain().rows) > 0
 
 
-def test_a_layer_that_no_model_has_is_refused(tmp_path: Path) -> None:
+def test_a_layer_that_no_model_has_is_refused(tmp_path):
     """Showing the plan would go through all layers before it."""
     block = {"layer": 10**11, "kind": "channels", "groups": 8, "kept": [1]}
     content = {"model_type": "llama", "head_granularity": "kv-group", "total_parameters": 9, "removed_parameters": 1}
@@ -187,7 +185,7 @@ def places(content: Any, here: tuple[str | int, ...] = ()) -> list[tuple[str | i
 
 
 @given(plans(), st.data())
-def test_plans_that_were_changed(tmp_path: Path, plan: PruningPlan, data: st.DataObject) -> None:
+def test_plans_that_were_changed(tmp_path, plan, data):
     """One thing inside is another, or gone, or there twice; or the file is cut off."""
     content = json.loads(plan.model_dump_json())
     *where, last = data.draw(st.sampled_from(places(content)[1:]))
@@ -216,7 +214,7 @@ def test_plans_that_were_changed(tmp_path: Path, plan: PruningPlan, data: st.Dat
         max_size=8,
     ).map("".join)
 )
-def test_names_of_texts_are_valid_or_refused(text: str) -> None:
+def test_names_of_texts_are_valid_or_refused(text):
     try:
         source = parse_source(text)
     except AdaPrunerError:
@@ -250,7 +248,7 @@ STRUCTURE = build_structure(
         round_to=st.integers(1, 200),
     )
 )
-def test_a_budget_is_met_or_refused(budget: Budget) -> None:
+def test_a_budget_is_met_or_refused(budget):
     try:
         counts = kept_counts(STRUCTURE, budget)
     except AdaPrunerError:

@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +74,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 @pytest.fixture
-def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
+def resolved(monkeypatch):
     """The config with which a command of the command line would begin to work."""
 
     def resolve(command: list[str]) -> PruneConfig:
@@ -94,7 +93,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> Resolved:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
-def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, resolved: Resolved) -> None:
+def test_a_recipe_is_valid_and_opens_with_its_command(recipe, resolved):
     name = recipe.name.removesuffix(".yaml")
     command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
@@ -102,14 +101,14 @@ def test_a_recipe_is_valid_and_opens_with_its_command(recipe: Path, resolved: Re
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
-def test_further_commands_of_a_recipe_are_accepted(recipe: Path) -> None:
+def test_further_commands_of_a_recipe_are_accepted(recipe):
     for line in recipe.read_text().splitlines():
         if line.startswith("# adapruner"):
             app.parse_args(shlex.split(line.removeprefix("# adapruner ")), exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize("recipe", MODELS)
-def test_a_model_fits_as_its_recipe_says(recipe: str, tmp_path: Path) -> None:
+def test_a_model_fits_as_its_recipe_says(recipe, tmp_path):
     """By shapes alone: the config of the released model, and no weights."""
     MODELS[recipe]().save_pretrained(tmp_path)
     text = recipes()[recipe].replace("\n# ", " ")
@@ -136,9 +135,7 @@ def test_a_model_fits_as_its_recipe_says(recipe: str, tmp_path: Path) -> None:
         ("vicuna-7b-50", 13, 4403, 3_350_188_032),
     ],
 )
-def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
-    recipe: str, heads: int, channels: int, left: int
-) -> None:
+def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(recipe, heads, channels, left):
     config = PruneConfig.from_options(**read_recipe(recipe))
     structure = build_structure(empty_model(LLAMA_7B))
     counts = kept_counts(structure, reference_budget(config, structure, config.ratio))
@@ -150,7 +147,7 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(
     assert config.recovery.label_weight == 1
 
 
-def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolved) -> None:
+def test_options_go_before_those_of_the_recipe(tmp_path, resolved):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
     config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
@@ -158,7 +155,7 @@ def test_options_go_before_those_of_the_recipe(tmp_path: Path, resolved: Resolve
     assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
 
 
-def test_an_effort_sets_options_that_are_not_given(tmp_path: Path, resolved: Resolved) -> None:
+def test_an_effort_sets_options_that_are_not_given(tmp_path, resolved):
     plain = ["prune", "a/b", "-o", str(tmp_path / "run")]
     assert resolved(plain).trials == resolved([*plain, "--effort", "standard"]).trials
     quick = resolved([*plain, "--effort", "quick", "--trials", "30"])

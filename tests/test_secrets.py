@@ -19,7 +19,7 @@ URL = f"https://user:{PASSWORD}@example.org/owner/name"
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path) -> Path:
+def folder(model_folder, tmp_path):
     """A model with secrets in all its configs."""
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     fields = {"token": SECRET, "hub": {"api_key": SECRET}, "source": URL, "name_or_path": URL}
@@ -32,7 +32,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_the_environment(monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
 
@@ -46,9 +46,7 @@ def secrets_in(content: bytes) -> list[bytes]:
     return [secret for secret in (SECRET.encode(), PASSWORD.encode()) if secret in content]
 
 
-def test_nothing_that_is_made_has_secrets(
-    folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_that_is_made_has_secrets(folder, text_file, tmp_path, capsys):
     made = tmp_path / "made"
     recovery = {"recover": text_file, "recovery.steps": 1, "recovery.seq_len": 16, "recovery.records": 8}
     assert exit_code([*prune_command(folder, made / "run", text_file, QUICK, **recovery), "--json"]) == 0
@@ -75,9 +73,7 @@ def test_nothing_that_is_made_has_secrets(
         ["inspect", f"https://example.org/model?token={SECRET}"],
     ],
 )
-def test_messages_have_no_secrets(
-    arguments: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_messages_have_no_secrets(arguments, folder, tmp_path, capsys):
     places = {"MODEL": str(folder), "OUT": str(tmp_path / "out")}
     assert exit_code([places.get(argument, argument) for argument in arguments]) == 2
     said = capsys.readouterr()
@@ -85,9 +81,7 @@ def test_messages_have_no_secrets(
     assert not (tmp_path / "out").exists()
 
 
-def test_tracebacks_have_no_secrets(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tracebacks_have_no_secrets(folder, monkeypatch, tmp_path, capsys):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"no answer of {URL} with the header Authorization: Bearer {os.environ['HF_TOKEN']}")
 
@@ -109,5 +103,5 @@ def test_tracebacks_have_no_secrets(
         ("owner/name@main hf:owner/hf_transfer", "owner/name@main hf:owner/hf_transfer"),
     ],
 )
-def test_what_is_a_secret(text: str, shown: str) -> None:
+def test_what_is_a_secret(text, shown):
     assert without_secrets(text) == shown

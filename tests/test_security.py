@@ -57,7 +57,7 @@ def violations(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_no_code_that_runs_what_a_file_says(source: Path) -> None:
+def test_no_code_that_runs_what_a_file_says(source):
     assert list(violations(ast.parse(source.read_text()))) == []
 
 
@@ -76,11 +76,11 @@ def test_no_code_that_runs_what_a_file_says(source: Path) -> None:
         "options = {'trust_remote_code': True}",
     ],
 )
-def test_such_code_would_be_found(code: str) -> None:
+def test_such_code_would_be_found(code):
     assert list(violations(ast.parse(code)))
 
 
-def test_the_loader_of_yaml_is_a_safe_one() -> None:
+def test_the_loader_of_yaml_is_a_safe_one():
     assert issubclass(_PlainLoader, yaml.SafeLoader)
     assert _PlainLoader.yaml_constructors == yaml.SafeLoader.yaml_constructors
 
@@ -96,13 +96,13 @@ class _Marks:
 
 
 @pytest.fixture
-def marker(tmp_path: Path) -> Path:
+def marker(tmp_path):
     """Is there once something ran that should not."""
     return tmp_path / "marker"
 
 
 @pytest.fixture
-def malicious(marker: Path) -> bytes:
+def malicious(marker):
     """A pickle that leaves a mark."""
     content = pickle.dumps({"model.embed_tokens.weight": _Marks(marker)})
     pickle.loads(content)
@@ -112,7 +112,7 @@ def malicious(marker: Path) -> bytes:
 
 
 @pytest.fixture
-def folder(model_folder: Path, tmp_path: Path) -> Path:
+def folder(model_folder, tmp_path):
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
 
@@ -135,9 +135,7 @@ def uses_of(folder: Path, text: Path) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize(
     ("name", "by_torch"), [("pytorch_model.bin", True), ("pytorch_model.bin", False), ("model.safetensors", False)]
 )
-def test_pickled_weights_are_refused_and_do_not_run(
-    name: str, by_torch: bool, folder: Path, malicious: bytes, marker: Path, text_file: Path
-) -> None:
+def test_pickled_weights_are_refused_and_do_not_run(name, by_torch, folder, malicious, marker, text_file):
     (folder / "model.safetensors").unlink()
     if by_torch:
         torch.save(_Marks(marker), folder / name)
@@ -152,7 +150,7 @@ def test_pickled_weights_are_refused_and_do_not_run(
     assert not marker.exists()
 
 
-def test_pickles_beside_good_weights_do_not_run(folder: Path, malicious: bytes, marker: Path, text_file: Path) -> None:
+def test_pickles_beside_good_weights_do_not_run(folder, malicious, marker, text_file):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "vocab.pkl", "added_tokens.pkl"):
         (folder / name).write_bytes(malicious)
     uses = uses_of(folder, text_file)
@@ -161,7 +159,7 @@ def test_pickles_beside_good_weights_do_not_run(folder: Path, malicious: bytes, 
     assert not marker.exists()
 
 
-def test_a_pickled_adapter_does_not_run(folder: Path, malicious: bytes, marker: Path, text_file: Path) -> None:
+def test_a_pickled_adapter_does_not_run(folder, malicious, marker, text_file):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
     (folder / "adapter_model.bin").write_bytes(malicious)
     for use in uses_of(folder, text_file).values():
@@ -175,7 +173,7 @@ def change(path: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
-def test_code_in_a_folder_does_not_run(model_type: str, folder: Path, marker: Path, text_file: Path) -> None:
+def test_code_in_a_folder_does_not_run(model_type, folder, marker, text_file):
     """A stock class is taken where there is one, and else nothing."""
     (folder / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass Evil: pass\n")
     code = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling_evil.Evil")
@@ -191,9 +189,7 @@ def test_code_in_a_folder_does_not_run(model_type: str, folder: Path, marker: Pa
     assert not marker.exists()
 
 
-def test_the_modelling_file_of_a_checkpoint_is_not_ours_to_run(
-    pruned: adapruner.PruneResult, tmp_path: Path, marker: Path, text_file: Path
-) -> None:
+def test_the_modelling_file_of_a_checkpoint_is_not_ours_to_run(pruned, tmp_path, marker, text_file):
     """It is for those who have not this package; changed, it does nothing here."""
     folder = Path(shutil.copytree(pruned.model_folder, tmp_path / "model"))
     assert (folder / "modeling_pruned.py").is_file()
@@ -206,7 +202,7 @@ def test_the_modelling_file_of_a_checkpoint_is_not_ours_to_run(
 
 
 @pytest.mark.parametrize("elsewhere", ["../outside.safetensors", "ABSOLUTE", "below/../../outside.safetensors"])
-def test_weights_elsewhere_are_not_read(elsewhere: str, folder: Path, tmp_path: Path, text_file: Path) -> None:
+def test_weights_elsewhere_are_not_read(elsewhere, folder, tmp_path, text_file):
     (folder / "below").mkdir()
     outside = tmp_path / "outside.safetensors"
     (folder / "model.safetensors").rename(outside)
@@ -223,7 +219,7 @@ def test_weights_elsewhere_are_not_read(elsewhere: str, folder: Path, tmp_path: 
             use()
 
 
-def test_a_tokenizer_elsewhere_is_not_read(folder: Path, tmp_path: Path, text_file: Path) -> None:
+def test_a_tokenizer_elsewhere_is_not_read(folder, tmp_path, text_file):
     outside = tmp_path / "tokenizer.4.0.0.json"
     (folder / "tokenizer.json").rename(outside)
     for name in ("../tokenizer.4.0.0.json", str(outside)):
@@ -239,7 +235,7 @@ NASTY = "a]<script>x()</script>(javascript:x)`|*b*![c\n---\nlicense: evil\n# hea
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> adapruner.PruneResult:
+def pruned(tmp_path_factory, model_folder, text_file):
     """A run over a model and a text with names that would be more than names."""
     place = tmp_path_factory.mktemp("nasty")
     model, text = place / NASTY.replace("/", ""), place / f"{NASTY.replace('/', '')}.txt"
@@ -262,7 +258,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_fi
     )
 
 
-def test_a_model_card_shows_names_as_names(pruned: adapruner.PruneResult) -> None:
+def test_a_model_card_shows_names_as_names(pruned):
     for folder in ("model", "recovered"):
         card = (pruned.output / folder / "README.md").read_text()
         front, body = split_card(card)
@@ -284,9 +280,7 @@ def test_a_model_card_shows_names_as_names(pruned: adapruner.PruneResult) -> Non
         assert str(pruned.output) not in card
 
 
-def test_names_are_no_commands_for_a_terminal(
-    pruned: adapruner.PruneResult, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_are_no_commands_for_a_terminal(pruned, capsys):
     for table in pruned.tables():
         plain_console().print(table)
     Reporter().note(NASTY)
@@ -305,7 +299,7 @@ def split_card(card: str) -> tuple[str, str]:
     return "\n".join(lines[1:end]), "\n".join(lines[end + 1 :])
 
 
-def test_cards_that_are_made_of_cards_show_names_as_names(pruned: adapruner.PruneResult) -> None:
+def test_cards_that_are_made_of_cards_show_names_as_names(pruned):
     before = (pruned.model_folder / "README.md").read_text()
     after = card_of_export(before)
     assert after is not None
@@ -313,7 +307,7 @@ def test_cards_that_are_made_of_cards_show_names_as_names(pruned: adapruner.Prun
     assert "<" not in split_card(after)[1]
 
 
-def test_offline_nothing_connects_anywhere(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_nothing_connects_anywhere(folder, text_file, monkeypatch):
     """With HF_HUB_OFFLINE, which these tests set, and a model and a text that are here."""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
@@ -358,7 +352,7 @@ ODD_CARDS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("content", ODD_CARDS.values(), ids=ODD_CARDS.keys())
-def test_the_card_of_another_is_read_in_short(content: bytes, folder: Path) -> None:
+def test_the_card_of_another_is_read_in_short(content, folder):
     (folder / "README.md").write_bytes(content)
     started = time.process_time()
     licence = base_licence(find_model(str(folder)))
@@ -369,7 +363,7 @@ def test_the_card_of_another_is_read_in_short(content: bytes, folder: Path) -> N
         assert len(licence["license"]) <= 200
 
 
-def test_cards_that_can_be_read_are_read(folder: Path) -> None:
+def test_cards_that_can_be_read_are_read(folder):
     for card in (
         "---\nlicense: mit\ntags: 5\n---\n",
         "\n---\r\nlicense: mit\r\n---\r\ntext",

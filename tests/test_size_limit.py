@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel
 
 from adapruner import AdaPrunerError, PruneConfig
 from adapruner.checkpoint._folder import save_checkpoint
@@ -31,16 +31,14 @@ OPTIONS = {name: value for name, value in QUICK.items() if name != "ratio"}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_bytes_of_safetensors_are_those_of_the_file(
-    dtype: torch.dtype, tied: bool, make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_bytes_of_safetensors_are_those_of_the_file(dtype, tied, make_model, tokenizer, tmp_path):
     model = make_model(tie_word_embeddings=tied).to(dtype)
     save_checkpoint(model, tokenizer, tmp_path / "model")
     assert safetensors_bytes(empty_model(model.config), dtype) == size_of(tmp_path / "model")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_bytes_of_the_cache_are_those_of_the_cache(family: str, make_model: MakeModel) -> None:
+def test_bytes_of_the_cache_are_those_of_the_cache(family, make_model):
     model, batch, context = make_model(family), 3, 20
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = DynamicCache(config=model.config)
@@ -59,7 +57,7 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.6])
-def test_every_plan_at_the_ratio_is_small_enough(share: float, model: PreTrainedModel, model_folder: Path) -> None:
+def test_every_plan_at_the_ratio_is_small_enough(share, model, model_folder):
     """Whatever is cut at it: channels or heads, in all layers or in a few."""
     limit = int(share * size_of(model_folder))
     ratio = ratio_within(SizeLimit(size=str(limit)), config_of(model_folder))
@@ -78,7 +76,7 @@ def test_every_plan_at_the_ratio_is_small_enough(share: float, model: PreTrained
     assert 0.98 * limit <= max(sizes) <= limit
 
 
-def test_what_cannot_be_met_is_refused_with_the_smallest_possible(model_folder: Path) -> None:
+def test_what_cannot_be_met_is_refused_with_the_smallest_possible(model_folder):
     dense = size_of(model_folder)
     with pytest.raises(AdaPrunerError, match=rf"`size` 1GB: the model has {dense / 1e6 + 0.005:.2f} MB already"):
         ratio_within(SizeLimit(size="1GB"), config_of(model_folder))
@@ -91,7 +89,7 @@ def test_what_cannot_be_met_is_refused_with_the_smallest_possible(model_folder: 
     assert ratio_within(SizeLimit(size=smallest[1]), config_of(model_folder)) <= float(smallest[2]) / 100 + 0.001
 
 
-def test_memory_is_the_size_and_the_cache(model: PreTrainedModel, model_folder: Path) -> None:
+def test_memory_is_the_size_and_the_cache(model, model_folder):
     config, size = config_of(model_folder), int(0.8 * size_of(model_folder))
     cache = cache_bytes(empty_model(model.config), 4, 64, model.dtype)
     within = [
@@ -115,21 +113,14 @@ def test_memory_is_the_size_and_the_cache(model: PreTrainedModel, model_folder: 
         ({"size": "1kB"}, "--size 1kB cannot be met: at best 0."),
     ],
 )
-def test_sizes_that_are_refused(
-    options: dict[str, Any],
-    message: str,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_sizes_that_are_refused(options, message, model_folder, text_file, tmp_path, capsys):
     assert exit_code(prune_command(model_folder, tmp_path / "run", text_file, OPTIONS | options)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["size", "memory"])
-def test_a_run_has_the_ratio_of_its_size(option: str, model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_run_has_the_ratio_of_its_size(option, model_folder, text_file, tmp_path):
     """Also one that takes the place of the ratio of a recipe or of an earlier run."""
     limit, run = int(0.87 * size_of(model_folder)), tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text("ratio: 0.3\n")

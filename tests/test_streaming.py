@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -73,9 +72,7 @@ def on_disk(model: PreTrainedModel, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_every_family_is_the_same_out_of_its_files(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
-) -> None:
+def test_every_family_is_the_same_out_of_its_files(family, make_model, windows, tmp_path):
     model = make_model(family)
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     assert is_streamed(streamed)
@@ -92,9 +89,7 @@ def test_every_family_is_the_same_out_of_its_files(
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_layers_run_by_themselves_are_those_of_the_model(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor
-) -> None:
+def test_layers_run_by_themselves_are_those_of_the_model(family, make_model, windows):
     """One after the other they give what the model gives, and a model goes on behind any of them."""
     model = make_model(family)
     with torch.no_grad():
@@ -113,14 +108,8 @@ def test_layers_run_by_themselves_are_those_of_the_model(
 
 @pytest.mark.parametrize(("head_share", "copied"), [(0.0, False), (1.0, False), (1.0, True)])
 def test_a_streamed_model_is_cut_compensated_and_saved(
-    head_share: float,
-    copied: bool,
-    model: PreTrainedModel,
-    windows: Tensor,
-    tokenizer: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    head_share, copied, model, windows, tokenizer, tmp_path, monkeypatch
+):
     # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
     monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: False)
     if copied:  # as layers are that go to a GPU
@@ -147,9 +136,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_several_pruned_models_are_run_with_one_reading(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
-) -> None:
+def test_several_pruned_models_are_run_with_one_reading(family, make_model, windows, tmp_path):
     """Against the same models cut in memory, one after the other."""
     model = make_model(family)
     structure = build_structure(model)
@@ -167,9 +154,7 @@ def test_several_pruned_models_are_run_with_one_reading(
         torch.testing.assert_close(torch.cat(own), torch.cat(list(expected)), rtol=1e-4, atol=1e-6)
 
 
-def test_many_batches_are_evaluated_with_one_reading(
-    model: PreTrainedModel, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_batches_are_evaluated_with_one_reading(model, windows, tmp_path, monkeypatch):
     """Batches of two windows: all three with one reading, then two with one and one with another."""
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     monkeypatch.setattr(_losses, "_TOKENS_PER_BATCH_ON_CPU", 2 * windows.shape[1])
@@ -187,9 +172,7 @@ def test_many_batches_are_evaluated_with_one_reading(
 
 # What caches hold of other families is in tests/test_generation.py.
 @pytest.mark.parametrize("family", ["bloom", "gemma2", "gpt2", "llama"])
-def test_the_same_texts_are_written_with_one_reading_for_a_token(
-    family: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_texts_are_written_with_one_reading_for_a_token(family, make_model, tmp_path, monkeypatch):
     """Batches of three texts, some of which end early; at most two batches are continued together."""
     monkeypatch.setattr(_generation, "_MOST_ROWS", 3)
     monkeypatch.setattr(_generation, "_CHECKED_EVERY", 4)
@@ -208,13 +191,7 @@ def test_the_same_texts_are_written_with_one_reading_for_a_token(
 
 
 @pytest.mark.parametrize(("family", "native"), [("llama", False), ("llama", True), ("gpt2", False)])
-def test_scales_are_tuned_as_in_memory(
-    family: str,
-    native: bool,
-    make_model: Callable[..., PreTrainedModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scales_are_tuned_as_in_memory(family, native, make_model, tmp_path, monkeypatch):
     """Of weights that were changed at random; in every step a layer is read twice."""
     monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: native)
     model = make_model(family)
@@ -253,7 +230,7 @@ def test_scales_are_tuned_as_in_memory(
         assert state[name].equal(untouched[name]) == weight.equal(untouched[name])
 
 
-def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_a_cut_model_is_gone_with_its_last_reference(model, windows, tmp_path):
     """Without the collector of cycles, which may come many trials later."""
     structure = build_structure(model)
     plan = random_plan(structure, Budget(0.1, Profile(1, 1)))
@@ -271,7 +248,7 @@ def test_a_cut_model_is_gone_with_its_last_reference(model: PreTrainedModel, win
 
 
 @pytest.mark.skipif(not MAPPINGS.is_file(), reason="mappings are seen on Linux only")
-def test_layers_that_are_cut_leave_their_file_behind(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_layers_that_are_cut_leave_their_file_behind(model, tmp_path):
     """One norm that is still read there keeps a whole layer in memory."""
     model.save_pretrained(tmp_path)
     structure = build_structure(model)
@@ -285,7 +262,7 @@ def test_layers_that_are_cut_leave_their_file_behind(model: PreTrainedModel, tmp
     assert MAPPINGS.read_text().count(str(tmp_path)) == before + 1
 
 
-def test_another_dtype(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_another_dtype(model, windows, tmp_path):
     folder = on_disk(model, tmp_path)
     streamed = load_model(find_model(folder), "bfloat16", layer_wise=True)
     assert streamed.dtype == torch.bfloat16
@@ -294,7 +271,7 @@ def test_another_dtype(model: PreTrainedModel, windows: Tensor, tmp_path: Path) 
         assert torch.equal(streamed(windows).logits, expected)
 
 
-def test_what_cannot_be_streamed_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_what_cannot_be_streamed_is_refused(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     with pytest.raises(AdaPrunerError, match="has none: save it as such first"):
         load_model(find_model(str(tmp_path)), layer_wise=True)
@@ -336,13 +313,7 @@ def all_ways(folder: Path, windows: Tensor) -> list[PreTrainedModel]:
 
 # One of each way to name the two matrices.
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "gpt_neox", "llama", "opt"])
-def test_an_output_matrix_beside_a_config_that_ties_is_kept(
-    family: str,
-    make_model: Callable[..., PreTrainedModel],
-    windows: Tensor,
-    tokenizer: object,
-    tmp_path: Path,
-) -> None:
+def test_an_output_matrix_beside_a_config_that_ties_is_kept(family, make_model, windows, tokenizer, tmp_path):
     model = make_model(family, tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "dense")
     untied = counted(tmp_path / "dense")
@@ -360,7 +331,7 @@ def test_an_output_matrix_beside_a_config_that_ties_is_kept(
         assert counted(tmp_path / f"{number}") == plan.total_parameters - plan.removed_parameters
 
 
-def test_a_mixture_keeps_it_too(windows: Tensor, tmp_path: Path) -> None:
+def test_a_mixture_keeps_it_too(windows, tmp_path):
     """Its experts lie in the files one by one, so that its layers are not streamed."""
     config = tiny_config("qwen3_moe")
     config.tie_word_embeddings = False
@@ -374,9 +345,7 @@ def test_a_mixture_keeps_it_too(windows: Tensor, tmp_path: Path) -> None:
         torch.testing.assert_close(prune_model(dense, structure, plan)(windows).logits, dense(windows).logits)
 
 
-def test_an_output_matrix_that_is_the_embedding_is_tied(
-    model: PreTrainedModel, windows: Tensor, tmp_path: Path
-) -> None:
+def test_an_output_matrix_that_is_the_embedding_is_tied(model, windows, tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     rewrite(
@@ -386,9 +355,7 @@ def test_an_output_matrix_that_is_the_embedding_is_tied(
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_an_embedding_that_is_stored_as_the_output_matrix(
-    make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path
-) -> None:
+def test_an_embedding_that_is_stored_as_the_output_matrix(make_model, windows, tmp_path):
     make_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     rewrite(tmp_path, tensors | {"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
@@ -403,15 +370,13 @@ def test_an_embedding_that_is_stored_as_the_output_matrix(
         ({"dtype": "gone"}, torch.float32),
     ],
 )
-def test_the_dtype_is_that_of_the_config_or_else_of_the_files(
-    fields: dict[str, object], dtype: torch.dtype, model: PreTrainedModel, windows: Tensor, tmp_path: Path
-) -> None:
+def test_the_dtype_is_that_of_the_config_or_else_of_the_files(fields, dtype, model, windows, tmp_path):
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, **fields)
     assert [loaded.dtype for loaded in all_ways(tmp_path, windows)] == [dtype, dtype]
 
 
-def test_weights_that_the_config_names(model: PreTrainedModel, windows: Tensor, tmp_path: Path) -> None:
+def test_weights_that_the_config_names(model, windows, tmp_path):
     """Not those of the usual name beside them."""
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -423,9 +388,7 @@ def test_weights_that_the_config_names(model: PreTrainedModel, windows: Tensor, 
         assert torch.equal(loaded.lm_head.weight, tensors["lm_head.weight"] * 1.01)
 
 
-def test_a_model_of_the_hub_that_is_untied_by_its_files(
-    make_model: Callable[..., PreTrainedModel], windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_the_hub_that_is_untied_by_its_files(make_model, windows, tmp_path, monkeypatch):
     """From the Hub cache, whose files are links."""
     for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))

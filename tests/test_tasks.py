@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError
@@ -68,7 +66,7 @@ SPLITS = {"arc_easy": "test", "openbookqa": "test"}
 
 
 @pytest.fixture
-def local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def local_data(tmp_path, monkeypatch):
     """Every task's data, as a folder of `Dataset.save_to_disk` or as JSON lines."""
     for name, rows in LOCAL.items():
         path = tmp_path / FILES[name]
@@ -95,9 +93,7 @@ def requests(task: Any) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", list(HUB))
-def test_prompts_choices_and_answers_are_those_of_lm_eval(
-    name: str, local_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_choices_and_answers_are_those_of_lm_eval(name, local_data, monkeypatch):
     [ours] = load_tasks([name]).by_name[name]
 
     def from_the_hub(path: str, **_: object) -> datasets.DatasetDict:
@@ -115,9 +111,7 @@ def test_prompts_choices_and_answers_are_those_of_lm_eval(
     assert ours.VERSION == theirs.VERSION
 
 
-def test_scores_are_those_of_the_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_those_of_the_likelihoods(model, tokenizer, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(5)
     rows = []
     for number in range(40):
@@ -153,13 +147,7 @@ def test_scores_are_those_of_the_likelihoods(
     )
 
 
-def test_nothing_is_printed_and_nothing_of_the_host_is_changed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    local_data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_nothing_is_printed_and_nothing_of_the_host_is_changed(model, tokenizer, local_data, monkeypatch, capfd):
     """The way of a GPU, on which lm-eval looks for the largest batch and prints what it found."""
 
     def host() -> tuple[Any, ...]:
@@ -175,7 +163,7 @@ def test_nothing_is_printed_and_nothing_of_the_host_is_changed(
     assert tuple(capfd.readouterr()) == ("", "")
 
 
-def test_names_are_checked_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_checked_without_data(monkeypatch):
     monkeypatch.setattr("adapruner.evaluation._tasks._load", lambda _: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match="no task 'piqqa'; did you mean piqa"):
         check_tasks(["boolq,piqqa"])
@@ -187,9 +175,7 @@ def test_names_are_checked_without_data(monkeypatch: pytest.MonkeyPatch) -> None
         check_tasks([" , "])
 
 
-def test_fewer_items_are_evenly_spaced_and_used_text_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_items_are_evenly_spaced_and_used_text_is_left_out(tmp_path, monkeypatch):
     path = tmp_path / FILES["boolq"]
     rows = [{"question": "w1", "answer": True, "passage": f"p{i}"} for i in range(10)]
     rows[6]["passage"] = "Title -- p6"
@@ -203,7 +189,7 @@ def test_fewer_items_are_evenly_spaced_and_used_text_is_left_out(
         load_tasks(["boolq"], used_text=[f"p{i}" for i in range(10)])
 
 
-def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path) -> None:
+def test_all_seven_run_in_one_go(model, tokenizer, local_data):
     tasks = load_tasks(["piqa, boolq", "commonsense"])
     assert list(tasks.by_name) == list(dict.fromkeys(["piqa", *HUB]))
     scores = measure_tasks(model, tokenizer, tasks)
@@ -213,14 +199,12 @@ def test_all_seven_run_in_one_go(model: PreTrainedModel, tokenizer: PreTrainedTo
         assert set(score.metrics) == ({"acc"} if score.task in ("boolq", "winogrande") else {"acc", "acc_norm"})
 
 
-def test_layer_by_layer_the_scores_are_the_same(model_folder: Path, local_data: Path) -> None:
+def test_layer_by_layer_the_scores_are_the_same(model_folder, local_data):
     scores = [adapruner.evaluate(model_folder, tasks="commonsense", layer_wise=way).tasks for way in (False, True)]
     assert scores[0] == scores[1]
 
 
-def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, local_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(model, tokenizer, local_data, monkeypatch):
     easy = {"include": str(of_lm_eval().task_index["arc_easy"].yaml_path), "dataset_path": "json"}
     easy |= {"training_split": None, "validation_split": None}
     easy |= {"dataset_kwargs": {"data_files": {"test": str(local_data / FILES["arc_easy"])}}, "dataset_name": None}
@@ -239,7 +223,7 @@ def test_groups_in_groups_are_one_number_where_lm_eval_makes_one(
     assert (score.items, set(score.metrics)) == (2, {"acc"})
 
 
-def test_generative_tasks_are_of_lm_eval_and_run_no_code() -> None:
+def test_generative_tasks_are_of_lm_eval_and_run_no_code():
     register = of_lm_eval()
     for name in check_tasks(["generative"]):
         definition = Path(register.task_index[name].yaml_path).read_text(encoding="utf-8")
@@ -247,7 +231,7 @@ def test_generative_tasks_are_of_lm_eval_and_run_no_code() -> None:
         assert "unsafe_code" not in definition
 
 
-def test_means() -> None:
+def test_means():
     means = mean_accuracies([{"acc": 0.2}, {"acc": 0.4, "acc_norm": 0.8}])
     assert means == {"acc": pytest.approx(0.3), "acc_norm": 0.5}
     assert mean_accuracies([{"acc": 0.2}, {"exact_match": 0.4}]) == {}
@@ -257,17 +241,13 @@ def test_means() -> None:
 @pytest.mark.parametrize(
     ("name", "limit", "message"), [("comonsense", None, "did you mean commonsense"), ("piqa", 0, "`limit` 0 leaves")]
 )
-def test_refused_before_the_model_is_loaded(
-    model_folder: Path, name: str, limit: int | None, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_before_the_model_is_loaded(model_folder, name, limit, message, monkeypatch):
     monkeypatch.setattr("adapruner.verbs._source.open_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.evaluate(model_folder, tasks=[name], limit=limit)
 
 
-def test_data_that_cannot_be_read_are_named(
-    make_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_cannot_be_read_are_named(make_model, monkeypatch):
     monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(AdaPrunerError, match="cannot load task 'piqa' or its data"):

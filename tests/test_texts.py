@@ -70,7 +70,7 @@ def as_text(texts: Texts) -> tuple[str, str, str, list[str]]:
         ),
     ],
 )
-def test_parts_by_default(options: dict[str, object], expected: tuple[str, str, str, list[str]]) -> None:
+def test_parts_by_default(options, expected):
     assert as_text(assigned(**options)) == expected
 
 
@@ -85,19 +85,19 @@ def test_parts_by_default(options: dict[str, object], expected: tuple[str, str, 
         ({"calibration": "c5"}, "unknown text source 'c5'"),
     ],
 )
-def test_what_would_be_used_twice_is_refused(options: dict[str, object], message: str) -> None:
+def test_what_would_be_used_twice_is_refused(options, message):
     with pytest.raises(AdaPrunerError, match=message):
         assigned(**options)
 
 
-def test_a_document_without_text_is_in_no_item(tmp_path: Path) -> None:
+def test_a_document_without_text_is_in_no_item(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["", " ", "w1", "w2", "w3"]))
     used = assigned(calibration=f"{tmp_path}/a.jsonl@calibration", objective="self").used_documents()
     assert used
     assert all(document.strip() for document in used)
 
 
-def test_a_path_may_have_the_sign_of_a_part(tmp_path: Path) -> None:
+def test_a_path_may_have_the_sign_of_a_part(tmp_path):
     folder = tmp_path / "x@y"
     folder.mkdir()
     (folder / "d.jsonl").write_text('{"text": "w1"}')
@@ -110,7 +110,7 @@ def test_a_path_may_have_the_sign_of_a_part(tmp_path: Path) -> None:
     assert parse_source(f"hf:{folder}@report").part == "report"
 
 
-def test_two_columns_of_a_file_are_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_columns_of_a_file_are_one_text(tmp_path, monkeypatch):
     """The parts by one column are not those by another: 4 of 10 documents of a report would have been calibrated on."""
     monkeypatch.chdir(tmp_path)
     records = [{"question": f"w{number}", "text": f"w{number % 7} w{number}"} for number in range(300)]
@@ -134,7 +134,7 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     records = [{"text": f"w{number}", "other": f"w{number} w{number}"} for number in range(60)]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -148,9 +148,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recover=st.sampled_from([None, "self", *NAMES]),
     evaluate=st.lists(st.sampled_from(NAMES), max_size=2),
 )
-def test_nothing_reported_was_used(
-    files: Path, calibration: str, objective: str | None, recover: str | None, evaluate: list[str]
-) -> None:
+def test_nothing_reported_was_used(files, calibration, objective, recover, evaluate):
     def here(name: str | None) -> str | None:
         return name if name in (None, "self") else f"{files}/{name}"
 
@@ -171,13 +169,13 @@ def test_nothing_reported_was_used(
         assert not numbers(read_documents(texts.pool)) & numbers(read_documents(texts.objective))
 
 
-def test_a_run_that_has_read_its_texts_does_not_need_them(tmp_path: Path) -> None:
+def test_a_run_that_has_read_its_texts_does_not_need_them(tmp_path):
     path = tmp_path / "gone.jsonl"
     config = PruneConfig(model="m", calibration=f"{path}:text")
     assert str(assign_texts(config).pool) == f"{path}:text@calibration"
 
 
-def test_what_a_checkpoint_records(tmp_path: Path) -> None:
+def test_what_a_checkpoint_records(tmp_path):
     path = tmp_path / "secret" / "a.txt"
     path.parent.mkdir()
     path.write_text("w1\n\nw2")
@@ -197,7 +195,7 @@ def test_what_a_checkpoint_records(tmp_path: Path) -> None:
     assert overlaps(broken, parse_source("c4")) == ["trained on c4\x1b[2J"]
 
 
-def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch):
     limits = []
 
     def note_limit(*arguments: Any, bos: bool) -> EvaluationText:

@@ -49,7 +49,7 @@ SCALE = 0.3
 
 
 @pytest.fixture(autouse=True)
-def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def _few_rows(monkeypatch):
     monkeypatch.setattr(_loss, "PREDICTIONS_AT_ONCE", 5)
 
 
@@ -115,7 +115,7 @@ CASES = [*((family, OBJECTIVES[-1]) for family in FAMILIES), *(("llama", objecti
 
 
 @pytest.mark.parametrize(("family", "objective"), CASES, ids=str)
-def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Objective) -> None:
+def test_loss_and_gradients_are_those_of_all_logits(family, objective):
     student = double(family, 0).eval()
     teacher = double(family, 1).eval() if objective.needs_teacher else None
     tokens, mask, labels = batch()
@@ -131,14 +131,14 @@ def test_loss_and_gradients_are_those_of_all_logits(family: str, objective: Obje
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_a_gradient_that_is_passed_on_is_multiplied() -> None:
+def test_a_gradient_that_is_passed_on_is_multiplied():
     student = double("llama", 0)
     once = gradients(our_loss(student, None, LABELS), student)
     half = gradients(our_loss(student, None, LABELS) / 2, student)
     assert all(torch.equal(half[name], gradient / 2) for name, gradient in once.items())
 
 
-def test_below_adapters_the_head_gets_no_gradient() -> None:
+def test_below_adapters_the_head_gets_no_gradient():
     student, teacher = double("llama", 0), double("llama", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -155,14 +155,14 @@ def test_below_adapters_the_head_gets_no_gradient() -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7)
 
 
-def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn() -> None:
+def test_a_student_that_predicts_what_the_teacher_does_has_nothing_to_learn():
     student = double("llama", 0).float()
     loss = our_loss(student, student, Objective((0, 0, 0), 1.5))
     assert abs(float(loss.detach())) < 1e-5
     assert max(float(gradient.abs().max()) for gradient in gradients(loss, student).values()) < 1e-4
 
 
-def test_a_batch_without_learnt_tokens_has_no_loss() -> None:
+def test_a_batch_without_learnt_tokens_has_no_loss():
     student = double("llama", 0)
     loss = our_loss(student, None, LABELS, torch.full((3, 12), -100))
     assert float(loss.detach()) == 0
@@ -184,7 +184,7 @@ class _LargestLogits(TorchDispatchMode):
         return made
 
 
-def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch):
     monkeypatch.setattr(_loss, "PREDICTIONS_AT_ONCE", 70)  # more than the width of the head, whose transpose is as wide
     student, teacher = double("llama", 0), double("llama", 1)
     tokens = torch.randint(5, 60, (4, 60))
@@ -200,7 +200,7 @@ def test_no_tensor_has_the_logits_of_more_than_some_rows(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("known", [1, 8, 256])
-def test_of_a_teacher_its_most_probable_tokens_suffice(known: int, temperature: float) -> None:
+def test_of_a_teacher_its_most_probable_tokens_suffice(known, temperature):
     """The divergence over these and the class of all others, and its gradient; over all tokens, the full divergence."""
     torch.manual_seed(0)
     student, teacher = (3 * torch.randn(6, 256, dtype=torch.float64) for _ in range(2))

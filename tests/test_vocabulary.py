@@ -230,7 +230,7 @@ def assert_says_the_same(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_text_of_any_language_is_decoded_as_before(kind: str) -> None:
+def test_text_of_any_language_is_decoded_as_before(kind):
     before, after, vocabulary = tokenizer_and_cut(kind)
     assert len(after) == len(vocabulary.kept) < 0.8 * len(before)
     for text in [*TEXTS, *MORE_TEXTS]:
@@ -249,12 +249,12 @@ def test_text_of_any_language_is_decoded_as_before(kind: str) -> None:
     | st.lists(st.sampled_from([*" ".join(TEXTS).split(), " ", "\n"]), max_size=12).map("".join)
     | st.lists(st.sampled_from(" ".join(ENGLISH).split()), max_size=12).map(" ".join)
 )
-def test_any_text_is_decoded_as_before(kind: str, text: str) -> None:
+def test_any_text_is_decoded_as_before(kind, text):
     assert_says_the_same(kind, text)
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_range_of_unicode_is_decoded_as_before(kind: str) -> None:
+def test_every_range_of_unicode_is_decoded_as_before(kind):
     generator = random.Random(0)
     for first in range(0, 0x20000, 0x400):
         signs = [
@@ -264,7 +264,7 @@ def test_every_range_of_unicode_is_decoded_as_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_everything_else_of_a_tokenizer_is_as_before(kind: str) -> None:
+def test_everything_else_of_a_tokenizer_is_as_before(kind):
     before, after, vocabulary = tokenizer_and_cut(kind)
     assert after.special_tokens_map == before.special_tokens_map
     assert after.chat_template == before.chat_template
@@ -298,7 +298,7 @@ def test_everything_else_of_a_tokenizer_is_as_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_kept_token_is_still_made(kind: str) -> None:
+def test_every_kept_token_is_still_made(kind):
     """The text of a token gives this token in the smaller tokenizer if it did before."""
     before, after, vocabulary = tokenizer_and_cut(kind)
     backends = [one.backend_tokenizer.model for one in (before, after)]
@@ -309,7 +309,7 @@ def test_every_kept_token_is_still_made(kind: str) -> None:
             assert ids[1] == [vocabulary.new_ids[old]], texts[old]
 
 
-def test_a_saved_tokenizer_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_read_as_it_was(tmp_path):
     _, after, _ = tokenizer_and_cut("characters, bytes")
     after.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -318,7 +318,7 @@ def test_a_saved_tokenizer_is_read_as_it_was(tmp_path: Path) -> None:
     assert again.get_vocab() == after.get_vocab()
 
 
-def test_a_size_takes_the_most_frequent_tokens_with_what_they_are_merged_from() -> None:
+def test_a_size_takes_the_most_frequent_tokens_with_what_they_are_merged_from():
     tokenizer = byte_level()
     text = ["the " * 50 + "mill " * 20 + "zebra"]
     full, _ = cut(tokenizer, text)
@@ -332,7 +332,7 @@ def test_a_size_takes_the_most_frequent_tokens_with_what_they_are_merged_from() 
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 64])
-def test_the_number_of_tokens_is_rounded_up_with_tokens_that_exist(multiple: int) -> None:
+def test_the_number_of_tokens_is_rounded_up_with_tokens_that_exist(multiple):
     tokenizer = byte_level()
     alone, _ = cut(tokenizer, ENGLISH)
     rounded, vocabulary = cut(tokenizer, ENGLISH, multiple=multiple)
@@ -340,7 +340,7 @@ def test_the_number_of_tokens_is_rounded_up_with_tokens_that_exist(multiple: int
     assert set(alone.get_vocab()) <= set(rounded.get_vocab())
 
 
-def test_the_padding_side_of_a_class_is_kept() -> None:
+def test_the_padding_side_of_a_class_is_kept():
     class PaddedLeft(PreTrainedTokenizerFast):  # type: ignore[misc]
         padding_side = "left"
 
@@ -349,7 +349,7 @@ def test_the_padding_side_of_a_class_is_kept() -> None:
     assert after.padding_side == tokenizer.padding_side == "left"
 
 
-def test_rows_behind_all_tokens_fill_up_what_is_missing() -> None:
+def test_rows_behind_all_tokens_fill_up_what_is_missing():
     tokenizer = byte_level()
     size = len(tokenizer)
     _, vocabulary = cut(tokenizer, TEXTS, rows=size + 100, multiple=1000)
@@ -377,18 +377,18 @@ def refused(definition_changes: dict[str, Any], model_changes: dict[str, Any], k
         ),
     ],
 )
-def test_what_cannot_be_rewritten_exactly_is_refused(changes: Any, of_model: Any, message: str) -> None:
+def test_what_cannot_be_rewritten_exactly_is_refused(changes, of_model, message):
     with pytest.raises(AdaPrunerError, match=message) as refusal:
         refused(changes, of_model)
     assert "\n" not in str(refusal.value)
 
 
-def test_other_models_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_other_models_are_refused(tokenizer):
     with pytest.raises(AdaPrunerError, match="its model is WordLevel"):
         TokenizerParts.of(tokenizer)
 
 
-def test_pieces_of_characters_that_are_no_pieces_are_refused() -> None:
+def test_pieces_of_characters_that_are_no_pieces_are_refused():
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("ab", -2.0)], 0))
     backend.decoder = decoders.Metaspace(prepend_scheme="never")
     with pytest.raises(AdaPrunerError, match=r"characters that are no pieces themselves \('b'\)"):
@@ -427,9 +427,7 @@ def random_model(model_type: str, make_model: Callable[..., PreTrainedModel], **
 
 @pytest.mark.parametrize("model_type", [*FAMILY_FIELDS, *FURTHER])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_of_kept_tokens_are_unchanged(
-    model_type: str, tied: bool, make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_logits_of_kept_tokens_are_unchanged(model_type, tied, make_model, tmp_path):
     model = random_model(model_type, make_model, tie_word_embeddings=tied)
     generator = torch.Generator().manual_seed(0)
     kept = sorted({0, 1, 2, *torch.randperm(96, generator=generator)[:40].tolist()})
@@ -450,7 +448,7 @@ def test_logits_of_kept_tokens_are_unchanged(
     assert loaded.config.vocab_size == len(kept)
 
 
-def test_configs_follow(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_configs_follow(make_model):
     model = make_model(eos_token_id=[2, 50], pad_token_id=None)
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=[2, 50], suppress_tokens=[7, 60], bad_words_ids=[[8, 9], [60]], top_k=3
@@ -472,7 +470,7 @@ WORDS = sorted({word for text in ENGLISH for word in text.split()})
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def folders(tmp_path_factory):
     """A tiny model of many languages, English text, and other English text."""
     folder = tmp_path_factory.mktemp("vocabulary")
     tokenizer = byte_level()
@@ -485,7 +483,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return folder / "model", folder / "text.txt", folder / "other.txt"
 
 
-def test_the_verb_writes_a_model_that_computes_the_same(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_the_verb_writes_a_model_that_computes_the_same(folders, tmp_path):
     folder, text, _ = folders
     pruned = adapruner.vocabulary(folder, str(text), tmp_path / "small")
     summary = pruned.vocabulary
@@ -513,9 +511,7 @@ def test_the_verb_writes_a_model_that_computes_the_same(folders: tuple[Path, Pat
     ]
 
 
-def test_the_command_says_what_was_removed(
-    folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_what_was_removed(folders, tmp_path, capsys):
     folder, text, other = folders
     command = ["vocabulary", str(folder), "-o", str(tmp_path / "small")]
     assert exit_code([*command, "--vocabulary", f"{text},{other}", "--json"]) == 0
@@ -532,7 +528,7 @@ def test_the_command_says_what_was_removed(
         assert message in capsys.readouterr().err
 
 
-def test_text_with_all_tokens_is_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_text_with_all_tokens_is_refused(folders, tmp_path):
     everything = tmp_path / "all.txt"
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     everything.write_text("\n\n".join(TEXTS + tokenizer.batch_decode([[token] for token in range(len(tokenizer))])))
@@ -540,7 +536,7 @@ def test_text_with_all_tokens_is_refused(folders: tuple[Path, Path, Path], tmp_p
         adapruner.vocabulary(folders[0], str(everything), tmp_path / "small", vocabulary_multiple=1024)
 
 
-def test_a_model_with_fewer_tokens_is_pruned_like_any(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_model_with_fewer_tokens_is_pruned_like_any(folders, tmp_path):
     folder, text, other = folders
     fewer = adapruner.vocabulary(folder, str(other), tmp_path / "fewer")
     options: dict[str, Any] = {**QUICK, "calibration": str(text), "evaluate": (f"{text}@report",)}
@@ -560,9 +556,7 @@ def test_a_model_with_fewer_tokens_is_pruned_like_any(folders: tuple[Path, Path,
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize(("stride", "limit"), [(None, None), (7, None), (15, 5)])
-def test_bits_per_byte_are_those_of_the_text(
-    folders: tuple[Path, Path, Path], stride: int | None, limit: int | None, bos: bool, tmp_path: Path
-) -> None:
+def test_bits_per_byte_are_those_of_the_text(folders, stride, limit, bos, tmp_path):
     """Against the loss of every token alone, and the bytes of what is between the tokens that are not predicted."""
     folder, _, _ = folders
     text = " ".join(ENGLISH + OTHERS[:20])
@@ -592,7 +586,7 @@ def test_bits_per_byte_are_those_of_the_text(
     assert number.bits_per_byte == pytest.approx(bits / read, rel=1e-5)
 
 
-def test_names_of_texts_are_separated_by_commas(tmp_path: Path) -> None:
+def test_names_of_texts_are_separated_by_commas(tmp_path):
     odd, records = tmp_path / "a,b.txt", tmp_path / "c.jsonl"
     for path in (odd, records):
         path.write_text("")

@@ -37,7 +37,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def run_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCli:
+def run_cli(capfd, monkeypatch):
     """Runs a command in this process: its exit code, and what it prints on stdout and stderr."""
 
     def run(arguments: list[str]) -> tuple[int, str, str]:
@@ -59,7 +59,7 @@ def run_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def refused(run_cli: RunCli) -> Refused:
+def refused(run_cli):
     """Asserts that a command ends as a mistake of the user's, in one line that says all that it should; returns it."""
 
     def refuse(arguments: list[str], *expected: str) -> str:
@@ -91,7 +91,7 @@ READS = {"prune": "--calibration", "recover": "--data", "evaluate": "--evaluate"
 
 
 @pytest.fixture
-def command(tmp_path: Path, model_folder: Path, text_file: Path) -> Command:
+def command(tmp_path, model_folder, text_file):
     """A command of a verb that works, with further options, also in place of its own."""
 
     def of(

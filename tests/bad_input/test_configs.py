@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import yaml
 
 from adapruner.config import PruneConfig, RecoverConfig
 from adapruner.errors import AdaPrunerError
-from bad_input.conftest import Command, Refused
 
 
 def bomb(levels: int) -> str:
@@ -107,7 +105,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
+def test_recipes(name, refused, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(BROKEN[name])
     message = refused(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")], SAID.get(name, ""))
@@ -117,7 +115,7 @@ def test_recipes(name: str, refused: Refused, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--sources", "--architectures"])
 @pytest.mark.parametrize("name", [name for name in BROKEN if "alias" in name or "bomb" in name or "date" in name])
-def test_other_files_of_yaml(name: str, option: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_other_files_of_yaml(name, option, command, refused, tmp_path):
     file = tmp_path / "file.yaml"
     file.write_bytes(BROKEN[name])
     refused(command("prune", option, str(file)), str(file), "alias" if b"*a" in BROKEN[name] else "")
@@ -129,7 +127,7 @@ def test_other_files_of_yaml(name: str, option: str, command: Command, refused: 
     list(zip(BROKEN.values(), itertools.cycle((False, True)), strict=False)),
     ids=BROKEN.keys(),
 )
-def test_configs_of_runs(content: bytes, is_earlier: bool, refused: Refused, tmp_path: Path, command: Command) -> None:
+def test_configs_of_runs(content, is_earlier, refused, tmp_path, command):
     run = tmp_path / "output"
     run.mkdir()
     (run / "config.yaml").write_bytes(content)
@@ -145,7 +143,7 @@ def refusal(options: Any, **values: Any) -> str:
     return str(refused.value)
 
 
-def test_all_errors_of_a_config_at_once() -> None:
+def test_all_errors_of_a_config_at_once():
     """Conflicts too, as far as their fields are valid."""
     assert refusal(PruneConfig, ratio="much", samples=100, layout="round", protect_first=1, learning_rate=0) == (
         "`ratio` much is not a number; `samples` 100 is more than the 64 of `pool`: lower one or raise the other;"
@@ -158,20 +156,20 @@ def test_all_errors_of_a_config_at_once() -> None:
     )
 
 
-def test_many_errors_are_cut_short() -> None:
+def test_many_errors_are_cut_short():
     message = refusal(PruneConfig, model="m", **{f"no_{number}": "x" * 1000 for number in range(100)})
     assert message.count("is not an option") == 8
     assert message.endswith("; and 92 more")
 
 
-def test_the_alias_bombs_are_bombs() -> None:
+def test_the_alias_bombs_are_bombs():
     """What is refused at once would otherwise take more than there is."""
     small = yaml.safe_load(bomb(4))["ratio"]
     assert sum(len(two) for one in small for two in one) == 9**3
     assert yaml.safe_load(merging_bomb(3))["ratio"] == 0.2
 
 
-def test_files_that_cannot_be_read(refused: Refused, tmp_path: Path, command: Command) -> None:
+def test_files_that_cannot_be_read(refused, tmp_path, command):
     for name in ("nowhere.yaml", str(tmp_path), "/dev/null", "a" * 5000, "\x1b[2J"):
         refused(["prune", "--recipe", name, "-o", str(tmp_path / "run")], *(["no recipe"] if len(name) < 5000 else []))
     run = tmp_path / "output"

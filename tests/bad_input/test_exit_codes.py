@@ -19,7 +19,6 @@ import pytest
 import adapruner
 from adapruner.errors import AdaPrunerError
 from adapruner.progress import Reporter
-from bad_input.conftest import RunCli
 
 
 class Panic(BaseException):
@@ -45,9 +44,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
         Panic("no entry found for key"),
     ],
 )
-def test_an_unexpected_failure(
-    error: BaseException, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_unexpected_failure(error, run_cli, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     fail_with(error, monkeypatch)
     code, output, errors = run_cli(["inspect", "x"])
@@ -76,16 +73,14 @@ OPTIONS = "--round-to, --recovery.batch-size, --gguf-type and --evaluate-bos, no
         (OSError(errno.EROFS, "Read-only file system", "a/b"), 2, "read-only file system (a/b)"),
     ],
 )
-def test_what_is_said_in_one_line(
-    error: BaseException, code: int, said: str, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_said_in_one_line(error, code, said, run_cli, monkeypatch):
     fail_with(error, monkeypatch)
     ended, output, errors = run_cli(["inspect", "x"])
     assert (ended, output, errors.count("\n")) == (code, "", 1)
     assert errors.startswith(f"adapruner: {said}")
 
 
-def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
+def test_help_and_nothing_are_no_failures(run_cli):
     for arguments in ([], ["--help"], ["prune", "--help"]):
         code, output, errors = run_cli(arguments)
         assert (code, errors) == (0, "")
@@ -97,7 +92,7 @@ def test_help_and_nothing_are_no_failures(run_cli: RunCli) -> None:
     [(["--help"], ""), (["--help"], "1"), (["inspect", "MODEL", "--json"], "1")],
     ids=["help", "help unbuffered", "inspect unbuffered"],
 )
-def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_folder: Path) -> None:
+def test_a_reader_that_has_ended(arguments, unbuffered, model_folder):
     """As in `adapruner --help | true`."""
     command = [
         sys.executable,
@@ -113,7 +108,7 @@ def test_a_reader_that_has_ended(arguments: list[str], unbuffered: str, model_fo
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
-def test_errors_that_nobody_reads() -> None:
+def test_errors_that_nobody_reads():
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "adapruner", "prune", "--trials", "0", "-o", "x"]
@@ -125,7 +120,7 @@ def test_errors_that_nobody_reads() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
-def test_an_output_that_is_full() -> None:
+def test_an_output_that_is_full():
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "adapruner", "--help"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -133,7 +128,7 @@ def test_an_output_that_is_full() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["prune", "--help"], ["prune", "--trails", "3"]])
-def test_the_parser_needs_no_heavy_library(arguments: list[str]) -> None:
+def test_the_parser_needs_no_heavy_library(arguments):
     program = (
         "import sys, adapruner.cli\n"
         "try: adapruner.cli.main(sys.argv[1:])\n"
@@ -147,11 +142,11 @@ def test_the_parser_needs_no_heavy_library(arguments: list[str]) -> None:
     assert ended.stdout or "Did you mean --trials?" in ended.stderr
 
 
-def test_the_version(run_cli: RunCli) -> None:
+def test_the_version(run_cli):
     assert run_cli(["--version"]) == (0, f"{adapruner.__version__}\n", "")
 
 
-def test_nothing_is_left_behind(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(run_cli, monkeypatch):
     def state() -> tuple[object, ...]:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         return dict(os.environ), *handlers, logging.getLogger("adapruner").level, gc.isenabled()
@@ -165,7 +160,7 @@ def test_nothing_is_left_behind(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
     assert quiet == [True, False]
 
 
-def test_the_lazy_names_are_those_that_tools_see() -> None:
+def test_the_lazy_names_are_those_that_tools_see():
     tree = ast.parse(Path(adapruner.__file__).read_text(encoding="utf-8"))
     [typed] = [node for node in tree.body if isinstance(node, ast.If)]
     homes = {name.name: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for name in node.names}

@@ -22,7 +22,6 @@ from adapruner.errors import AdaPrunerError
 from adapruner.models._architecture import check_length
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
-from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")
 # These read weights.
@@ -30,7 +29,7 @@ READING = ("prune", "recover", "evaluate", "benchmark", "export")
 
 
 @pytest.fixture
-def copy(model_folder: Path, tmp_path: Path) -> Path:
+def copy(model_folder, tmp_path):
     """A good model, to be broken."""
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
 
@@ -275,9 +274,7 @@ BROKEN: list[tuple[str, Break, tuple[str, ...], str]] = [
         for verb in verbs
     ],
 )
-def test_models_that_are_broken(
-    broken: Break, verb: str, message: str, copy: Path, command: Command, refused: Refused
-) -> None:
+def test_models_that_are_broken(broken, verb, message, copy, command, refused):
     broken(copy)
     verb, *more = verb.split()
     refused(command(verb, *more, model=copy), message.replace("FOLDER", str(copy)))
@@ -315,14 +312,12 @@ IMPOSSIBLE.append({"model_type": "mixtral", "num_local_experts": 8})
     list(zip(IMPOSSIBLE, itertools.cycle(("evaluate", "export")), strict=False)),
     ids=lambda part: json.dumps(part)[:60],
 )
-def test_configs_that_make_no_model(
-    fields: dict[str, Any], verb: str, copy: Path, command: Command, refused: Refused
-) -> None:
+def test_configs_that_make_no_model(fields, verb, copy, command, refused):
     change_json(copy / "config.json", **fields)
     refused(command(verb, model=copy))
 
 
-def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, command: Command, refused: Refused) -> None:
+def test_a_config_that_asks_for_more_than_memory_holds(copy, command, refused):
     """Nothing is allocated for weights that are not in the files."""
     change_json(copy / "config.json", vocab_size=2**30)
     for verb in READING:
@@ -334,7 +329,7 @@ def test_a_config_that_asks_for_more_than_memory_holds(copy: Path, command: Comm
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"tokenizer_class": 7}', '{"tokenizer_class": "NoSuch", "model_max_length": "long"}']
 )
-def test_settings_of_a_tokenizer_that_are_broken(content: str, copy: Path, command: Command, run_cli: RunCli) -> None:
+def test_settings_of_a_tokenizer_that_are_broken(content, copy, command, run_cli):
     """Some of it transformers does without."""
     (copy / "tokenizer_config.json").write_text(content)
     code, _, errors = run_cli(command("evaluate", model=copy))
@@ -342,9 +337,7 @@ def test_settings_of_a_tokenizer_that_are_broken(content: str, copy: Path, comma
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
-def test_a_text_on_which_a_tokenizer_panics(
-    verb: str, copy: Path, command: Command, run_cli: RunCli, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_text_on_which_a_tokenizer_panics(verb, copy, command, run_cli, text_file, tmp_path):
     with_pattern("(?:x|xx)+y")(copy)
     text = tmp_path / "x.txt"
     text.write_text(text_file.read_text().replace("w1", "x" * 64))
@@ -355,9 +348,7 @@ def test_a_text_on_which_a_tokenizer_panics(
 
 
 @pytest.mark.parametrize("verb", ["prune", "recover", "evaluate"])
-def test_an_added_token_beyond_the_embedding_in_a_text(
-    verb: str, copy: Path, command: Command, refused: Refused, text_file: Path, tmp_path: Path
-) -> None:
+def test_an_added_token_beyond_the_embedding_in_a_text(verb, copy, command, refused, text_file, tmp_path):
     """Such a token does no harm until a text has it."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = json.loads((copy / "tokenizer.json").read_text())["added_tokens"]
@@ -368,7 +359,7 @@ def test_an_added_token_beyond_the_embedding_in_a_text(
     refused(command(verb, model=copy, text=text), "token 96", "embedding")
 
 
-def test_a_tokenizer_without_special_tokens_will_do(copy: Path, command: Command, run_cli: RunCli) -> None:
+def test_a_tokenizer_without_special_tokens_will_do(copy, command, run_cli):
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     for verb in ("prune", "recover", "evaluate"):
         shutil.rmtree(copy.parent / "output", ignore_errors=True)
@@ -377,7 +368,7 @@ def test_a_tokenizer_without_special_tokens_will_do(copy: Path, command: Command
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
+def gguf_file(tmp_path):
     return write_gguf_file(tmp_path / "model.gguf", "llama")
 
 
@@ -413,15 +404,13 @@ BROKEN_GGUF: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize(
     ("change", "verb"), list(zip(BROKEN_GGUF.values(), IN_TURN, strict=False)), ids=BROKEN_GGUF.keys()
 )
-def test_gguf_files_that_are_none(
-    change: Callable[[bytes], bytes], verb: str, gguf_file: Path, command: Command, refused: Refused
-) -> None:
+def test_gguf_files_that_are_none(change, verb, gguf_file, command, refused):
     gguf_file.write_bytes(change(gguf_file.read_bytes()))
     refused(command(verb, model=gguf_file))
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_gguf_files_that_are_another(verb, command, refused, tmp_path):
     """Those of layers that differ, and one that is a folder."""
     model = write_gguf_file(tmp_path / "model.gguf", "deci")
     refused(command(verb, model=model), "cannot read the GGUF architecture", "deci", "give the safetensors folder")
@@ -444,9 +433,7 @@ def test_gguf_files_that_are_another(verb: str, command: Command, refused: Refus
         ("model\n\x1b[2J", "cannot load"),
     ],
 )
-def test_names_that_are_none(
-    name: str, message: str, command: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_are_none(name, message, command, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for verb in VERBS:
         refused(command(verb, model=name), message)
@@ -464,9 +451,7 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "named"), ABSURD, ids=[json.dumps(fields)[:50] for fields, _ in ABSURD])
-def test_configs_that_would_build_for_ever(
-    fields: dict[str, Any], named: str, copy: Path, command: Command, refused: Refused
-) -> None:
+def test_configs_that_would_build_for_ever(fields, named, copy, command, refused):
     change_json(copy / "config.json", **fields)
     started = time.process_time()
     refused(command("evaluate", model=copy), named)
@@ -474,9 +459,7 @@ def test_configs_that_would_build_for_ever(
     assert time.process_time() - started < 5
 
 
-def test_missing_folders_are_no_hub_ids(
-    copy: Path, command: Command, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_folders_are_no_hub_ids(copy, command, refused, monkeypatch):
     monkeypatch.chdir(copy.parent.parent)
     (copy.parent / "empty").mkdir()
     shutil.copy(copy / "config.json", copy.parent / "modal.gguf")
@@ -491,9 +474,7 @@ def test_missing_folders_are_no_hub_ids(
     refused(command("evaluate", model="modell"), *said)
 
 
-def test_a_place_is_the_same_from_everywhere(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_is_the_same_from_everywhere(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     location = find_model(model_folder.name)
     monkeypatch.chdir(tmp_path)
@@ -503,7 +484,7 @@ def test_a_place_is_the_same_from_everywhere(
     assert str(find_model("owner/name")) == "owner/name"
 
 
-def test_a_hub_that_does_not_answer_is_said_in_one_line(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_said_in_one_line(refused, monkeypatch):
     """Without the log of every retry, and with the verbosity of others as it was."""
     endpoint = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -531,9 +512,7 @@ def test_a_hub_that_does_not_answer_is_said_in_one_line(refused: Refused, monkey
         ("toaster", "toaster"),
     ],
 )
-def test_devices_that_will_not_do(
-    device: str, message: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_that_will_not_do(device, message, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(AdaPrunerError, match=message) as refusal:
         load_model(find_model(str(model_folder)), device=device)
@@ -541,7 +520,7 @@ def test_devices_that_will_not_do(
     assert "AssertionError" not in str(refusal.value)
 
 
-def test_texts_that_are_longer_than_a_model_was_trained_on(make_model: Callable[..., Any]) -> None:
+def test_texts_that_are_longer_than_a_model_was_trained_on(make_model):
     """Rotary embeddings go on beyond that, which is said; learned positions do not, and dynamic ones remember."""
     config = make_model("llama", max_position_embeddings=64).config
     assert check_length(config, 64) is None

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from adapruner.config import PruneOptions, RecoveryOptions
-from bad_input.conftest import Command, Refused
 
 # Errors that one message names.
 NAMED = 8
@@ -69,9 +66,7 @@ COUNTS = {
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(part)[:40],
 )
-def test_numbers_of_options(
-    verb: str, arguments: list[str], refused: Refused, command: Command, tmp_path: Path
-) -> None:
+def test_numbers_of_options(verb, arguments, refused, command, tmp_path):
     wrong = [part for part in arguments if part.startswith("--") and part != "--recover"]
     refused(command(verb, *arguments), *(f"{option} " for option in wrong))
     assert not (tmp_path / "output").exists()
@@ -82,11 +77,11 @@ def test_numbers_of_options(
     ("verb", "option"),
     [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names],
 )
-def test_numbers_of_other_verbs(verb: str, option: str, value: str, refused: Refused, command: Command) -> None:
+def test_numbers_of_other_verbs(verb, option, value, refused, command):
     refused(command(verb, option, value))
 
 
-def test_all_errors_at_once(refused: Refused, model_folder: Path, tmp_path: Path) -> None:
+def test_all_errors_at_once(refused, model_folder, tmp_path):
     """Those of single options; then those of options that conflict, which a recipe may hold too."""
     command = ["prune", str(model_folder), "-o", str(tmp_path / "run")]
     refused(
@@ -199,16 +194,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     ids=lambda text: text if " " in text or "--" in text else "",
 )
 def test_options_that_are_refused(
-    verb: str,
-    extra: str,
-    message: str,
-    refused: Refused,
-    command: Command,
-    model_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    verb, extra, message, refused, command, model_folder, text_file, tmp_path, monkeypatch
+):
     """Before a run loads any weights."""
     if verb == "prune":
         monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -235,19 +222,12 @@ def test_options_that_are_refused(
     ],
     ids=lambda arguments: ascii(" ".join(arguments)),
 )
-def test_commands_that_are_none(arguments: list[str], refused: Refused) -> None:
+def test_commands_that_are_none(arguments, refused):
     refused(arguments)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
-def test_texts_longer_than_learned_positions(
-    model_type: str,
-    make_model: Callable[..., Any],
-    tokenizer: PreTrainedTokenizerFast,
-    command: Command,
-    refused: Refused,
-    tmp_path: Path,
-) -> None:
+def test_texts_longer_than_learned_positions(model_type, make_model, tokenizer, command, refused, tmp_path):
     make_model(model_type).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for verb in ("prune", "recover", "evaluate"):

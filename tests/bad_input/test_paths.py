@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
-import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
-from bad_input.conftest import Command, Refused, RunCli
 from conftest import tiny_model
 from run_helpers import byte_tokenizer
 
 WRITING = ("prune", "recover", "export")
 
 
-def test_spaces_and_letters_of_every_alphabet_will_do(
-    model_folder: Path, text_file: Path, tmp_path: Path, command: Command, run_cli: RunCli
-) -> None:
+def test_spaces_and_letters_of_every_alphabet_will_do(model_folder, text_file, tmp_path, command, run_cli):
     """From a model to everything that is made of it, below folders that are not there yet."""
     home = tmp_path / "Füße und 模型 [bold] 'q' \"q\" $x;#&"
     model, text = home / "a model: 1@2", home / "some text @all.txt"
@@ -41,9 +36,7 @@ def test_spaces_and_letters_of_every_alphabet_will_do(
 
 
 @pytest.mark.parametrize("verb", WRITING)
-def test_outputs_that_cannot_be(
-    verb: str, command: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_that_cannot_be(verb, command, refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "full").mkdir()
@@ -62,7 +55,7 @@ def test_outputs_that_cannot_be(
     assert os.listdir(tmp_path / "empty") == []
 
 
-def test_an_exported_file_that_cannot_be(command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_an_exported_file_that_cannot_be(command, refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full" / "below").mkdir(parents=True)
     for output in ("file/model.gguf", "file", "full", "x" * 300 + ".gguf"):
@@ -72,13 +65,13 @@ def test_an_exported_file_that_cannot_be(command: Command, refused: Refused, tmp
 
 
 @pytest.mark.parametrize("verb", WRITING)
-def test_an_output_that_is_the_model(verb: str, refused: Refused, command: Command, model_folder: Path) -> None:
+def test_an_output_that_is_the_model(verb, refused, command, model_folder):
     before = sorted(os.listdir(model_folder))
     refused(command(verb, output=model_folder))
     assert sorted(os.listdir(model_folder)) == before
 
 
-def test_no_earlier_run(finished: adapruner.PruneResult, refused: Refused, tmp_path: Path) -> None:
+def test_no_earlier_run(finished, refused, tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "file").write_text("mine")
     others = ["--ratio", "0.05", "-o"]
@@ -93,9 +86,7 @@ def test_no_earlier_run(finished: adapruner.PruneResult, refused: Refused, tmp_p
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"config": 1}', bytes(range(256))])
-def test_a_record_of_a_recovery_that_is_broken(
-    content: bytes, command: Command, refused: Refused, tmp_path: Path
-) -> None:
+def test_a_record_of_a_recovery_that_is_broken(content, command, refused, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "recovery.json").write_bytes(content)
     refused(command("recover", output=tmp_path / "there"), "recovery.json")
@@ -103,6 +94,6 @@ def test_a_record_of_a_recovery_that_is_broken(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to this user")
 @pytest.mark.parametrize("verb", WRITING)
-def test_a_folder_that_is_closed(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_a_folder_that_is_closed(verb, command, refused, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     refused(command(verb, output=tmp_path / "closed" / "below"), "closed")

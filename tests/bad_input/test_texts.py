@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-
-from bad_input.conftest import Command, Refused, RunCli
 
 VERBS = ("prune", "recover", "evaluate")
 
@@ -49,9 +46,7 @@ BROKEN: dict[str, tuple[str, bytes]] = {
 @pytest.mark.parametrize(
     ("case", "verb"), list(zip(BROKEN.values(), itertools.cycle(VERBS), strict=False)), ids=BROKEN.keys()
 )
-def test_texts_that_are_none(
-    case: tuple[str, bytes], verb: str, command: Command, refused: Refused, tmp_path: Path
-) -> None:
+def test_texts_that_are_none(case, verb, command, refused, tmp_path):
     name, content = case
     path = tmp_path / name
     path.write_bytes(content)
@@ -88,28 +83,20 @@ NO_SUCH_TEXT = {
     [(*case, verb) for case, verb in zip(NO_SUCH_TEXT.items(), itertools.cycle(VERBS), strict=False)],
     ids=lambda text: ascii(text)[:30],
 )
-def test_names_of_no_text(
-    text: str,
-    message: str,
-    verb: str,
-    command: Command,
-    refused: Refused,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_names_of_no_text(text, message, verb, command, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAPRUNER_DATA", raising=False)
     refused(command(verb, text=text), *message.split(" … "))
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_folder_is_no_text(verb: str, command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_a_folder_is_no_text(verb, command, refused, tmp_path):
     for name in ("folder", "folder.txt", "folder.jsonl"):
         (tmp_path / name).mkdir()
         refused(command(verb, text=tmp_path / name), name)
 
 
-def test_a_column_that_is_not_there(command: Command, refused: Refused, tmp_path: Path) -> None:
+def test_a_column_that_is_not_there(command, refused, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"passage": "w1 w2", "title": "w3"}))
     for verb in VERBS:
@@ -117,9 +104,7 @@ def test_a_column_that_is_not_there(command: Command, refused: Refused, tmp_path
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(
-    name: str, command: Command, run_cli: RunCli, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(name, command, run_cli, text_file, tmp_path):
     paragraphs = text_file.read_text().split("\n\n")
     lines = [json.dumps({"text": one}) for one in paragraphs] if name == "a.jsonl" else paragraphs
     (tmp_path / name).write_bytes("\r\n".join(lines).encode("utf-8-sig"))
@@ -131,7 +116,7 @@ def test_a_byte_order_mark_and_line_ends_of_others_are_no_mistake(
     ] * 2
 
 
-def test_one_giant_line_is_a_text(command: Command, run_cli: RunCli, tmp_path: Path) -> None:
+def test_one_giant_line_is_a_text(command, run_cli, tmp_path):
     (tmp_path / "a.txt").write_text("w1 w2 w3 w4 " * 50_000)
     code, _, errors = run_cli(command("evaluate", text=tmp_path / "a.txt"))
     assert code == 0, errors
@@ -148,9 +133,7 @@ def test_one_giant_line_is_a_text(command: Command, run_cli: RunCli, tmp_path: P
         {"instruction": "w1", "output": ""},
     ],
 )
-def test_instructions_without_an_answer(
-    record: dict[str, object], command: Command, refused: Refused, tmp_path: Path
-) -> None:
+def test_instructions_without_an_answer(record, command, refused, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps(record)] * 3))
     refused(command("recover", text=path), str(path))

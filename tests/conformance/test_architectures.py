@@ -6,12 +6,10 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
@@ -37,9 +35,7 @@ CASES = [
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
-def dense_and_plan(
-    request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]
-) -> tuple[PreTrainedModel, Structure, PruningPlan]:
+def dense_and_plan(request, make_model):
     family, key_value_heads, granularity, layout, tied = request.param
     model = make_model(family, key_value_heads, tie_word_embeddings=tied)
     structure = build_structure(model, granularity)
@@ -91,9 +87,7 @@ def _take_out_of_norms(attention: torch.nn.Module, groups: int, removed: list[in
         attention.get_submodule(name).register_forward_hook(over_those_that_stay)
 
 
-def test_pruned_equals_masked(
-    dense_and_plan: tuple[PreTrainedModel, Structure, PruningPlan], windows: torch.Tensor
-) -> None:
+def test_pruned_equals_masked(dense_and_plan, windows):
     model, structure, plan = dense_and_plan
     before = copy.deepcopy(model.state_dict())
     pruned = prune_model(model, structure, plan)
@@ -106,12 +100,7 @@ def test_pruned_equals_masked(
         assert torch.equal(tensor, before[name]), f"pruning changed {name} of the dense model"
 
 
-def test_saved_is_loaded_and_generates(
-    dense_and_plan: tuple[PreTrainedModel, Structure, PruningPlan],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_saved_is_loaded_and_generates(dense_and_plan, windows, tokenizer, tmp_path):
     model, structure, plan = dense_and_plan
     pruned = prune_model(model, structure, plan)
     expected = pruned(windows).logits
@@ -168,12 +157,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_every_family_loads_without_the_package(
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_every_family_loads_without_the_package(make_model, windows, tokenizer, tmp_path):
     for family in known_architectures():
         pruned = cut_to(make_model(family))
         save_checkpoint(pruned, tokenizer, tmp_path / family / "model")
@@ -196,9 +180,7 @@ def test_every_family_loads_without_the_package(
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_a_pruned_model_can_be_pruned_again(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
-) -> None:
+def test_a_pruned_model_can_be_pruned_again(family, make_model, windows):
     """First heads, then channels as well, then channels alone."""
     model = make_model(family)
     for heads, channels in ((1, 0), (1, 3), (0, 3)):
@@ -215,9 +197,7 @@ def test_a_pruned_model_can_be_pruned_again(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "qwen3"])
-def test_removed_attention_stays_removed(
-    family: str, make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
-) -> None:
+def test_removed_attention_stays_removed(family, make_model, windows):
     model = make_model(family)
     gone = {("heads", 0)}
     for fewer in (0, 1):
@@ -245,14 +225,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": 
     ],
     ids=lambda value: value if isinstance(value, str) else value["rope_type"],
 )
-def test_positions_of_long_texts(
-    family: str,
-    rope: dict[str, object],
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_positions_of_long_texts(family, rope, make_model, windows, tokenizer, tmp_path):
     """Longer than the model was made for, with rotary embeddings that then look into the config."""
     # transformers 5.16 takes the part of StableLM that rotates from the older key alone.
     older = {key: value for key, value in rope.items() if key == "partial_rotary_factor"}

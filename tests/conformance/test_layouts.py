@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedModel
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
@@ -23,7 +21,7 @@ from tiny_families import random_plan, tiny_config
 
 
 @pytest.fixture(params=known_architectures())
-def dense(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def dense(request, make_model):
     return make_model(request.param, num_hidden_layers=12)
 
 
@@ -53,14 +51,7 @@ def cut(dense: PreTrainedModel, windows: torch.Tensor, loses_heads: bool, compen
 
 @pytest.mark.parametrize("loses_heads", [False, True])
 @pytest.mark.parametrize("compensates", [False, True])
-def test_a_uniform_layout_is_read_by_stock_transformers(
-    loses_heads: bool,
-    compensates: bool,
-    dense: PreTrainedModel,
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_a_uniform_layout_is_read_by_stock_transformers(loses_heads, compensates, dense, windows, tokenizer, tmp_path):
     pruned = cut(dense, windows, loses_heads, compensates)
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     is_stock = not (NO_FEWER_HEADS if loses_heads else NO_FEWER_CHANNELS) & {dense.config.model_type}
@@ -73,12 +64,7 @@ def test_a_uniform_layout_is_read_by_stock_transformers(
             assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model")(windows).logits, expected)
 
 
-def test_numbers_of_heads_that_a_stock_config_refuses(
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_numbers_of_heads_that_a_stock_config_refuses(make_model, windows, tokenizer, tmp_path):
     """5 heads do not divide a hidden size of 48, which Llama's config refuses and Mistral's, for the same model, does
     not. A Mistral has no biases."""
     for biases, model_type in ((False, "mistral"), (True, "llama")):
@@ -99,9 +85,7 @@ def test_numbers_of_heads_that_a_stock_config_refuses(
         assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
 
 
-def test_layers_that_differ_in_the_dense_model(
-    windows: torch.Tensor, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_layers_that_differ_in_the_dense_model(windows, tokenizer, tmp_path):
     """Of this Gemma 4, every sixth layer has other heads; transformers writes its number as "05" and "11"."""
     others = {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (5, 11)}
     kinds = ["full_attention" if layer in others else "sliding_attention" for layer in range(12)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
@@ -86,9 +86,7 @@ def load_as_stock(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("model_type", SKIPPED)
-def test_the_coming_loader_needs_no_code_of_ours(
-    model_type: str, tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor, tmp_path: Path
-) -> None:
+def test_the_coming_loader_needs_no_code_of_ours(model_type, tokenizer, windows, tmp_path):
     model = pruned(model_type)
     save_checkpoint(model, tokenizer, tmp_path / "model")
     layers = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
@@ -104,9 +102,7 @@ def test_the_coming_loader_needs_no_code_of_ours(
 
 
 @pytest.mark.parametrize("model_type", [*known_architectures(), "qwen3_moe", "gpt_oss"])
-def test_stock_classes_of_today_refuse_missing_attention(
-    model_type: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_stock_classes_of_today_refuse_missing_attention(model_type, tokenizer, tmp_path):
     """They do not know `skip`, and would initialise what is missing at random. In two families they do so: there is no
     other count of an attention than the heads, which a config class that loads must be allowed to read."""
     config = tiny_config(model_type)
@@ -123,7 +119,7 @@ def test_stock_classes_of_today_refuse_missing_attention(
         AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=False)
 
 
-def test_a_count_of_zero_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_count_of_zero_is_refused(tokenizer, tmp_path):
     """Attention that a layer lacks is named in `skip`."""
     save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
     path = tmp_path / "model" / "config.json"

@@ -37,12 +37,7 @@ LAYOUTS: dict[str, Callable[[str, int], int]] = {
 
 
 @pytest.mark.parametrize("family", known_architectures())
-def test_the_table_says_what_works(
-    family: str,
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tmp_path: Path,
-) -> None:
+def test_the_table_says_what_works(family, make_model, windows, tmp_path):
     cells, tokenizer = [], byte_tokenizer()
     for number, (layout, lost) in enumerate(LAYOUTS.items()):
         # Of layers that differ, the numbers in the config have two digits.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
@@ -34,18 +32,13 @@ def planned(structure: Structure, **budget: object) -> PruningPlan:
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
-def test_a_family_can_lose_attention_if_it_says_so(model_type: str, make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_family_can_lose_attention_if_it_says_so(model_type, make_model):
     architecture = known_architectures()[model_type]
     refusal = failed_without_attention(make_model(model_type), architecture.changed(removable_attention=True))
     assert (refusal is None) == architecture.removable_attention, refusal
 
 
-def test_a_layer_without_attention_has_no_cache(
-    make_model: Callable[..., PreTrainedModel],
-    windows: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_a_layer_without_attention_has_no_cache(make_model, windows, tokenizer, tmp_path):
     dense = make_model("llama")
     structure = build_structure(dense)
     plan = planned(structure, without_attention=(0, 2), heads=0.5)
@@ -64,9 +57,7 @@ def test_a_layer_without_attention_has_no_cache(
     assert cache.get_seq_length() == windows.shape[1]
 
 
-def test_an_order_ends_where_no_loss_is_finite(
-    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_ends_where_no_loss_is_finite(make_model, windows, monkeypatch):
     dense = make_model("llama")
     losses = iter([math.nan, 2.0, 3.0, 4.0, math.inf, math.nan])
     batch = (torch.full((1,), each) for each in losses)
@@ -76,7 +67,7 @@ def test_an_order_ends_where_no_loss_is_finite(
     assert AttentionOrder.model_validate_json(order.model_dump_json()) == order
 
 
-def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_what_cannot_go_whole_is_refused(make_model):
     llama, bloom = build_structure(make_model("llama")), build_structure(make_model("bloom"))
     for structure, budget in (
         (bloom, Budget(0.2, Profile(0, 0), without_attention=(1,))),
@@ -87,9 +78,7 @@ def test_what_cannot_go_whole_is_refused(make_model: Callable[..., PreTrainedMod
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("bloom", "heads"), ("llama", "channels")])
-def test_no_plan_removes_what_a_family_needs(
-    model_type: str, kind: str, make_model: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
+def test_no_plan_removes_what_a_family_needs(model_type, kind, make_model, tmp_path):
     """The attention of BLOOM adds the hidden state itself: without it, that is lost."""
     model = make_model(model_type)
     structure = build_structure(model)
@@ -112,7 +101,7 @@ def test_no_plan_removes_what_a_family_needs(
         load_model(find_model(str(tmp_path / "model")))
 
 
-def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_the_rest_of_the_ratio_comes_from_what_stays(make_model):
     structure = build_structure(make_model("llama"))
     for attention in (2,), (1, 2):
         budget = Budget(0.4, Profile(0, 0), heads=0.5, without_attention=attention)
@@ -122,7 +111,7 @@ def test_the_rest_of_the_ratio_comes_from_what_stays(make_model: Callable[..., P
             assert (count == 0) == (block.kind == "heads" and block.layer in attention)
 
 
-def test_the_order_is_the_greedy_one(make_model: Callable[..., PreTrainedModel], windows: torch.Tensor) -> None:
+def test_the_order_is_the_greedy_one(make_model, windows):
     """Compared with every model of one attention less, really cut."""
     dense = make_model("llama")
     structure = build_structure(dense)
@@ -142,9 +131,7 @@ def test_the_order_is_the_greedy_one(make_model: Callable[..., PreTrainedModel],
         gone.append(layer)
 
 
-def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(
-    make_model: Callable[..., PreTrainedModel], windows: torch.Tensor
-) -> None:
+def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(make_model, windows):
     dense = make_model("llama")
     structure = build_structure(dense)
     budget = Budget(0.45, Profile(0, 0), heads=0.5, without_attention=(0, 1))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from device import building
-from device.client import Device, Outcome
+from device.client import Device
 from tiny_families import tiny_config
 
 
 @pytest.fixture(scope="session")
-def built() -> None:
+def built():
     """The library of the device."""
     if reason := building.reason_against():
         pytest.skip(f"the CUDA device cannot be simulated: {reason}")
@@ -23,7 +22,7 @@ def built() -> None:
 
 
 @pytest.fixture(scope="session")
-def device(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def device(built, tmp_path_factory):
     """One simulated GPU."""
     own = Device(tmp_path_factory.mktemp("device"))
     yield own
@@ -31,7 +30,7 @@ def device(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[De
 
 
 @pytest.fixture(scope="session")
-def two_devices(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def two_devices(built, tmp_path_factory):
     """Two simulated GPUs."""
     own = Device(tmp_path_factory.mktemp("devices"), devices=2)
     yield own
@@ -39,13 +38,13 @@ def two_devices(built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def launch(two_devices: Device) -> Callable[..., Outcome]:
+def launch(two_devices):
     """Runs a command in several processes, each with a GPU of its own; see `Device.launch`."""
     return two_devices.launch
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+def family(tmp_path_factory, tokenizer):
     """Writes a tiny random model of a family, once for each dtype and other sizes."""
     made: dict[object, Path] = {}
 

@@ -3,7 +3,6 @@ layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 import adapruner
 from adapruner.planning._plan import PruningPlan
-from device.client import LAYER_WISE, SMALL_RUN, Device, only_json, pruning
+from device.client import LAYER_WISE, SMALL_RUN, only_json, pruning
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ def command(case: Case, model: Path, text: Path, output: Path, place: str) -> li
 @pytest.mark.parametrize(
     "case", [SAMPLE, *(pytest.param(case, marks=pytest.mark.device_matrix) for case in CASES)], ids=str
 )
-def test_pruning_on_a_gpu_gives_the_plan_of_the_cpu(
-    case: Case, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_pruning_on_a_gpu_gives_the_plan_of_the_cpu(case, device, family, text_file, tmp_path):
     model, plans = family(case.family, case.dtype), {}
     for place in ("cuda", "cpu"):
         output = tmp_path / place

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from device.client import LAYER_WISE, SMALL_RUN, Device, only_json, pruning
+from device.client import LAYER_WISE, SMALL_RUN, only_json, pruning
 
 
 class Most(NamedTuple):
@@ -58,14 +56,7 @@ LAYER_BY_LAYER = IN_MEMORY | {
 @pytest.mark.parametrize(
     ("options", "budget"), [({}, IN_MEMORY), (LAYER_WISE, LAYER_BY_LAYER)], ids=["in memory", "layer by layer"]
 )
-def test_a_run_waits_no_more_often_than_is_written_here(
-    options: dict[str, object],
-    budget: Mapping[str, Most],
-    device: Device,
-    family: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_run_waits_no_more_often_than_is_written_here(options, budget, device, family, text_file, tmp_path):
     command = pruning(family("llama"), text_file, tmp_path / "a", SMALL_RUN | options, recovery={})
     outcome = device.run(*command, "--evaluate", text_file)
     only_json(outcome)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from adapruner.planning._plan import PruningPlan
-from device.client import LAYER_WISE, SMALL_RUN, Device, Outcome, only_json, only_line, pruning, recovering
+from device.client import LAYER_WISE, SMALL_RUN, only_json, only_line, pruning, recovering
 from run_helpers import flags
 
 pytestmark = pytest.mark.device_matrix
@@ -27,9 +26,7 @@ def command(model: Path, text: Path, output: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Outcome]:
+def undisturbed(device, family, text_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
     outcome = device.run(*command(family("llama"), text_file, output))
     only_json(outcome)
@@ -37,14 +34,7 @@ def undisturbed(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(
-    stage: str,
-    device: Device,
-    undisturbed: tuple[Path, Outcome],
-    family: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(stage, device, undisturbed, family, text_file, tmp_path):
     folder, outcome = undisturbed
     needed = max(one.peak - one.held for one in outcome.stages if one.name == stage)
     arguments = command(family("llama"), text_file, tmp_path / "a")
@@ -57,22 +47,18 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(
     assert results[0] == results[1]
 
 
-def test_the_stages_are_those_of_a_run(undisturbed: tuple[Path, Outcome]) -> None:
+def test_the_stages_are_those_of_a_run(undisturbed):
     _, outcome = undisturbed
     assert {stage.name for stage in outcome.stages if stage.peak > stage.held} == set(STAGES)
 
 
-def test_memory_that_cannot_do_is_refused_before_anything_is_read(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_memory_that_cannot_do_is_refused_before_anything_is_read(device, family, text_file, tmp_path):
     outcome = device.run(*command(family("llama"), text_file, tmp_path / "a"), memory=200_000)
     assert only_line(outcome).startswith("Not enough memory: ")
     assert not any(stage.peak for stage in outcome.stages)
 
 
-def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(device, family, text_file, tmp_path):
     """The estimate is above what is needed; with a fifth of what the whole model would need, it goes layer by layer."""
     options = {name: value for name, value in (SMALL_RUN | LAYER_WISE).items() if name != "layer_wise"}
     # Of many layers: layer by layer, more samples and trials are in memory at once.
@@ -88,9 +74,7 @@ def test_a_model_that_does_not_fit_is_pruned_layer_by_layer(
     assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["placement"]["layer_wise"] is True
 
 
-def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
-    device: Device, family: Callable[..., Path], text_file: Path
-) -> None:
+def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(device, family, text_file):
     """On a GPU with memory for two thirds of the weights, of 24 layers."""
     model = family("llama", num_hidden_layers=24)
     command = ["evaluate", model, "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json"]
@@ -107,15 +91,7 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
     ("verb", "stage"),
     [("recover", "loading"), ("recover", "recovering"), ("evaluate", "evaluating"), ("benchmark", "measuring")],
 )
-def test_other_commands_that_run_out_of_memory_say_so(
-    verb: str,
-    stage: str,
-    device: Device,
-    undisturbed: tuple[Path, Outcome],
-    family: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_other_commands_that_run_out_of_memory_say_so(verb, stage, device, undisturbed, family, text_file, tmp_path):
     model = undisturbed[0] / "model"
     arguments: dict[str, list[object]] = {
         "recover": recovering(model, text_file, tmp_path / "a")[2:-1],
@@ -131,7 +107,7 @@ def test_other_commands_that_run_out_of_memory_say_so(
 
 
 @pytest.fixture(scope="module")
-def long_text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_text_file(text_file, tmp_path_factory):
     """200 different paragraphs of 160 words."""
     path = tmp_path_factory.mktemp("texts") / "long.txt"
     paragraphs = text_file.read_text().split("\n\n")
@@ -144,16 +120,7 @@ def long_text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("hidden", "channels", "dtype"), [(256, 768, "float32"), (320, 960, "bfloat16"), (384, 1152, "float32")]
 )
-def test_estimates_are_what_is_needed(
-    hidden: int,
-    channels: int,
-    dtype: str,
-    layer_wise: bool,
-    device: Device,
-    family: Callable[..., Path],
-    long_text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_estimates_are_what_is_needed(hidden, channels, dtype, layer_wise, device, family, long_text_file, tmp_path):
     """The largest peak of a run is within a quarter of it."""
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "head_dim": 64, "num_hidden_layers": 6}
     model = family("llama", dtype, vocab_size=2048, **sizes)
@@ -168,9 +135,7 @@ def test_estimates_are_what_is_needed(
     assert 0.75 * estimate < peak < 1.25 * estimate, (peak, estimate)
 
 
-def test_adapters_cost_what_their_shapes_say(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_adapters_cost_what_their_shapes_say(device, family, text_file, tmp_path):
     """With gradient checkpointing, a layer more is its weights, its adapters with their gradients and two moments, and
     the hidden state in front of it."""
     hidden, channels, heads, tokens = 128, 384, 64, 4 * 16  # two KV heads of 32 beside four query heads

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from device.client import Device, pruning
+from device.client import pruning
 
 # Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.
 PROGRAM = """
@@ -28,9 +25,7 @@ finally:
 """
 
 
-def test_a_tensor_left_on_the_cpu_is_found(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_tensor_left_on_the_cpu_is_found(device, family, text_file, tmp_path):
     arguments = pruning(family("llama"), text_file, tmp_path / "a")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(arguments=[str(argument) for argument in arguments]))

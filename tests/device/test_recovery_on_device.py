@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import adapruner
-from device.client import Device, only_json, only_line, pruning, recovering
+from device.client import only_json, only_line, pruning, recovering
 
 KILLED = 9
 
 
 @pytest.fixture(scope="session")
-def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def instructions(tmp_path_factory):
     path = tmp_path_factory.mktemp("instructions") / "instructions.jsonl"
     lines = [{"instruction": f"w{i} w{i + 1}", "input": "", "output": f"w{i + 2} w{i + 3}"} for i in range(80)]
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -37,18 +36,7 @@ def command(model: Path, data: object, output: Path, place: str, **options: obje
         ("full", "distillation", "float32", False, "text"),
     ],
 )
-def test_recover(
-    train: str,
-    method: str,
-    dtype: str,
-    native: bool,
-    kind: str,
-    device: Device,
-    family: Callable[..., Path],
-    text_file: Path,
-    instructions: Path,
-    tmp_path: Path,
-) -> None:
+def test_recover(train, method, dtype, native, kind, device, family, text_file, instructions, tmp_path):
     model = family("llama", dtype)
     data = {"text": text_file, "instructions": instructions, "self": "self"}[kind]
     teacher = ["--teacher", model] if method == "distillation" else []
@@ -67,9 +55,7 @@ def test_recover(
     assert str(adapruner.load(tmp_path / "cuda").dtype) == f"torch.{dtype}"
 
 
-def test_recovery_on_the_cpu_leaves_the_gpu_alone(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_recovery_on_the_cpu_leaves_the_gpu_alone(device, family, text_file, tmp_path):
     """A user may choose the CPU because the GPU is full."""
     arguments = command(family("llama"), text_file, tmp_path / "a", "cpu")
     outcome = device.run(*arguments, memory=1000)
@@ -79,15 +65,7 @@ def test_recovery_on_the_cpu_leaves_the_gpu_alone(
 
 @pytest.mark.device_matrix
 @pytest.mark.parametrize(("train", "first", "second"), [("lora", "cpu", "cuda"), ("full", "cuda", "cpu")])
-def test_a_recovery_resumes_on_another_device(
-    train: str,
-    first: str,
-    second: str,
-    device: Device,
-    family: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_recovery_resumes_on_another_device(train, first, second, device, family, text_file, tmp_path):
     model, options = family("llama"), {"train": train, "steps": 10}
     # So that the products of full training are float32 too.
     killed = device.run(
@@ -106,9 +84,7 @@ def test_a_recovery_resumes_on_another_device(
 
 @pytest.mark.device_matrix
 @pytest.mark.parametrize(("stage", "first", "second"), [("searching", "cpu", "cuda"), ("recovering", "cuda", "cpu")])
-def test_a_run_continues_on_its_own_kind_of_device_only(
-    stage: str, first: str, second: str, device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_run_continues_on_its_own_kind_of_device_only(stage, first, second, device, family, text_file, tmp_path):
     """Numbers depend on the kind of device: it is named, and `--overwrite` rebuilds."""
     output = tmp_path / "a"
     arguments = pruning(family("llama"), text_file, output, recovery={"steps": 6})
@@ -129,9 +105,7 @@ def test_a_run_continues_on_its_own_kind_of_device_only(
 
 
 @pytest.mark.device_matrix
-def test_what_is_trained_diverges_in_one_line(
-    device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_what_is_trained_diverges_in_one_line(device, family, text_file, tmp_path):
     arguments = command(family("llama"), text_file, tmp_path / "a", "cuda", train="full", steps=8, learning_rate=1e30)
     outcome = device.run(*arguments)
     assert "is nan at step" in only_line(outcome) or "is inf at step" in only_line(outcome)

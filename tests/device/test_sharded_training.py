@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from adapruner.config import RecoveryOptions
 from adapruner.models._config import load_config
 from adapruner.models._loading import empty_model
 from adapruner.models._places import find_model
-from device.client import SMALL_RECOVERY, Device, Outcome, only_json, only_line, pruning, recovering
+from device.client import SMALL_RECOVERY, only_json, only_line, pruning, recovering
 from training_memory import training_memory
 
 pytestmark = pytest.mark.device_matrix
@@ -72,9 +71,7 @@ def check_equal_weights(first: PreTrainedModel, second: PreTrainedModel) -> None
 
 
 @pytest.fixture(scope="module")
-def pruned(
-    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def pruned(two_devices, family, text_file, tmp_path_factory):
     """A model whose layers differ."""
     folder = tmp_path_factory.mktemp("pruned")
     only_json(two_devices.run(*pruning(family("llama"), text_file, folder)))
@@ -82,7 +79,7 @@ def pruned(
 
 
 @pytest.fixture(scope="module")
-def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def counting(tmp_path_factory):
     """Text that is easy to learn: every step of a training is better than the one before."""
     path = tmp_path_factory.mktemp("texts") / "counting.txt"
     path.write_text("\n\n".join(" ".join(f"w{(start + i) % 20}" for i in range(20)) for start in range(100)))
@@ -92,13 +89,7 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     scope="module", params=[("lora", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT")], ids=["lora", "full"]
 )
-def killed(
-    request: pytest.FixtureRequest,
-    two_devices: Device,
-    family: Callable[..., Path],
-    counting: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Killed:
+def killed(request, two_devices, family, counting, tmp_path_factory):
     """On two GPUs, in the middle of eight steps."""
     train, saved = request.param
     folder = tmp_path_factory.mktemp("killed")
@@ -116,7 +107,7 @@ def killed(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(killed: Killed, two_devices: Device) -> Path:
+def undisturbed(killed, two_devices):
     """The same in one process without FSDP."""
     output = killed.folder / "undisturbed"
     record = only_json(two_devices.run(*killed.command(output), native_bfloat16=False))
@@ -126,9 +117,7 @@ def undisturbed(killed: Killed, two_devices: Device) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, 1])
-def test_a_killed_recovery_resumes(
-    processes: int, killed: Killed, undisturbed: Path, launch: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_a_killed_recovery_resumes(processes, killed, undisturbed, launch, tmp_path):
     shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
     outcome = launch(*killed.command(tmp_path / "a"), environment=killed.environment, processes=processes)
     record = only_json(outcome)
@@ -137,14 +126,12 @@ def test_a_killed_recovery_resumes(
     check_equal_weights(*(AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "a", undisturbed)))
 
 
-def test_a_killed_recovery_does_not_resume_without_fsdp(killed: Killed, two_devices: Device, tmp_path: Path) -> None:
+def test_a_killed_recovery_does_not_resume_without_fsdp(killed, two_devices, tmp_path):
     shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
     assert "resumes only with FSDP" in only_line(two_devices.run(*killed.command(tmp_path / "a")))
 
 
-def test_a_recovery_without_fsdp_does_not_resume_with_it(
-    launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_recovery_without_fsdp_does_not_resume_with_it(launch, two_devices, family, text_file, tmp_path):
     arguments = recovery(family("llama"), text_file, tmp_path / "a", steps=12)
     assert two_devices.run(*arguments, killed_in=("recovering", 6)).code == KILLED
     refused = launch(*arguments, environment=SHARDED, processes=1)
@@ -152,9 +139,7 @@ def test_a_recovery_without_fsdp_does_not_resume_with_it(
     assert "resumes only without FSDP" in refused.stderr
 
 
-def test_a_process_that_fails_ends_all(
-    launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_fails_ends_all(launch, family, text_file, tmp_path):
     """The other one waits for it."""
     arguments = recovery(family("llama"), text_file, tmp_path / "a", train="full")
     poor = {"SIMULATED_POOR_RANK": "1", "SIMULATED_POOR_BYTES": "600000"}
@@ -167,9 +152,7 @@ def test_a_process_that_fails_ends_all(
     assert not (tmp_path / "a").exists()
 
 
-def test_a_model_whose_layers_differ_is_saved_whole(
-    launch: Callable[..., Outcome], pruned: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_model_whose_layers_differ_is_saved_whole(launch, pruned, text_file, tmp_path):
     """Against data parallel training."""
     arguments = recovery(pruned, text_file, tmp_path / "a", train="full")
     record = only_json(launch(*arguments, environment=SHARDED | EXACT))
@@ -181,14 +164,7 @@ def test_a_model_whose_layers_differ_is_saved_whole(
 
 
 @pytest.mark.parametrize(("train", "processes"), [("full", 4), ("lora", 2)])
-def test_student_and_teacher_are_shared_out(
-    train: str,
-    processes: int,
-    launch: Callable[..., Outcome],
-    family: Callable[..., Path],
-    counting: Path,
-    tmp_path: Path,
-) -> None:
+def test_student_and_teacher_are_shared_out(train, processes, launch, family, counting, tmp_path):
     """Neither is ever whole on a device, and the loss is that of one device."""
     student, teacher = (family("llama", num_hidden_layers=layers) for layers in (24, 32))
     models = [empty_model(load_config(find_model(str(folder)))) for folder in (student, teacher)]
@@ -207,9 +183,7 @@ def test_student_and_teacher_are_shared_out(
     assert peaks == pytest.approx(estimates, rel=0.1)
 
 
-def test_a_sharded_teacher_writes_what_it_predicts(
-    launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], counting: Path, tmp_path: Path
-) -> None:
+def test_a_sharded_teacher_writes_what_it_predicts(launch, two_devices, family, counting, tmp_path):
     """Of all tokens, so that the loss is the full one."""
     teacher = family("llama", num_hidden_layers=3)
     arguments = recovery(

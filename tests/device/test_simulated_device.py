@@ -32,7 +32,7 @@ def run(device: Device, tmp_path: Path, body: str) -> list[object]:
     return result
 
 
-def test_tensors_of_two_devices_do_not_mix(device: Device, tmp_path: Path) -> None:
+def test_tensors_of_two_devices_do_not_mix(device, tmp_path):
     body = """
 cpu = torch.ones(5, 7)
 result = [refused(call) for call in (
@@ -45,7 +45,7 @@ result = [refused(call) for call in (
     assert [message for message in run(device, tmp_path, body) if "device" not in str(message)] == []
 
 
-def test_what_a_gpu_accepts_is_accepted(device: Device, tmp_path: Path) -> None:
+def test_what_a_gpu_accepts_is_accepted(device, tmp_path):
     body = """
 view = a[1:, ::2]
 view.fill_(3)
@@ -70,7 +70,7 @@ result = [
     assert run(device, tmp_path, body) == expected
 
 
-def test_memory_is_limited_and_counted(device: Device, tmp_path: Path) -> None:
+def test_memory_is_limited_and_counted(device, tmp_path):
     body = """
 simulated_cuda.limit_memory(10**6)
 held = torch.cuda.memory_allocated()
@@ -89,7 +89,7 @@ result = [message, more, unread, kept, torch.cuda.memory_allocated() - held, *to
     assert numbers == [400_000, True, 400_000, 0, 10**6 - 280, 10**6]
 
 
-def test_copies_and_waits_are_counted(device: Device, tmp_path: Path) -> None:
+def test_copies_and_waits_are_counted(device, tmp_path):
     body = """
 simulated_cuda.events.clear()
 a.sum().item(); a.cpu(); b.to("cpu", non_blocking=True); torch.ones(2).cuda(); a[torch.tensor([0])]; (a > 3).nonzero()
@@ -105,7 +105,7 @@ result = sorted([kind, operator, calls] for (_, kind, operator, _), calls in sim
 
 
 @pytest.mark.device_matrix
-def test_two_devices_do_not_mix(two_devices: Device, tmp_path: Path) -> None:
+def test_two_devices_do_not_mix(two_devices, tmp_path):
     body = """
 other = torch.ones(5, 7, device="cuda:1")
 moved = a.to("cuda:1")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 import adapruner
-from device.client import LAYER_WISE, SMALL_RUN, Device, Outcome, only_json, only_line, pruning, recovering
+from device.client import LAYER_WISE, SMALL_RUN, Outcome, only_json, only_line, pruning, recovering
 from device.test_commands import STEPS
 from run_helpers import flags
 
@@ -22,9 +20,7 @@ def peaks(outcome: Outcome) -> list[int]:
     return [int(line[3]) for line in sorted(lines)]
 
 
-def test_the_second_gpu_alone_is_used(
-    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_the_second_gpu_alone_is_used(two_devices, family, text_file, tmp_path):
     options = SMALL_RUN | LAYER_WISE
     outcome = two_devices.run(*pruning(family("llama"), text_file, tmp_path / "a", options), "--device", "cuda:1")
     only_json(outcome)
@@ -33,9 +29,7 @@ def test_the_second_gpu_alone_is_used(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "jamba"])
-def test_layers_on_two_gpus_give_the_plan_of_the_cpu(
-    model_type: str, two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_layers_on_two_gpus_give_the_plan_of_the_cpu(model_type, two_devices, family, text_file, tmp_path):
     # Scales are not tuned on two devices.
     options = SMALL_RUN | {"tune_scales": False} | ({"ratio": STEPS[model_type]} if model_type in STEPS else {})
     plans, results = [], []
@@ -78,9 +72,7 @@ print(json.dumps(results))
 
 
 @pytest.mark.timeout(900)  # families are inferred, if no other test has done it
-def test_families_compute_the_same_on_two_gpus(
-    two_devices: Device, family: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_families_compute_the_same_on_two_gpus(two_devices, family, tmp_path):
     """To the last bit, with and without a cache, which holds what belongs to a layer where the layer is."""
     families = ("gemma2", "jamba", "llama", "mixtral")
     program = tmp_path / "program.py"
@@ -90,9 +82,7 @@ def test_families_compute_the_same_on_two_gpus(
     assert json.loads(outcome.stdout) == {name: [["cuda:0", "cuda:1"], True, True] for name in families}
 
 
-def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(
-    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(two_devices, family, text_file, tmp_path):
     # Wide enough for the weights to be the most of it.
     sizes = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
     options, model = SMALL_RUN | {"level_rounds": 0}, family("llama", **sizes)
@@ -109,9 +99,7 @@ def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(
     assert json.loads((tmp_path / "a/keys/search.json.json").read_text())["leaves"]["placement"]["layer_wise"] is False
 
 
-def test_evaluating_uses_as_many_gpus_as_the_weights_need(
-    two_devices: Device, family: Callable[..., Path], text_file: Path
-) -> None:
+def test_evaluating_uses_as_many_gpus_as_the_weights_need(two_devices, family, text_file):
     model = family("llama", num_hidden_layers=24)
     command = ["evaluate", model, "--evaluate", text_file, "--seq-len", 16, "--limit", 8, "--json"]
     whole = two_devices.run(*command)
@@ -130,34 +118,23 @@ def test_evaluating_uses_as_many_gpus_as_the_weights_need(
         ("cuda,cuda:1", "each with its number"),
     ],
 )
-def test_devices_that_cannot_share_a_model_are_refused(
-    place: str, said: str, two_devices: Device, family: Callable[..., Path], text_file: Path
-) -> None:
+def test_devices_that_cannot_share_a_model_are_refused(place, said, two_devices, family, text_file):
     outcome = two_devices.run("evaluate", family("llama"), "--evaluate", text_file, "--device", place)
     assert said in only_line(outcome)
 
 
-def test_training_on_the_second_gpu_alone_says_how(
-    two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_training_on_the_second_gpu_alone_says_how(two_devices, family, text_file, tmp_path):
     outcome = two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a"), "--device", "cuda:1")
     assert "CUDA_VISIBLE_DEVICES=1" in only_line(outcome)
 
 
-def test_there_is_no_third_gpu(two_devices: Device, family: Callable[..., Path], text_file: Path) -> None:
+def test_there_is_no_third_gpu(two_devices, family, text_file):
     outcome = two_devices.run("evaluate", family("llama"), "--evaluate", text_file, "--device", "cuda:2")
     assert only_line(outcome).startswith("--device cuda:2: CUDA error: invalid device ordinal")
 
 
 @pytest.mark.parametrize(("train", "method"), [("lora", "distillation"), ("full", "labels")])
-def test_two_processes_recover(
-    train: str,
-    method: str,
-    launch: Callable[..., Outcome],
-    family: Callable[..., Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_two_processes_recover(train, method, launch, family, text_file, tmp_path):
     teacher = ["--teacher", family("llama")] if method == "distillation" else []
     command = recovering(family("llama"), text_file, tmp_path / "a", train=train)
     outcome = launch(*command, *teacher)
@@ -167,18 +144,14 @@ def test_two_processes_recover(
     assert not (tmp_path / "a.training").exists()
 
 
-def test_a_process_that_runs_out_of_memory_ends_all(
-    launch: Callable[..., Outcome], family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_a_process_that_runs_out_of_memory_ends_all(launch, family, text_file, tmp_path):
     command = recovering(family("llama"), text_file, tmp_path / "a")
     outcome = launch(*command, environment={"SIMULATED_CUDA_GIB": "0.0004"})
     assert outcome.code != 0
     assert "adapruner: out of memory" in outcome.stderr
 
 
-def test_all_weights_are_trained_though_an_attention_is_gone(
-    launch: Callable[..., Outcome], two_devices: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_all_weights_are_trained_though_an_attention_is_gone(launch, two_devices, family, text_file, tmp_path):
     """The norm in front of it gets no gradient."""
     options = SMALL_RUN | {"remove_attention": True, "ratio": 0.3, "trials": 13}
     only_json(two_devices.run(*pruning(family("llama"), text_file, tmp_path / "run", options)))

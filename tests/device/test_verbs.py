@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import pytest
@@ -17,11 +15,11 @@ from adapruner.models._places import find_model
 from adapruner.planning._plan import make_plan
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
-from device.client import SMALL_RUN, Device, only_json, pruning
+from device.client import SMALL_RUN, only_json, pruning
 
 
 @pytest.fixture(scope="module")
-def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(device, family, text_file, tmp_path_factory):
     """A finished run on the GPU."""
     output = tmp_path_factory.mktemp("runs") / "a"
     assert only_json(device.run(*pruning(family("llama"), text_file, output, SMALL_RUN)))
@@ -29,14 +27,14 @@ def run(device: Device, family: Callable[..., Path], text_file: Path, tmp_path_f
 
 
 @pytest.mark.device_matrix
-def test_another_ratio(device: Device, run: Path, tmp_path: Path) -> None:
+def test_another_ratio(device, run, tmp_path):
     outcome = device.run("prune", "--from", run, "--ratio", 0.15, "-o", tmp_path / "b", "--json")
     assert only_json(outcome)
     assert not {"measuring", "searching"} & {stage.name for stage in outcome.stages}
     assert adapruner.load(tmp_path / "b/model").num_parameters() > 0
 
 
-def test_evaluate(device: Device, family: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
+def test_evaluate(device, family, text_file, tmp_path):
     """A model whose layers differ."""
     dense = adapruner.load(family("llama"))
     structure = build_structure(dense)
@@ -53,7 +51,7 @@ def test_evaluate(device: Device, family: Callable[..., Path], text_file: Path, 
 
 
 @pytest.mark.device_matrix
-def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> None:
+def test_tasks(device, run, text_file, tmp_path):
     pytest.importorskip("lm_eval")
     passages = text_file.read_text().split("\n\n")
     rows = [{"question": f"w{i % 90}", "answer": i % 2 == 0, "passage": text} for i, text in enumerate(passages)]
@@ -69,7 +67,7 @@ def test_tasks(device: Device, run: Path, text_file: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.device_matrix
-def test_benchmark(device: Device, run: Path, family: Callable[..., Path]) -> None:
+def test_benchmark(device, run, family):
     outcome = device.run(
         *("benchmark", run / "model", "--against", family("llama"), "--json"),
         *("--batch-size", 1, "--batch-size", 2, "--prompt", 8, "--new-tokens", 3, "--repetitions", 2),
@@ -81,7 +79,7 @@ def test_benchmark(device: Device, run: Path, family: Callable[..., Path]) -> No
 
 
 @pytest.mark.device_matrix
-def test_load_generates_on_the_gpu(device: Device, run: Path, tmp_path: Path) -> None:
+def test_load_generates_on_the_gpu(device, run, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import adapruner, torch, json\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +36,7 @@ OPTIONS = QUICK | {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def data(tmp_path_factory, text_file):
     """BoolQ whose passages are the paragraphs of the text, but for two."""
     import datasets
 
@@ -49,9 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path, data: Path
-) -> adapruner.PruneResult:
+def finished(tmp_path_factory, model_folder, text_file, data):
     pytest.importorskip("lm_eval")
     output = tmp_path_factory.mktemp("runs") / "a"
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +62,7 @@ def finished(
         )
 
 
-def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_folder: Path) -> None:
+def test_the_result_holds_all_models(finished, model_folder):
     result = finished.result
     assert [model.role for model in result.models] == ["dense", "best_fixed", "searched", "recovered"]
     assert [model.role for model in result.models if model.tasks] == ["dense", "searched", "recovered"]
@@ -83,7 +80,7 @@ def test_the_result_holds_all_models(finished: adapruner.PruneResult, model_fold
     assert titles[:5] == ["task", "metric", "dense", "pruned", "recovered"]
 
 
-def test_what_is_trained_on_is_neither_reported_nor_asked(finished: adapruner.PruneResult, text_file: Path) -> None:
+def test_what_is_trained_on_is_neither_reported_nor_asked(finished, text_file):
     assert list(finished.result.final.perplexity) == [f"{text_file}@report"]
     score = finished.result.final.tasks["boolq"]
     # 202 passages: six tenths of the text, by hash, are used to calibrate, to judge and to train.
@@ -91,7 +88,7 @@ def test_what_is_trained_on_is_neither_reported_nor_asked(finished: adapruner.Pr
     assert 60 <= score.items <= 110
 
 
-def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> None:
+def test_the_cards_say_which_was_trained(finished):
     before, after = (ModelCard.load(finished.output / name / "README.md") for name in ("model", "recovered"))
     assert "It was not fine-tuned." in before.content
     assert "12 steps, 768 tokens, LoRA, merged, learning the predictions of the dense model" in after.content
@@ -110,7 +107,7 @@ def test_the_cards_say_which_was_trained(finished: adapruner.PruneResult) -> Non
     assert values == [round(one.perplexity, 3) for one in perplexities]
 
 
-def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
+def test_the_report_shows_all_models(finished):
     page = finished.report.read_text()
     for model in finished.result.models:
         for one in model.perplexity.values():
@@ -121,15 +118,7 @@ def test_the_report_shows_all_models(finished: adapruner.PruneResult) -> None:
     assert 'id="task-table"' in page
 
 
-def test_a_killed_run_resumes(
-    finished: adapruner.PruneResult,
-    model_folder: Path,
-    text_file: Path,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_killed_run_resumes(finished, model_folder, text_file, data, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     arguments = prune_command(model_folder, run, text_file, QUICK, recover=text_file, tasks="boolq")
     arguments += flags(OPTIONS["recovery"], "recovery.")
@@ -147,9 +136,7 @@ def test_a_killed_run_resumes(
     assert_same_artifacts(run, finished.output)
 
 
-def test_a_task_that_does_not_exist_is_refused_before_any_work(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_does_not_exist_is_refused_before_any_work(model_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     # That of lm-eval takes seconds to make.
     register = SimpleNamespace(all_tasks=["boolq", "piqa"])

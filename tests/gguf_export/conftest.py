@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,12 @@ class LlamaCpp:
 
 
 @pytest.fixture(scope="session")
-def llama_cpp() -> Callable[[Path], LlamaCpp]:
+def llama_cpp():
     return LlamaCpp
 
 
 @pytest.fixture
-def tiny(make_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+def tiny(make_model):
     def make(family: str = "llama", key_value_heads: int = 3, **fields: object) -> PreTrainedModel:
         return make_model(family, key_value_heads, **{"vocab_size": VOCABULARY} | FULL_ATTENTION[family] | fields)
 
@@ -79,7 +78,7 @@ def tiny(make_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrained
 
 
 @pytest.fixture(scope="session")
-def texts() -> list[str]:
+def texts():
     return [
         "The capital of France is Paris.",
         "In 1984 and 12345 days, it'll cost $3.50; we'RE done!",
@@ -91,7 +90,7 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def with_special_tokens() -> Callable[[Tokenizer], PreTrainedTokenizerFast]:
+def with_special_tokens():
     """Adds special tokens, and one that is none, to a tokenizer."""
 
     def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
@@ -104,9 +103,7 @@ def with_special_tokens() -> Callable[[Tokenizer], PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
-def byte_level(
-    texts: list[str], with_special_tokens: Callable[[Tokenizer], PreTrainedTokenizerFast]
-) -> Callable[..., PreTrainedTokenizerFast]:
+def byte_level(texts, with_special_tokens):
     """Makes byte-level BPE that splits text in the given steps; by default as GPT-2 does."""
 
     def make(*steps: pre_tokenizers.PreTokenizer, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
@@ -122,5 +119,5 @@ def byte_level(
 
 
 @pytest.fixture(scope="session")
-def bytes_tokenizer(byte_level: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+def bytes_tokenizer(byte_level):
     return byte_level()

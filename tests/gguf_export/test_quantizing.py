@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
-from typing import Any, get_args
+from typing import get_args
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from adapruner.config import GgufType
 from adapruner.errors import AdaPrunerError
@@ -26,7 +24,7 @@ TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 
 @pytest.fixture(params=[(LlamaConfig, "uniform"), (LlamaConfig, "per-layer"), (Qwen3Config, "uniform")])
-def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
+def pruned(request):
     """Rows of 256 and of 512 weights, and of 300 in six matrices if layers differ."""
     torch.manual_seed(0)
     config_class, layout = request.param
@@ -52,9 +50,7 @@ def widths(model: PreTrainedModel) -> set[int]:
     return {layer.mlp.down_proj.in_features for layer in model.model.layers}
 
 
-def test_every_type_runs(
-    pruned: PreTrainedModel, bytes_tokenizer: PreTrainedTokenizerFast, llama_cpp: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_every_type_runs(pruned, bytes_tokenizer, llama_cpp, tmp_path):
     pytest.importorskip("cyllama")
     prompt = torch.randint(5, 300, (24,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -75,9 +71,7 @@ def test_every_type_runs(
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".gguf"] == []
 
 
-def test_says_which_matrices_fell_back(
-    pruned: PreTrainedModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_says_which_matrices_fell_back(pruned, bytes_tokenizer, tmp_path):
     pytest.importorskip("cyllama")
     path = tmp_path / "model.gguf"
     write_gguf(pruned, bytes_tokenizer, path, "q4_k_m")
@@ -95,12 +89,7 @@ def test_says_which_matrices_fell_back(
     assert stored.sentence.startswith(f"{stored.k_quant_share:.1%} of the bytes are in K-quants")
 
 
-def test_without_the_quantizer(
-    tiny: Callable[..., PreTrainedModel],
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_quantizer(tiny, bytes_tokenizer, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr("adapruner.gguf._check.find_spec", lambda name: None if name == "cyllama" else found(name))
     with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):

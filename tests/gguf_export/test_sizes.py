@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader, LlamaFileType
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.config import PruneConfig, SizeLimit
@@ -39,9 +37,7 @@ def cut(model: PreTrainedModel, step: int) -> PreTrainedModel:
 
 @pytest.mark.parametrize("gguf_type", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_sizes_are_those_of_files_that_are_written(
-    family: str, gguf_type: Any, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_sizes_are_those_of_files_that_are_written(family, gguf_type, tiny, bytes_tokenizer, tmp_path):
     # Rows of 96 fit into blocks, those of 20 and 16 channels do not.
     model = tiny(family, hidden_size=96, num_hidden_layers=12, tie_word_embeddings=family == "qwen3")
     smaller = cut(model, 4)
@@ -52,9 +48,7 @@ def test_sizes_are_those_of_files_that_are_written(
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen3", True)])
 @pytest.mark.parametrize("hidden", [256, 288])
-def test_q4_k_m_is_as_large_as_llama_cpp_makes_it(
-    family: str, tied: bool, hidden: int, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_q4_k_m_is_as_large_as_llama_cpp_makes_it(family, tied, hidden, tiny, bytes_tokenizer, tmp_path):
     library = pytest.importorskip("cyllama.llama.llama_cpp")
     model = tiny(
         family,
@@ -76,9 +70,7 @@ def test_q4_k_m_is_as_large_as_llama_cpp_makes_it(
 
 
 @pytest.mark.parametrize("gguf_type", ["f16", "q8_0", "q4_k_m"])
-def test_a_limit_holds_for_every_file_of_its_ratio(
-    gguf_type: Any, tiny: MakeModel, bytes_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_limit_holds_for_every_file_of_its_ratio(gguf_type, tiny, bytes_tokenizer, tmp_path):
     """Rows that are cut no longer fit into blocks of 256, and the layers differ in their bits."""
     model = tiny(
         "llama",

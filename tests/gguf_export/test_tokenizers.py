@@ -57,9 +57,7 @@ PREFIX_AND_SPACES = normalizers.Sequence([normalizers.Prepend("▁"), SPACES])
 
 
 @pytest.fixture
-def sentencepiece_like(
-    texts: list[str], with_special_tokens: Callable[[Tokenizer], PreTrainedTokenizerFast]
-) -> MakeTokenizer:
+def sentencepiece_like(texts, with_special_tokens):
     def make(
         normalizer: normalizers.Normalizer | None, pre_tokenizer: pre_tokenizers.PreTokenizer | None = None
     ) -> PreTrainedTokenizerFast:
@@ -73,7 +71,7 @@ def sentencepiece_like(
 
 
 @pytest.fixture
-def assert_cut_the_same(tiny: MakeModel, llama_cpp: LlamaCpp, tmp_path: Path) -> Callable[..., None]:
+def assert_cut_the_same(tiny, llama_cpp, tmp_path):
     def check(tokenizer: PreTrainedTokenizerFast, texts: list[str], kind: str, name: str) -> None:
         tokenizer.chat_template = "{{ messages[0].content }}"
         path = tmp_path / "model.gguf"
@@ -90,7 +88,7 @@ def assert_cut_the_same(tiny: MakeModel, llama_cpp: LlamaCpp, tmp_path: Path) ->
 
 
 @pytest.fixture
-def assert_refused(tiny: MakeModel, tmp_path: Path) -> Callable[..., None]:
+def assert_refused(tiny, tmp_path):
     def check(tokenizer: PreTrainedTokenizerFast, message: str, **fields: object) -> None:
         with pytest.raises(AdaPrunerError, match=message) as refusal:
             write_gguf(tiny(**fields), tokenizer, tmp_path / "model.gguf")
@@ -111,14 +109,7 @@ def assert_refused(tiny: MakeModel, tmp_path: Path) -> Callable[..., None]:
         ("tekken", [split_by(TEKKEN), BYTES], True),
     ],
 )
-def test_byte_level(
-    name: str,
-    steps: list[pre_tokenizers.PreTokenizer],
-    ignore_merges: bool,
-    texts: list[str],
-    byte_level: MakeTokenizer,
-    assert_cut_the_same: Callable[..., None],
-) -> None:
+def test_byte_level(name, steps, ignore_merges, texts, byte_level, assert_cut_the_same):
     assert_cut_the_same(byte_level(*steps, ignore_merges=ignore_merges), texts, "gpt2", name)
 
 
@@ -126,17 +117,11 @@ def test_byte_level(
     ("normalizer", "pre_tokenizer"),
     [(PREFIX_AND_SPACES, None), (SPACES, None), (None, pre_tokenizers.Metaspace("▁", "never", split=False))],
 )
-def test_sentencepiece_like(
-    normalizer: normalizers.Normalizer | None,
-    pre_tokenizer: pre_tokenizers.PreTokenizer | None,
-    texts: list[str],
-    sentencepiece_like: MakeTokenizer,
-    assert_cut_the_same: Callable[..., None],
-) -> None:
+def test_sentencepiece_like(normalizer, pre_tokenizer, texts, sentencepiece_like, assert_cut_the_same):
     assert_cut_the_same(sentencepiece_like(normalizer, pre_tokenizer), texts, "llama", "default")
 
 
-def test_the_llama_tokenizer_of_transformers(texts: list[str], assert_cut_the_same: Callable[..., None]) -> None:
+def test_the_llama_tokenizer_of_transformers(texts, assert_cut_the_same):
     """In front of text that begins with a space or follows a special token it writes no further space, while llama.cpp
     and SentencePiece do."""
     tokenizer = LlamaTokenizer(*sentencepiece_vocabulary(texts), add_bos_token=True)
@@ -147,22 +132,11 @@ def test_the_llama_tokenizer_of_transformers(texts: list[str], assert_cut_the_sa
     ("steps", "ignore_merges", "message"),
     [([pre_tokenizers.Punctuation(), BYTES], False, "Punctuation"), ([GPT_2], True, "no name is known")],
 )
-def test_refused_ways_to_split(
-    steps: list[pre_tokenizers.PreTokenizer],
-    ignore_merges: bool,
-    message: str,
-    byte_level: MakeTokenizer,
-    assert_refused: Callable[..., None],
-) -> None:
+def test_refused_ways_to_split(steps, ignore_merges, message, byte_level, assert_refused):
     assert_refused(byte_level(*steps, ignore_merges=ignore_merges), message)
 
 
-def test_refused_kinds(
-    tokenizer: PreTrainedTokenizerFast,
-    bytes_tokenizer: PreTrainedTokenizerFast,
-    sentencepiece_like: MakeTokenizer,
-    assert_refused: Callable[..., None],
-) -> None:
+def test_refused_kinds(tokenizer, bytes_tokenizer, sentencepiece_like, assert_refused):
     assert_refused(tokenizer, "its model is WordLevel")
     assert_refused(bytes_tokenizer, "the embedding of the model only 300", vocab_size=300)
     splitting = pre_tokenizers.Metaspace("▁", "always")
@@ -170,7 +144,7 @@ def test_refused_kinds(
     assert_refused(sentencepiece_like(None, splitting), "more ways than SentencePiece", vocab_size=600)
 
 
-def test_refused_special_tokens(byte_level: MakeTokenizer, assert_refused: Callable[..., None]) -> None:
+def test_refused_special_tokens(byte_level, assert_refused):
     without_end = byte_level()
     without_end.eos_token = None
     assert_refused(without_end, "no end-of-text token")
@@ -182,9 +156,7 @@ def test_refused_special_tokens(byte_level: MakeTokenizer, assert_refused: Calla
     assert_refused(framed_by_padding, "frames text")
 
 
-def test_refused_merges(
-    with_special_tokens: Callable[[Tokenizer], PreTrainedTokenizerFast], assert_refused: Callable[..., None]
-) -> None:
+def test_refused_merges(with_special_tokens, assert_refused):
     """One merge per token, where SentencePiece would merge any two pieces that form one."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "ab", "bc", "abc"]
     vocabulary = {text: index for index, text in enumerate(pieces)}
@@ -195,13 +167,7 @@ def test_refused_merges(
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
-def test_a_tokenizer_with_fewer_tokens(
-    kind: str,
-    texts: list[str],
-    byte_level: MakeTokenizer,
-    sentencepiece_like: MakeTokenizer,
-    assert_cut_the_same: Callable[..., None],
-) -> None:
+def test_a_tokenizer_with_fewer_tokens(kind, texts, byte_level, sentencepiece_like, assert_cut_the_same):
     whole = byte_level() if kind == "bytes" else sentencepiece_like(SPACES)
     if kind == "characters":
         whole.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
