@@ -13,13 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MambaConfig, MambaForCausalLM
 
 import adapruner
 from adapruner.checkpoint._folder import read_origin, save_checkpoint
@@ -244,11 +238,7 @@ def test_an_older_transformers_is_named(installed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 5e5},
-        {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
-    ],
+    "rope", [{"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}]
 )
 def test_older_keys_say_the_same_of_positions(rope, make_model, windows, tokenizer, tmp_path):
     """With the new key alone, and with the older keys alone, the saved model is the same."""

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint

@@ -167,12 +167,9 @@ def test_reductions_by_brute_force(reduction, measured):
     values = statistics.element_absolute.mean(0).double()
     for group in range(0, structure.group_offsets[-1], 7):
         own = values[structure.group_of_vector == group]
-        expected = {
-            "sum": own.sum(),
-            "mean": own.mean(),
-            "max": own.max(),
-            "prod": own.prod() ** (1 / len(own)),
-        }[reduction]
+        expected = {"sum": own.sum(), "mean": own.mean(), "max": own.max(), "prod": own.prod() ** (1 / len(own))}[
+            reduction
+        ]
         assert math.isclose(float(scores[group]), float(expected), rel_tol=1e-6)
 
 

@@ -177,9 +177,7 @@ def test_what_does_not_fit_is_refused(choose):
 def test_layers_are_on_as_few_devices_as_hold_them(model_folder, monkeypatch):
     """A model that needs 800 bytes, 100 of them on every device, or 150 layer by layer, on four devices."""
     monkeypatch.setattr(
-        memory,
-        "estimate_memory",
-        lambda *given: Memory(150 if given[5] else 100 + 700 // len(given[4]), 0, "seq_len"),
+        memory, "estimate_memory", lambda *given: Memory(150 if given[5] else 100 + 700 // len(given[4]), 0, "seq_len")
     )
     model, devices = (
         empty_model(load_model(find_model(str(model_folder))).config),

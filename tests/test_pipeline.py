@@ -212,10 +212,7 @@ def test_the_model_card_says_what_the_result_says(finished, text_file):
         ({"heads": [4, 4], "channels": [8, 5]}, "feed-forward channels"),
         ({"heads": [4, 0], "channels": [8, 5]}, "whole attention layers, feed-forward channels"),
         ({"heads": [4, 2], "channels": [8, 8]}, "attention heads"),
-        (
-            {"heads": [0, 2], "channels": [8, 5]},
-            "attention heads, whole attention layers, feed-forward channels",
-        ),
+        ({"heads": [0, 2], "channels": [8, 5]}, "attention heads, whole attention layers, feed-forward channels"),
         ({"heads": [4, 4], "experts": [6, 6]}, "experts"),
     ],
 )

@@ -153,10 +153,7 @@ def test_an_impossible_ratio_names_the_largest(llama_7b):
         (Budget(0.0001), "all 4 layers are protected"),
         (Budget(0.0001, Profile(0, 0)), "are more than that; raise `ratio`"),
         (Budget(0.0001, Profile(0, 0), round_to=8), "are more than that; lower `round_to` or raise `ratio`"),
-        (
-            Budget(0.9, Profile(0, 0)),
-            r"a ratio of 0\.9 cannot be reached",
-        ),
+        (Budget(0.9, Profile(0, 0)), r"a ratio of 0\.9 cannot be reached"),
     ],
 )
 def test_what_cannot_be_met_is_refused(budget, message, model):

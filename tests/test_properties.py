@@ -100,9 +100,7 @@ def valid_options(options: Any) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(
-    valid_options(PruneConfig),
-    valid_options(RecoveryOptions),
-    FRACTION | st.lists(FRACTION, min_size=1, unique=True),
+    valid_options(PruneConfig), valid_options(RecoveryOptions), FRACTION | st.lists(FRACTION, min_size=1, unique=True)
 )
 def test_a_config_survives_its_file(tmp_path, options, recovery, ratio):
     """Whatever is valid comes back from config.yaml as it was, also words that look like numbers."""

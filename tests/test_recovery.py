@@ -312,8 +312,7 @@ def test_the_curves_go_to_the_named_tracker(model, examples, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("minicomputer", "not supported, only azure_ml"), ("comet_ml", "requires comet-ml")],
+    ("name", "message"), [("minicomputer", "not supported, only azure_ml"), ("comet_ml", "requires comet-ml")]
 )
 def test_a_tracker_that_cannot_be_used_is_refused(name, message):
     with pytest.raises(AdaPrunerError, match=f"`report_to` {name}: .*{message}"):
@@ -530,11 +529,7 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils, model, tmp_path):
 
 def test_the_teacher_writes_the_text_itself(model_folder, tmp_path):
     record = adapruner.recover(
-        model_folder,
-        "self",
-        tmp_path / "a",
-        teacher=str(model_folder),
-        **SHORT | {"steps": 2, "records": 20},
+        model_folder, "self", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 2, "records": 20}
     )
     # Two steps of four examples, and those for validation.
     assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)

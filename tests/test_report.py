@@ -360,10 +360,7 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
 def test_the_ladder_shows_attention_that_was_tried_again(run):
     tried = {"gain": 0.02, "gain_standard_error": 0.005}
     with edited(run, "result.json") as result:
-        result["levelled"]["kept"] = [
-            {"layer": 3, "accepted": True, **tried},
-            {"layer": 1, "accepted": False, **tried},
-        ]
+        result["levelled"]["kept"] = [{"layer": 3, "accepted": True, **tried}, {"layer": 1, "accepted": False, **tried}]
     names = [row[0] for row in page_of(run).tables["ladder-table"]]
     assert "attention of layer 3 kept" in names
     assert names.index("attention of layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1

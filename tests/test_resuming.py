@@ -142,12 +142,7 @@ def edit_card(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "before"),
-    [
-        ({}, lambda run: None),
-        ({"device": "cpu"}, lambda run: None),
-        ({}, remove_steps_on_the_way),
-        ({}, edit_card),
-    ],
+    [({}, lambda run: None), ({"device": "cpu"}, lambda run: None), ({}, remove_steps_on_the_way), ({}, edit_card)],
     ids=["the same command", "an option that decides nothing", "steps that were removed", "a card that was edited"],
 )
 def test_nothing_is_done_twice(changes, before, finished, again, run, capsys):

@@ -51,12 +51,7 @@ def study_in(folder: Path) -> StudyFile:
 
 
 def search(
-    space: SearchSpace,
-    judge: object,
-    trials: int,
-    seed: int,
-    folder: Path,
-    judge_further: object = None,
+    space: SearchSpace, judge: object, trials: int, seed: int, folder: Path, judge_further: object = None
 ) -> SearchResult:
     """The whole search."""
     asked = Search(space, judge, trials, seed, study_in(folder))

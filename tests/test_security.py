@@ -265,11 +265,11 @@ def test_a_model_card_shows_names_as_names(pruned):
         metadata = yaml.safe_load(front)
         assert metadata["license"] == "other"
         assert set(metadata) == {
-            *("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "model-index"),
+            *("license", "license_name", "license_link", "library_name", "pipeline_tag", "tags", "model-index")
         }
         headings = [line for line in body.splitlines() if line.startswith("#")]
         assert headings[1:] == [
-            *("## What was removed", "## What it cost", "## How it was made", "## Loading", "## Licence"),
+            *("## What was removed", "## What it cost", "## How it was made", "## Loading", "## Licence")
         ]
         assert "heading" in headings[0]
         assert "<" not in body

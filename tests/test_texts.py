@@ -52,10 +52,7 @@ def as_text(texts: Texts) -> tuple[str, str, str, list[str]]:
             {"calibration": "wikitext2:test", "evaluate": ("wikitext2",)},
             ("wikitext2:test@calibration", "wikitext2:test@objective", "None", ["wikitext2:test@report"]),
         ),
-        (
-            {"calibration": "self", "objective": "ptb"},
-            ("None", "ptb:train@objective", "None", ["ptb:train@report"]),
-        ),
+        ({"calibration": "self", "objective": "ptb"}, ("None", "ptb:train@objective", "None", ["ptb:train@report"])),
         ({"calibration": "self", "recover": "self"}, ("None", "None", "None", [])),
         ({"recover": "alpaca"}, ("c4@calibration", "c4@objective", "alpaca", ["c4@report"])),
         (

@@ -82,8 +82,7 @@ def random_plan(structure: Structure, counts: Sequence[int]) -> PruningPlan:
 
 
 def cut_to(
-    dense: PreTrainedModel,
-    kept: Callable[[Block], int] = lambda block: max(1, block.groups - block.layer),
+    dense: PreTrainedModel, kept: Callable[[Block], int] = lambda block: max(1, block.groups - block.layer)
 ) -> PreTrainedModel:
     """The model of whose blocks so many groups are kept, whichever; by default fewer in every layer."""
     structure = build_structure(dense)

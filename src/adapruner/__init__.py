@@ -23,6 +23,7 @@ _MODULES = {
         "evaluation._perplexity": "Perplexity",
         "evaluation._speed": "Speed",
         "evaluation._tasks": "TaskScore",
+        "measurement._samples": "measure",
         "planning._plan": "PruningPlan",
         "progress": "StageCost",
         "result": "PruneResult RunResult",
@@ -33,7 +34,7 @@ _MODULES = {
         "verbs._inspect": "inspect",
         "verbs._model": "benchmark load load_tokenizer",
         "verbs._recover": "recover",
-        "verbs._steps": "compensate cut make_windows measure score",
+        "verbs._steps": "compensate cut make_windows score",
         "verbs._vocabulary": "PrunedVocabulary vocabulary",
     }.items()
     for name in names.split()
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from adapruner.evaluation._perplexity import Perplexity as Perplexity
     from adapruner.evaluation._speed import Speed as Speed
     from adapruner.evaluation._tasks import TaskScore as TaskScore
+    from adapruner.measurement._samples import measure as measure
     from adapruner.planning._plan import PruningPlan as PruningPlan
     from adapruner.progress import StageCost as StageCost
     from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
@@ -64,7 +66,6 @@ if TYPE_CHECKING:
         compensate as compensate,
         cut as cut,
         make_windows as make_windows,
-        measure as measure,
         score as score,
     )
     from adapruner.verbs._vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary

@@ -43,11 +43,7 @@ _FEWEST_ITEMS = 100
 
 
 def model_card(
-    location: ModelLocation,
-    config: PreTrainedConfig,
-    plan: PruningPlan,
-    result: RunResult,
-    of: Role = "searched",
+    location: ModelLocation, config: PreTrainedConfig, plan: PruningPlan, result: RunResult, of: Role = "searched"
 ) -> str:
     """The README.md of a pruned checkpoint, with the metadata that the Hugging Face Hub reads. Local folders are named
     without their path.

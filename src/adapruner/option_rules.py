@@ -101,13 +101,6 @@ def is_on_after_least_squares(option: bool | None, compensation: str) -> bool:
     return compensation == "least-squares" if option is None else option
 
 
-def searches_and_tunes(
-    trials: int | None, space: str, search: str, tune_scales: bool | None, compensation: str
-) -> bool:
-    """True if more is tried than the starting points, and scales are tuned."""
-    return searches(trials, space, search) and is_on_after_least_squares(tune_scales, compensation)
-
-
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
         lambda ratio_of, search, space, layout, level_rounds: (

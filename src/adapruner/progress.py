@@ -83,7 +83,9 @@ class Reporter:
         nobody knows yet how many there are."""
         started, outer, self.current = time.monotonic(), self.current, name
         reset_peak_memory()
-        _reset_accelerator_peak()
+        if module := _accelerator():
+            for index in range(module.device_count()):
+                module.reset_peak_memory_stats(index)
         self._record(event="started", stage=name, memory_mib=held_memory() // MIB)
         if self.shows_bars:
             yield from self._with_bar(name, total)
@@ -201,12 +203,6 @@ def _accelerator() -> Any:
 
     in_use = accelerator_in_use()
     return in_use and in_use[1]
-
-
-def _reset_accelerator_peak() -> None:
-    if module := _accelerator():
-        for index in range(module.device_count()):
-            module.reset_peak_memory_stats(index)
 
 
 def _accelerator_peak() -> int:

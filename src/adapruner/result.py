@@ -24,7 +24,7 @@ from adapruner.graph.folder import RunFolder
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
-from adapruner.option_rules import fields_of, searches, searches_and_tunes
+from adapruner.option_rules import fields_of, is_on_after_least_squares, searches
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery._training import RecoveryRecord
@@ -44,7 +44,9 @@ Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
 IS_WANTED: dict[Role, Callable[..., bool]] = {
     "dense": lambda: True,
     "best_fixed": searches,
-    "compensated": searches_and_tunes,
+    "compensated": lambda trials, space, search, tune_scales, compensation: (
+        searches(trials, space, search) and is_on_after_least_squares(tune_scales, compensation)
+    ),
     "searched": lambda: True,
     "recovered": lambda recover: recover is not None,
 }
@@ -83,11 +85,6 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
         return {("cost", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")}
-    return packages | {"python": platform.python_version()}
-
-
 class RunResult(BaseModel, extra="forbid", frozen=True):
     """The content of `result.json`: every number, with the options and versions to reproduce it.
 
@@ -114,7 +111,12 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     models: tuple[ModelNumbers, ...]
     windows: dict[str, int]
     stages: dict[str, StageCost]
-    versions: dict[str, str] = Field(default_factory=_versions)
+    versions: dict[str, str] = Field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("adapruner", "torch", "transformers", "optuna")},
+        }
+    )
     device: str = "cpu"
     tuned_scales: bool
 

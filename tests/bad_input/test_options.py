@@ -73,10 +73,7 @@ def test_numbers_of_options(verb, arguments, refused, command, tmp_path):
 
 
 @pytest.mark.parametrize("value", NUMBERS, ids=lambda text: text[:20])
-@pytest.mark.parametrize(
-    ("verb", "option"),
-    [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names],
-)
+@pytest.mark.parametrize(("verb", "option"), [(verb, f"--{name}") for verb, names in COUNTS.items() for name in names])
 def test_numbers_of_other_verbs(verb, option, value, refused, command):
     refused(command(verb, option, value))
 

@@ -23,11 +23,7 @@ from tiny_families import cut_to, random_plan
 CASES = [
     (family, key_value_heads, granularity, layout, tied)
     for family, architecture in known_architectures().items()
-    for key_value_heads, granularity, tied in (
-        (3, "kv-group", False),
-        (3, "query-head", True),
-        (6, "kv-group", True),
-    )
+    for key_value_heads, granularity, tied in ((3, "kv-group", False), (3, "query-head", True), (6, "kv-group", True))
     # A head with keys of its own is the same in all families: of those that share keys, in one.
     if bool(architecture.config_fields.key_value_heads) == (key_value_heads == 3) or family == "llama"
     for layout in ("per-layer", "uniform")

@@ -69,9 +69,7 @@ def test_a_recovery_resumes_on_another_device(train, first, second, device, fami
     model, options = family("llama"), {"train": train, "steps": 10}
     # So that the products of full training are float32 too.
     killed = device.run(
-        *command(model, text_file, tmp_path / "a", first, **options),
-        killed_in=("recovering", 6),
-        native_bfloat16=False,
+        *command(model, text_file, tmp_path / "a", first, **options), killed_in=("recovering", 6), native_bfloat16=False
     )
     assert killed.code == KILLED
     assert list((tmp_path / "a.training").glob("checkpoint-*"))

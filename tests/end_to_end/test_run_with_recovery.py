@@ -24,13 +24,7 @@ from run_helpers import (
 )
 
 OPTIONS = QUICK | {
-    "recovery": {
-        "seq_len": 16,
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "steps": 12,
-        "learning_rate": 3e-3,
-    },
+    "recovery": {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 12, "learning_rate": 3e-3},
     "tasks": ("boolq",),
 }
 
@@ -54,11 +48,7 @@ def finished(tmp_path_factory, model_folder, text_file, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADAPRUNER_DATA", str(data))
         return adapruner.prune(
-            str(model_folder),
-            output=output,
-            calibration=str(text_file),
-            recover=str(text_file),
-            **OPTIONS,
+            str(model_folder), output=output, calibration=str(text_file), recover=str(text_file), **OPTIONS
         )
 
 

@@ -55,11 +55,7 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int, keep_al
 
 
 def losses_by_batch(
-    model: PreTrainedModel,
-    windows: Tensor,
-    context: int = 1,
-    prefix: Prefix | None = None,
-    prefix_layers: int = 0,
+    model: PreTrainedModel, windows: Tensor, context: int = 1, prefix: Prefix | None = None, prefix_layers: int = 0
 ) -> Iterator[Tensor]:
     """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
     batches pass through the layers of a streamed model together, so that a layer is read once for all of them.

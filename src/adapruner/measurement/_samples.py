@@ -38,7 +38,19 @@ def measure(
     terms: Terms = "all",
     layer_wise: bool = False,
 ) -> Statistics:
-    """Measures all windows; see `measure_in_parts` for the arguments."""
+    """Statistics for importance terms, from one forward and one backward pass; weights get no gradients.
+
+    Args:
+        model: in evaluation mode, on its device.
+        structure: the prunable parts of the model, from `inspect`.
+        windows, batch_size, jointly, terms, layer_wise: see `measure_in_parts`.
+
+    Returns:
+        Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
+
+    Raises:
+        NonFiniteError: a sample, which is named, gives numbers that are not finite.
+    """
     parts = measure_in_parts(model, structure, windows, batch_size, jointly, terms, layer_wise)
     return Statistics.concatenate([statistics for _, statistics in parts])
 

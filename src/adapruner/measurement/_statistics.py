@@ -72,8 +72,7 @@ class Statistics:
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
         """Joins statistics of the same model over different samples, in the given order."""
         return replace(
-            parts[0],
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].per_sample},
+            parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].per_sample}
         )
 
     def save(self, path: Path) -> None:

@@ -16,14 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from adapruner.config import RecoveryOptions
 from adapruner.errors import NonFiniteError

@@ -31,11 +31,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {
-    "described": _charts.described,
-    "duration": _charts.duration,
-    "show_layers": show_layers,
-}
+_TEMPLATES.filters |= {"described": _charts.described, "duration": _charts.duration, "show_layers": show_layers}
 
 
 def write_report(run: RunFolder) -> Path:

@@ -74,11 +74,7 @@ def _gains_of_speed(dense: Speed, final: Speed) -> Iterator[Cells]:
 
 
 def _columns_of_changes(final_name: str) -> list[Column]:
-    return [
-        Column("measured", is_number=False),
-        *map(Column, ("dense", final_name)),
-        Column("change", style="change"),
-    ]
+    return [Column("measured", is_number=False), *map(Column, ("dense", final_name)), Column("change", style="change")]
 
 
 def _change(label: str, about: str, before: Cell, after: Cell, change: str, noise: bool = False) -> Cells:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from adapruner.models._architecture import register_architectures
 from adapruner.models._places import find_model
 from adapruner.option_rules import EFFORTS
 from adapruner.paths import given_path
-from adapruner.plugins import load_plugins
 from adapruner.recipe import override, read_recipe
 from adapruner.run.engines import options_for
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
@@ -83,7 +83,13 @@ def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
 def register_extensions(config: PruneConfig) -> None:
     """Adds the datasets and families of the user's files, and what the user's plugins register, to the shipped ones,
     for this process."""
-    load_plugins(config.plugins)
+    # Packages name the module that registers something in this group, in their pyproject.toml.
+    installed = entry_points(group="adapruner")
+    for name in config.plugins:
+        if name not in installed.names:
+            names = ", ".join(sorted(installed.names)) or "none"
+            raise AdaPrunerError(f"no installed package has the plugin {name!r} (`plugins`); installed: {names}")
+        installed[name].load()
     if config.sources:
         register_sources(Path(config.sources))
     if config.architectures:

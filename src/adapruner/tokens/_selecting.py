@@ -152,11 +152,7 @@ def scripts_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
 
 
 def choose_tokens(
-    parts: TokenizerParts,
-    counts: Tensor,
-    named: Iterable[int],
-    size: int | None = None,
-    multiple: int = 64,
+    parts: TokenizerParts, counts: Tensor, named: Iterable[int], size: int | None = None, multiple: int = 64
 ) -> tuple[int, ...]:
     """The tokens of a text, the tokens that they are merged from, and the tokens that every text needs; ascending.
 

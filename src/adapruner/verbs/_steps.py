@@ -1,4 +1,4 @@
-"""The steps of a run, one by one and in memory: measure, score, cut, compensate."""
+"""The steps of a run after measuring, one by one and in memory: score, cut, compensate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import draw_windows
-from adapruner.config import Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.measurement import _samples
 from adapruner.measurement._moments import measure_moments
 from adapruner.measurement._statistics import Statistics
 from adapruner.models._architecture import architecture_of
@@ -39,27 +37,6 @@ def make_windows(
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
     return draw_windows(documents, tokenizer, count, seq_len, seed)
-
-
-def measure(
-    model: PreTrainedModel, structure: Structure, windows: Tensor, batch_size: int = 4, terms: Terms = "all"
-) -> Statistics:
-    """Statistics for importance terms, from one forward and one backward pass; weights get no gradients.
-
-    Args:
-        model: in evaluation mode, on its device, in any dtype.
-        structure: the prunable parts of the model, from `inspect`.
-        windows: [samples, tokens], int64.
-        batch_size: samples per pass; bounds the memory.
-        terms: `vector-wise` omits statistics that need the gradients of single weights: a third of the work less.
-
-    Returns:
-        Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
-
-    Raises:
-        NonFiniteError: a sample, which is named, gives numbers that are not finite.
-    """
-    return _samples.measure(model, structure, windows, batch_size, terms=terms)
 
 
 def score(
@@ -100,11 +77,7 @@ def cut(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreT
 
 
 def compensate(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    windows: Tensor,
-    sequential: bool = True,
+    model: PreTrainedModel, structure: Structure, plan: PruningPlan, windows: Tensor, sequential: bool = True
 ) -> PreTrainedModel:
     """The model that `cut` gives, with the remaining weights of the output projections corrected in closed form.
 
