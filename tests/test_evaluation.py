@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, calibration
+from adapruner import AdaPrunerError
 from adapruner.calibration import _probes
-from adapruner.calibration._probes import Question, probe_texts
+from adapruner.calibration._probes import Question, probe_texts, prompts, questions
 from adapruner.cli import app
 from adapruner.cli._output import print_output
 from adapruner.config import PruneConfig
@@ -104,17 +104,17 @@ def test_nothing_is_written_or_read_past_the_last_position(family, make_model, t
 
 
 def test_a_model_with_a_chat_template_is_asked(tokenizer):
-    assert [*calibration.prompts(tokenizer)] == ["openings"]
+    assert [*prompts(tokenizer)] == ["openings"]
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
         "{% for m in messages %}w7 {{ m.content }} w8{% endfor %}{% if add_generation_prompt %} w9{% endif %}"
     )
-    openings, questions = calibration.prompts(chat).values()
+    openings, questions = prompts(chat).values()
     assert (len(openings), len(questions)) == (16, 32)
     assert all((tokens[0], *tokens[-2:]) == (11, 12, 13) for tokens in questions.values())
     assert all(question[-1] in "?." for question in questions)
     chat.chat_template = "{{ raise_exception('a system prompt is needed') }}"
-    assert [*calibration.prompts(chat)] == ["openings"]
+    assert [*prompts(chat)] == ["openings"]
 
 
 def test_signs_of_writing_computed_by_hand(model, tokenizer, monkeypatch):
@@ -181,7 +181,7 @@ def test_questions_are_answered_by_the_likelihood_of_each_choice(model, tokenize
 
 
 def test_built_in_questions_have_a_right_answer_and_others():
-    asked = calibration.questions()
+    asked = questions()
     assert len({question for question, _ in asked}) == 100
     assert all(2 <= len(choices) == len(set(choices)) <= 4 for _, choices in asked)
 

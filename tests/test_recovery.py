@@ -347,7 +347,7 @@ def test_a_call_that_was_killed_after_the_last_step(make_model, examples, tmp_pa
 
 
 def test_the_best_weights_are_found_where_the_folder_was_moved(make_model, examples, tmp_path):
-    work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.5})
+    work, options = tmp_path / "work", RecoveryOptions(**SHORT | {"learning_rate": 0.2})
     first, second = make_model(), make_model()
     assert train_in_place(first, examples, options, work).best_step < 10
     train_in_place(second, examples, options, work.rename(tmp_path / "moved"))

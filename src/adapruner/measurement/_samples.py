@@ -40,10 +40,7 @@ def measure(
 ) -> Statistics:
     """Statistics for importance terms, from one forward and one backward pass; weights get no gradients.
 
-    Args:
-        model: in evaluation mode, on its device.
-        structure: the prunable parts of the model, from `inspect`.
-        windows, batch_size, jointly, terms, layer_wise: see `measure_in_parts`.
+    Args: those of `measure_in_parts`; the model is in evaluation mode and on its device, its structure from `inspect`.
 
     Returns:
         Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
