@@ -107,7 +107,7 @@ def test_damage_takes_nothing_else_along(finished, run, rerun):
         assert rerun() == 0
         replaced = {name for name, moment in written(run).items() if moment != edited[name]}
         files = {name for name in before if name == artifact or name.startswith(f"{artifact}/")}
-        # The model card follows from the result; the model before its scales are tuned is made again and removed.
+        # The model card follows from the result; the model before its scales are tuned is rebuilt and removed.
         beside = {"keys/compensated.json", "keys/result.json.json", "result.json"} if artifact == "model" else set()
         assert replaced - {"config.yaml"} == files | {f"keys/{artifact.replace('/', '-')}.json"} | beside
     assert_same_artifacts(run, finished.output)

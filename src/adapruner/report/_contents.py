@@ -32,7 +32,7 @@ def read_result(run: RunFolder) -> RunResult:
 
 
 def _is_current(run: RunFolder, name: str, config: PruneConfig) -> bool:
-    """True if an artifact and its inputs were made with these options, and none of them is being made again."""
+    """True if an artifact and its inputs were made with these options, and none of them is being rebuilt."""
     record = run.record(name)
     if record is None:
         return False
