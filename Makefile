@@ -54,7 +54,7 @@ clean:
 
 # Tries every decoder of transformers, and writes the table in docs/reference/families.md (half an hour).
 test-families: .venv/dev
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/family_table.py
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python docs/families.py
 
 # All tests on a simulated GPU, of which make test runs a few. Needs Linux, a C++ compiler and a PyTorch for the CPU.
 test-device: .venv/dev

@@ -1,7 +1,5 @@
 """Tiny random models of every family, and a tokenizer to go with them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

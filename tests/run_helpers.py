@@ -1,7 +1,5 @@
 """Options and outcome of the runs that tests share."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Blends of datasets: how they are named and mixed, who learns what of them, and how long a training is."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

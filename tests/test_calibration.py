@@ -1,7 +1,5 @@
 """Sources of every form, disjoint parts, and windows that are the same again."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import hashlib

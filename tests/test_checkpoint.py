@@ -1,7 +1,5 @@
 """Folders: what is in them, what else reads them, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import shutil

@@ -1,7 +1,5 @@
 """What the command line shows and offers beside the results of its verbs."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

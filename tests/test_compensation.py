@@ -1,7 +1,5 @@
 """Compensation against closed-form solutions by other means, and against what really happens to the outputs."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """`export --to decilm`: the files say to each engine's reader what is in the weights."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

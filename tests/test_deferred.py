@@ -1,7 +1,5 @@
 """Models whose weights stay in their files until they are needed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

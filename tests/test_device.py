@@ -1,7 +1,5 @@
 """How an accelerator is made to compute. None is here: its settings are PyTorch's own, wherever they are read."""
 
-from __future__ import annotations
-
 import torch
 
 from adapruner.memory import Memory, room_for_moments

@@ -1,7 +1,5 @@
 """README, docs and examples are true: all blocks are run, with tiny models and texts under the names of real ones."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -30,6 +28,7 @@ from adapruner.cli import _known_options, app, main
 from adapruner.importance._terms import TERMS
 from adapruner.models._architecture import Architecture, known_architectures
 from adapruner.models._places import ModelLocation
+from adapruner.recovery._examples import _PROMPT
 from adapruner.run.nodes.declared import GRAPH
 from run_helpers import byte_tokenizer, flags
 from tiny_wrappers import tiny_wrapper_config
@@ -52,7 +51,7 @@ LONGEST_EXAMPLE = 40
 
 # Added to commands where they do not say otherwise, and put in place of what calls in Python say: less work, and widths
 # that tiny models have.
-SHORT_TRAINING = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "seq_len": 320, "records": 24}
+SHORT_TRAINING = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "seq_len": 128, "records": 24}
 SMALL: dict[str, dict[str, Any]] = {
     "prune": {**SMALL_RUN, "task_limit": 2},
     "recover": SHORT_TRAINING,
@@ -85,7 +84,7 @@ def paragraphs(seed: int, count: int = 200) -> list[str]:
 
 
 def write_models(folder: Path) -> None:
-    tokenizer = byte_tokenizer(paragraphs(0), 340)
+    tokenizer = byte_tokenizer([*paragraphs(0), *[_PROMPT] * 20], 480)
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

@@ -1,7 +1,5 @@
 """A per-layer checkpoint in the hands of other libraries: everything that is done with a stock model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A run that is made for an engine leaves a model that the engine loads, or is refused before it begins."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

@@ -1,7 +1,5 @@
 """Perplexity against the loss that transformers computes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib

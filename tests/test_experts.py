@@ -1,7 +1,5 @@
 """Mixtures of experts: measured, ranked, and removed."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

@@ -1,7 +1,5 @@
 """Families that nobody has described: what is inferred of them, and what the proof finds."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

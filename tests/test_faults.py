@@ -1,7 +1,5 @@
 """What goes wrong around a run: damaged files, signals, a full disk, no memory, numbers that are none."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

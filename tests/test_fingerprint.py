@@ -1,7 +1,5 @@
 """A fingerprint changes with every file that a model is computed from, and is cheap for large ones."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Continuations of prompts, against a loop without a cache, a batch or padding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

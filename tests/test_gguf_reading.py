@@ -1,7 +1,5 @@
 """How often a GGUF file is read: its tokens are a Python loop in the readers of others, seconds for each reading."""
 
-from __future__ import annotations
-
 import contextlib
 import struct
 from pathlib import Path

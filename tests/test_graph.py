@@ -1,7 +1,5 @@
 """The engine of a run, with toy nodes: keys, what is missing, what has changed, damage, kills, several commands."""
 
-from __future__ import annotations
-
 import contextlib
 import doctest
 import errno

@@ -1,7 +1,5 @@
 """Scores against the formulas written out over gradients of single samples."""
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """No circle of imports, functions included. `lint-imports` holds the floors of pyproject.toml; what runs code that a
 file brings is found in tests/test_security.py."""
 
-from __future__ import annotations
-
 from graphlib import TopologicalSorter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Levelling of widths against models that are cut and run whole."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Objects in, objects out: what is in memory gives what files give, and type checkers know the options."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

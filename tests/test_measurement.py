@@ -1,7 +1,5 @@
 """Statistics against plain autograd, and against what really happens to the loss."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a run is said to need of memory, and what becomes of runs that do not fit."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -3,8 +3,6 @@
 Needs `pip install 'mlx-lm[cpu]'`, which has wheels for macOS and for Linux with glibc 2.35 or newer.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def without_attention(model_type: str) -> PreTrainedModel:
     return cut_to(model, lambda block: 0 if (block.layer, block.kind) in gone else block.groups)
 
 
-def read(folder: Path, trusted: bool = True) -> mlx_lm.models.llama.Model:
+def read(folder: Path, trusted: bool = True) -> object:
     model, _ = mlx_lm.load(str(folder), trust_remote_code=trusted)
     return model
 

@@ -1,7 +1,5 @@
 """Second moments against hooks that keep every activation, and what removal costs against refitting outright."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

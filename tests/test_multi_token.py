@@ -1,7 +1,5 @@
 """Multi-token prediction heads: further layers in the files of a model, which are not in the pruned model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

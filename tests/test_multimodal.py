@@ -1,7 +1,5 @@
 """Multimodal models: the decoder inside is pruned, and everything else is written back as it was."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The whole job on a tiny model: what comes out, in every mode, and how it is saved, shown and exported."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil
@@ -266,14 +264,14 @@ def test_examples_of_a_recovery_are_not_held_before_it(model_folder, text_file, 
     held, begin, others = dict[str, int](), Reporter.stage, count()
 
     def stage(reporter: Reporter, name: str, total: int | None = 1) -> Any:
-        held[name] = count() - others
+        if name in ("measuring", "searching", "recovering"):
+            held[name] = count() - others
         return begin(reporter, name, total)
 
     monkeypatch.setattr(Reporter, "stage", stage)
     options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
     adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
-    assert held["measuring"] == held["searching"] == 0
-    assert held["recovering"] == 1
+    assert held == {"measuring": 0, "searching": 0, "recovering": 1}
 
 
 def test_no_two_texts_that_the_model_writes_share_a_seed():

@@ -1,7 +1,5 @@
 """Budgets and plans against exhaustive counting on small structures."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

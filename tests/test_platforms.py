@@ -1,7 +1,5 @@
 """Other systems than Linux, as far as they can be imitated here."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

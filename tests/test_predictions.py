@@ -1,7 +1,5 @@
 """A teacher whose predictions are on disk."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

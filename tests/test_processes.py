@@ -1,7 +1,5 @@
 """Processes that a launcher has started together."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 `HYPOTHESIS_PROFILE=thorough` tries more than 10,000 inputs of configs and plans; the default about 1,000.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

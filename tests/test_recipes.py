@@ -1,7 +1,5 @@
 """Recipes: every one is valid, opens with its command, and the 7B ones leave what LLM-Pruner's protocol leaves."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Training again: what is learnt, that it helps, that it goes on after a kill, and what is refused before it begins."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Families that do not come with the package, from a user's YAML file to a checkpoint that loads anywhere."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

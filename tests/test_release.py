@@ -1,7 +1,5 @@
 """What is released: the wheel, and the files beside it that name its version."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The report against the files of its run, with text that would like to be a script; and in a browser."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The same command again, or another, in the folder of a run: what is kept, what is rebuilt, and what is refused."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The last step of pruning: a scale for each input of every linear layer."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The search with objectives that need no model, and the subsets against brute force."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Secrets: tokens in the environment, in URLs and in the configs of others are in nothing that is written or said."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What comes from others is data: none of it runs, leads elsewhere, or gets out of the place where it is shown."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """Signals outside the work of a command."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A size or a memory limit instead of a ratio: bytes against files and caches, the ratio, refusals, and runs."""
 
-from __future__ import annotations
-
 import inspect
 import random
 import re

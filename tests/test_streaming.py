@@ -1,7 +1,5 @@
 """Models whose layers stay in their files, against the same models in memory."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref

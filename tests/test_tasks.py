@@ -1,7 +1,5 @@
 """Tasks of lm-eval: the same prompts with local data as with those of the hub, and the scores that they give."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Who may use which text: whatever the options, nothing is reported that a model was chosen or trained on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The loss of training and its gradients, against those of all logits at once, in float64."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Vocabularies that are pruned: tokenizers that say the same in fewer tokens, models that compute the same."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

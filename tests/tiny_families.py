@@ -1,8 +1,6 @@
 """Tiny configs of any family of transformers, from one table of sizes under whatever names a family has for them; and
 plans that remove groups at random."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 

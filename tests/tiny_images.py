@@ -1,7 +1,5 @@
 """Inputs with an image for tiny multimodal models of any family: the first of a few kinds that a model runs with."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny multimodal models of any family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

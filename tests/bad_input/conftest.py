@@ -1,7 +1,5 @@
 """Broken inputs are made here and handed to the command line as a user would; each is refused in short."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Run configs and recipes that are broken or not what they seem."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How a command ends that does not succeed, and what it leaves behind in its process."""
 
-from __future__ import annotations
-
 import ast
 import errno
 import gc

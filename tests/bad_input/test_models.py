@@ -1,7 +1,5 @@
 """Model folders and GGUF files that are broken or not what they seem."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

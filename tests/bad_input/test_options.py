@@ -1,7 +1,5 @@
 """Options out of range, that do not go together, or that there are not."""
 
-from __future__ import annotations
-
 import itertools
 import shlex
 from typing import Any, get_args

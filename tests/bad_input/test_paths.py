@@ -1,7 +1,5 @@
 """Paths that must work, and paths that cannot."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

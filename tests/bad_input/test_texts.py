@@ -1,7 +1,5 @@
 """Texts that are broken, empty, of another kind, or not there."""
 
-from __future__ import annotations
-
 import itertools
 import json
 

@@ -1,7 +1,5 @@
 """One suite over every known family: what is cut equals what is masked, and what is saved is what is loaded."""
 
-from __future__ import annotations
-
 import copy
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """Over every known family: a uniform layout is a stock model; added biases come back."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,8 +1,6 @@
 """Folders whose layers differ follow the schema of transformers: stock config classes read them today, and stock model
 classes will, with a loader that builds each layer from `per_layer_config` and leaves out what is in `skip`."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

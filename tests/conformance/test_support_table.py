@@ -1,7 +1,5 @@
 """The table in docs/reference/engines.md is what this suite finds: every cell that says "works" was tried just now."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

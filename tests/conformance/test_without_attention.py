@@ -1,7 +1,5 @@
 """Whole attention layers that are removed."""
 
-from __future__ import annotations
-
 import inspect
 import math
 

@@ -3,8 +3,6 @@
 It is kept in `$ADAPRUNER_TEST_CACHE`, by default `~/.cache/adapruner-tests`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

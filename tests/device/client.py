@@ -1,7 +1,5 @@
 """The simulated device, as tests use it: commands run in another process, and what came of them is returned."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The simulated CUDA device, and tiny models for it. Where it cannot be built, tests are skipped with the reason."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The command line as one of several processes, each with a simulated GPU: `torchrun … rank.py prune …`."""
 
-from __future__ import annotations
-
 import os
 import sys
 

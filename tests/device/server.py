@@ -2,8 +2,6 @@
 stdout its outcome (see `client.py`). All commands run in this process, so PyTorch is imported once for many tests.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -4,8 +4,6 @@ Python asks PyTorch's C++ code about devices through `torch.cuda`; here its func
 The variables `SIMULATED_CUDA_DEVICES` (default 1) and `SIMULATED_CUDA_GIB` (of each, default 80) are read once.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import importlib.util
@@ -107,7 +105,7 @@ class _Stream:
     def is_capturing(self) -> bool:
         return False
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> "_Stream":
         return self
 
     def __exit__(self, *_: object) -> None: ...

@@ -1,7 +1,5 @@
 """Collectives of the simulated device: NCCL is replaced by gloo, which reads and writes the memory of the tensors."""
 
-from __future__ import annotations
-
 import functools
 import os
 from typing import Any

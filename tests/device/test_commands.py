@@ -1,8 +1,6 @@
 """`prune` gives the plan of the CPU on a GPU: in every dtype, in memory and layer by layer, with every kind of
 layers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How often a run on a GPU waits for a copy or a value: the GPU has nothing to do meanwhile."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest

@@ -1,7 +1,5 @@
 """A GPU that is too small: a run says so in one line, and resumes on a larger one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

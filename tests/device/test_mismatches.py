@@ -1,7 +1,5 @@
 """A tensor that stays on the CPU by mistake is found."""
 
-from __future__ import annotations
-
 from device.client import pruning
 
 # Calls of `to` out of one file of the package do not move; the conversion of dtypes is left as it is.

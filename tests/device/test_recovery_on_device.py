@@ -1,7 +1,5 @@
 """Recovery on a GPU: every way of training, and resuming on another device."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FSDP2: recovery with weights that are shared out between two GPUs, as `accelerate launch --use_fsdp` starts it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The simulated device is one: separate from the CPU, limited, counted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

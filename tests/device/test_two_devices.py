@@ -1,7 +1,5 @@
 """Two GPUs: one process on the second, and a process on each."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Commands on what a run on a GPU has made."""
 
-from __future__ import annotations
-
 import json
 
 import datasets

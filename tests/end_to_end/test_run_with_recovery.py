@@ -1,7 +1,5 @@
 """A run that fine-tunes the pruned model and runs tasks: what comes out, and that it resumes after a kill."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """A real model, and real text where it is at hand."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

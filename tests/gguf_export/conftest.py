@@ -1,7 +1,5 @@
 """llama.cpp itself as the judge of GGUF files, with text and a tokenizer for it."""
 
-from __future__ import annotations
-
 import json
 import urllib.request
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GGUF files of pruned models: llama.cpp must generate from them what transformers generates."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Quantizations that llama.cpp makes itself: another llama.cpp runs them, and they say what they are."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections import Counter
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Predicted sizes of GGUF files against files that are written, by this package and by llama.cpp's quantizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokenizers in GGUF files: llama.cpp must cut text into the same tokens as the tokenizer at hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -2,7 +2,7 @@
 saved, and inspected as `adapruner inspect` does; of every multimodal family, a model is also pruned, saved, loaded and
 given text and an image. Writes the tables in docs/reference/families.md.
 
-    python tests/family_table.py
+    python docs/families.py
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
 from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
+DOCUMENT = Path(__file__).parent / "reference" / "families.md"
 COLUMNS = ("heads", "channels", "experts", "channels in experts", "whole attention", "layouts")
 MULTIMODAL_COLUMNS = ("heads", "channels", "experts", "whole attention", "layouts", "image")
 # Largest distance of the pruned from the masked logits, relative to the change by masking; and the smallest change,
