@@ -67,27 +67,19 @@ def check_equal(folder: Path) -> None:
     assert [int(token) for token, _ in steps] == tokens
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "qwen3_moe", "mixtral"])
-def test_mlx_computes_the_same(model_type, tokenizer, tmp_path):
-    # mlx-lm does not know the sliding windows of Mistral and Mixtral.
-    fields = {"sliding_window": None} if model_type in ("mistral", "mixtral") else {}
-    save_checkpoint(pruned(model_type, **fields), tokenizer, tmp_path / "model")
-    assert (tmp_path / "model" / "mlx_pruned.py").is_file()
-    assert "04" in json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"]
-    check_equal(tmp_path / "model")
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "olmo2"])
-def test_layers_without_attention(model_type, tokenizer, tmp_path):
-    save_checkpoint(without_attention(model_type), tokenizer, tmp_path / "model")
-    check_equal(tmp_path / "model")
-
-
-def test_layers_of_two_kinds(tokenizer, tmp_path):
+def with_two_kinds_of_layers():
     """Every sixth layer of Gemma 3 has no sliding window, and mlx-lm needs one of these."""
     layers = (["sliding_attention"] * 5 + ["full_attention"]) * 2
-    model = pruned("gemma3_text", layer_types=layers, tie_word_embeddings=True)
-    save_checkpoint(model, tokenizer, tmp_path / "model")
+    return pruned("gemma3_text", layer_types=layers, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: pruned("qwen3_moe"), lambda: without_attention("olmo2"), with_two_kinds_of_layers]
+)
+def test_mlx_computes_the_same(make, tokenizer, tmp_path):
+    """Every family is in benchmarks/engines.py."""
+    save_checkpoint(make(), tokenizer, tmp_path / "model")
+    assert (tmp_path / "model" / "mlx_pruned.py").is_file()
     check_equal(tmp_path / "model")
 
 
@@ -116,13 +108,3 @@ def test_a_width_that_does_not_fit(tokenizer, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"llama: model\.layers\.2\.mlp\.\w+\.weight is .*94.* and .*88.* in mlx-lm"):
         read(tmp_path / "model")
-
-
-def test_quantized_by_mlx(tokenizer, tmp_path):
-    """The tools of mlx-lm copy the file."""
-    save_checkpoint(pruned("llama"), tokenizer, tmp_path / "model")
-    options = {"quantize": True, "q_bits": 8, "q_group_size": 32, "trust_remote_code": True}
-    mlx_lm.convert(str(tmp_path / "model"), str(tmp_path / "quantized"), **options)
-    prompt = mlx.array([list(range(20, 40))])
-    exact, quantized = read(tmp_path / "model")(prompt), read(tmp_path / "quantized")(prompt)
-    assert float(mlx.abs(exact - quantized).max()) < 0.1 * float(mlx.abs(exact).max())

@@ -640,50 +640,12 @@ def test_in_a_browser(visit, finished):
     assert shown.locator("#next-commands").bounding_box()["y"] < 900
 
 
-def test_with_a_keyboard(visit):
-    shown = visit(viewport={"width": 1280, "height": 900})
-    shown.keyboard.press("Tab")
-    assert shown.evaluate("document.activeElement.className") == "skip"
-    assert not shown.locator("#layer-table").is_visible()
-    summary = shown.locator("summary", has_text="The numbers of every layer")
-    summary.focus()
-    shown.keyboard.press("Enter")
-    assert shown.locator("#layer-table").is_visible()
-    shown.keyboard.press("Tab")
-    assert shown.evaluate("document.activeElement.querySelector('table').id") == "layer-table"
-    shown.locator("details.sample summary").first.focus()
-    shown.keyboard.press("Enter")
-    assert EVIL in shown.locator("details.sample pre").first.inner_text()
-
-
-def test_in_the_dark(visit):
-    def colours(scheme: str) -> list[str]:
-        shown = visit(color_scheme=scheme)
-        return shown.evaluate(
-            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
-            " getComputedStyle(document.querySelector('.x-ticks span')).color,"
-            " getComputedStyle(document.querySelector('#layers .kept')).fill]"
-        )
-
-    assert all(one != other for one, other in zip(colours("light"), colours("dark"), strict=True))
-
-
 def test_on_a_phone(visit):
     shown = visit(viewport={"width": 390, "height": 844}, has_touch=True)
     shown.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
     cut = "[...document.querySelectorAll('.table')].filter(one => one.scrollWidth > one.clientWidth + 1)"
     assert shown.evaluate(f"{cut}.map(one => one.ariaLabel)") == []
-
-
-def test_on_paper(visit):
-    """The summary is the first page of A4, and what is folded on the screen is open."""
-    shown = visit(viewport={"width": 695, "height": 1024})
-    shown.emulate_media(media="print")
-    cards = shown.locator(".cards").bounding_box()
-    assert cards["y"] + cards["height"] < 1024
-    assert shown.evaluate("getComputedStyle(document.querySelector('.sections')).breakBefore") == "page"
-    assert shown.evaluate("document.querySelector('#layer-table').getBoundingClientRect().height") > 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

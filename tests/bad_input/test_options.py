@@ -48,7 +48,7 @@ def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:
 
 
 RATIOS = [["--ratio", value] for value in ("0", "1", "-1", "20", "much", "nan", "inf", "9" * 5000, "")]
-NUMBERS = ("0", "-1", "2.5", "nan", "much", "9" * 30, "9" * 5000, "")
+NUMBERS = ("0", "2.5", "much", "9" * 5000)
 COUNTS = {
     "evaluate": ("seq-len", "stride", "limit"),
     "benchmark": ("batch-size", "prompt", "new-tokens", "repetitions"),
