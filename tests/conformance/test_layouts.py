@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
@@ -20,7 +20,7 @@ from tiny_families import random_plan, tiny_config
 
 @pytest.fixture(params=known_architectures())
 def dense(request, make_model):
-    return make_model(request.param, num_hidden_layers=12)
+    return make_model(request.param, num_hidden_layers=4)
 
 
 # What the stock classes of a family cannot have less of: their attention is as wide as the hidden size, or there is no
@@ -39,18 +39,13 @@ LLAMA3_ROPE = {
 }
 
 
-def cut(dense: PreTrainedModel, windows: torch.Tensor, loses_heads: bool, compensates: bool) -> PreTrainedModel:
+@pytest.mark.parametrize("loses_heads", [False, True])
+def test_a_compensated_uniform_layout_is_read_by_stock_transformers(loses_heads, dense, windows, tokenizer, tmp_path):
+    """Without compensation: see test_support_table.py."""
     structure = build_structure(dense)
     lost = {"heads": int(loses_heads), "channels": 8}
     plan = random_plan(structure, [block.groups - lost[block.kind] for block in structure.blocks])
-    moments = dict(measure_moments(dense, structure, windows)) if compensates else None
-    return prune_model(dense, structure, plan, moments)
-
-
-@pytest.mark.parametrize("loses_heads", [False, True])
-@pytest.mark.parametrize("compensates", [False, True])
-def test_a_uniform_layout_is_read_by_stock_transformers(loses_heads, compensates, dense, windows, tokenizer, tmp_path):
-    pruned = cut(dense, windows, loses_heads, compensates)
+    pruned = prune_model(dense, structure, plan, dict(measure_moments(dense, structure, windows)))
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
     is_stock = not (NO_FEWER_HEADS if loses_heads else NO_FEWER_CHANNELS) & {dense.config.model_type}
     assert is_stock == (type(pruned) is type(dense))
