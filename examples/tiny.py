@@ -33,7 +33,7 @@ def model(family):
         hidden_size=32,
         # With 36, an expert of each layer is a fifth of the parameters.
         intermediate_size=36 if family == "mixtral" else 128,
-        num_hidden_layers=8,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,

@@ -89,7 +89,7 @@ def write_models(folder: Path) -> None:
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 128,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
