@@ -51,18 +51,34 @@ OTHERS = [
     "Der Fluss fließt durch die alte Stadt, vorbei an Mühle und Markt.",
     "Le fleuve traverse la vieille ville, près du moulin et du marché.",
     "El río cruza la ciudad vieja, junto al molino y al mercado.",
+    "O rio corre pela cidade velha, junto do moinho e do mercado.",
+    "Il fiume attraversa la città vecchia, oltre il mulino e il mercato.",
+    "De rivier stroomt door de oude stad, langs de molen en de markt.",
+    "Floden rinner genom den gamla staden, förbi kvarnen och torget.",
+    "Elven renner gjennom gamlebyen, forbi møllen og torget.",
     "Åen løber gennem den gamle by, forbi møllen og torvet.",
+    "Joki virtaa vanhan kaupungin läpi, myllyn ja torin ohi.",
     "Jõgi voolab läbi vanalinna, veskist ja turust mööda.",
+    "Upe plūst cauri vecpilsētai, garām dzirnavām un tirgum.",
+    "Upė teka per senamiestį, pro malūną ir turgų.",
     "Rzeka płynie przez stare miasto, obok młyna i targu.",
     "Řeka teče starým městem, kolem mlýna a tržiště.",
+    "Rieka tečie starým mestom, popri mlyne a trhu.",
     "A folyó az óvároson át folyik, a malom és a piac mellett.",
     "Râul curge prin orașul vechi, pe lângă moară și piață.",
+    "Rijeka teče kroz stari grad, pokraj mlina i tržnice.",
     "Река течёт через старый город, мимо мельницы и рынка.",
+    "Ріка тече через старе місто, повз млин і ринок.",
+    "Реката тече през стария град, покрай мелницата и пазара.",
+    "Река тече кроз стари град, поред млина и пијаце.",
     "Ο ποταμός διασχίζει την παλιά πόλη, δίπλα στον μύλο και την αγορά.",
     "Nehir eski şehrin içinden, değirmenin ve pazarın yanından akar.",
     "Sông chảy qua phố cổ, ngang cối xay và chợ.",
+    "Sungai mengalir melalui kota tua, melewati kincir dan pasar.",
+    "Mto unapita katika mji wa kale, karibu na kinu na soko.",
     "النهر يجري عبر المدينة القديمة، قرب الطاحونة والسوق.",
     "הנהר זורם דרך העיר העתיקה, ליד הטחנה והשוק.",
+    "رود از شهر کهنه می‌گذرد، از کنار آسیاب و بازار.",
     "नदी पुराने शहर से होकर बहती है, चक्की और बाज़ार के पास।",
     "নদীটি পুরনো শহরের ভিতর দিয়ে বয়ে যায়।",
     "ஆறு பழைய நகரத்தின் வழியாக ஓடுகிறது.",
@@ -220,7 +236,7 @@ def test_text_of_any_language_is_decoded_as_before(kind):
     # That nothing of English is lost, and something of other languages is, shows in the number of tokens.
     for text in ENGLISH:
         assert len(after(text).input_ids) == len(before(text).input_ids)
-    assert sum(len(after(text).input_ids) > len(before(text).input_ids) for text in OTHERS) > 16
+    assert sum(len(after(text).input_ids) > len(before(text).input_ids) for text in OTHERS) > 30
 
 
 @pytest.mark.parametrize("kind", MADE)
