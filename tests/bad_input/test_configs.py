@@ -52,6 +52,7 @@ BROKEN: dict[str, bytes] = {
     "no value for the model": b"model:\n",
     "a word as ratio": b"model: smollm2\nratio: much\n",
     "no ratio": b"model: smollm2\nratio: []\n",
+    "no number as ratio": b"model: smollm2\nratio: .nan\n",
     "a long number": b"model: smollm2\nseed: " + b"9" * 10_000 + b"\n",
     "a huge number": b"model: smollm2\nseed: 18446744073709551616\n",
     "a negative seed": b"model: smollm2\nseed: -1\n",
