@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 from optipfair import prune_model as optipfair_prune
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,6 +29,7 @@ import adapruner
 from adapruner import PruneConfig, PruneResult, PruningPlan
 from adapruner.calibration._pool import evenly_spaced, text_windows
 from adapruner.calibration._sources import parse_source
+from adapruner.calibration._text import Text, load_texts_by_use
 from adapruner.evaluation._perplexity import measure_perplexity
 from adapruner.graph.folder import RunFolder
 from adapruner.importance._metric import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
@@ -80,12 +80,12 @@ class Measured:
     """The options and the measurements of a run.
 
     Attributes:
-        windows: by use, [windows, tokens] each, int64.
+        texts: by use.
         moments: empty if the run has none.
     """
 
     config: PruneConfig
-    windows: dict[str, Tensor]
+    texts: dict[str, Text]
     statistics: Statistics
     moments: StoredMoments
 
@@ -94,7 +94,7 @@ class Measured:
         """From the folder of a run."""
         return cls(
             RunFolder(run).read_config(),
-            load_file(run / "windows.safetensors"),
+            load_texts_by_use(run / "windows.safetensors"),
             Statistics.load(run / "statistics.safetensors"),
             StoredMoments(run / "moments"),
         )
@@ -106,7 +106,7 @@ def share(run: Path, source: Path) -> None:
     if not folder.config.is_file():
         # A folder with artifacts is taken for a run if it has a config.
         folder.save_config(other.read_config())
-        for name in ("windows.safetensors", "self.safetensors", "moments", "statistics.safetensors"):
+        for name in ("windows.safetensors", "moments", "statistics.safetensors"):
             if other.record(name) is not None:
                 folder.take_over(name, other)
 
@@ -153,9 +153,9 @@ class Comparison:
             objective_windows=self.objective_windows,
             trials=self.trials,
             sequential=False,
-            # As the tables of research/results.md have it; ladder.py shows what these two are worth.
-            self_windows=0,
+            # As the tables of research/results.md have it; ladder.py shows what these are worth.
             level_rounds=0,
+            heal="none",
             compensation_windows=768,
             seed=seed,
             **options,
@@ -232,7 +232,7 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
         def refitted() -> PreTrainedModel:
             dense, structure, plan = comparison.dense, comparison.structure, plans["extended"]
             pruned = prune_model(dense, structure, plan, compensation)
-            text = found.windows["compensation"]
+            text = found.texts["compensation"].windows
             refit_sequentially(in_fastest_dtype(dense), pruned, structure, plan, compensation, text)
             return pruned
 
@@ -250,7 +250,7 @@ def peers(comparison: Comparison, seed: int, ratio: float) -> None:
     """Every peer on the pool of the seed; LLM-Pruner on the random draw of 10 samples that it takes."""
     structure = comparison.structure
     found = Measured.read(comparison.folder(seed, "extended"))
-    statistics, pool = found.statistics, found.windows["pool"]
+    statistics, pool = found.statistics, found.texts["pool"].windows
     budget = peer_budget(ratio)
     profile = budget.allocation
     assert isinstance(profile, Profile)

@@ -98,8 +98,6 @@ def main(
     if (root.path / "compensated").is_dir():
         show("fitted", in_fastest_dtype(load_model(find_model(str(root.path / "compensated")))))
     show("saved", in_fastest_dtype(load_model(find_model(str(root.model)))))
-    if result.recovery:
-        show("recovered", in_fastest_dtype(load_model(find_model(str(root.path / "recovered")))))
     Console(width=200).print(table)
 
 

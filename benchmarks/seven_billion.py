@@ -45,7 +45,7 @@ LITTLE_TEXT: dict[str, Any] = {
     "objective_windows": 4,
     "final_windows": 2,
     "compensation_windows": 16,
-    "self_windows": 4,
+    "heal": "none",
     "evaluate_windows": 4,
 }
 

@@ -40,8 +40,7 @@ Of `adapruner prune`, and but for those of a size of `adapruner inspect --cost`:
 _TRAINING = """
 ## Training
 
-Of `adapruner recover`. In `adapruner prune --recover DATASET`, they are written `--recovery.steps` and so on; in a
-recipe, under `recovery:`. The fields of `RecoveryOptions`.
+Of `adapruner recover`: the fields of `RecoveryOptions`.
 
 """
 _CLI = """# Command line
@@ -60,8 +59,7 @@ lasts. Lines that begin with `adapruner:` are errors, lines that begin with `adv
   unexpected error.
 """
 _SHARED = {
-    "prune": "[All pruning options](options.md#pruning) and, written `--recovery.steps` and so on, [all training"
-    " options](options.md#training). In addition:",
+    "prune": "[All pruning options](options.md#pruning). In addition:",
     "inspect": "With `--cost`, [all pruning options](options.md#pruning); without it, `--architectures` alone."
     " In addition:",
     "recover": "[All training options](options.md#training). In addition:",
@@ -97,7 +95,7 @@ def options_page() -> str:
     """A table of the options of each group."""
     fields = PruneOptions.model_fields | SizeLimit.model_fields
     groups = {name: {field: fields[field] for field in names} for name, names in OPTION_GROUPS.items()}
-    tables = [f"### {name}\n\n{_table(group)}\n" for name, group in groups.items() if "recovery" not in group]
+    tables = [f"### {name}\n\n{_table(group)}\n" for name, group in groups.items()]
     return _OPTIONS + "\n".join(tables) + _TRAINING + _table(RecoveryOptions.model_fields) + "\n"
 
 
@@ -129,7 +127,9 @@ def _values(annotation: Any) -> str:
     arguments = [argument for argument in typing.get_args(annotation) if argument not in (type(None), Ellipsis)]
     if typing.get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, Annotated):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return ", ".join(map(_values, arguments))
+    if typing.get_origin(annotation) is Annotated:
         return _values(arguments[0])
     if typing.get_origin(annotation) is tuple:
         return f"{_values(arguments[0])}, repeated"
@@ -170,7 +170,7 @@ def _parameters(name: str, command: App) -> str:
     listed = RecoveryOptions.model_fields if name == "recover" else listed
     for argument in command.assemble_argument_collection(parse_docstring=True):
         names = [option for option in argument.names if not option.startswith("--no-")]
-        if argument.name == "*" or "." in argument.name or any(names[0] == _option(field) for field in listed):
+        if argument.name == "*" or any(names[0] == _option(field) for field in listed):
             continue
         default = "required" if argument.required else _default(argument.field_info.default)
         rows.append(

@@ -21,7 +21,7 @@ OPTIONS = {
     "trials": 5,
     "level_rounds": 0,
     "round_to": 1,
-    "tune_scales": False,
+    "heal": "none",
 }
 
 

@@ -25,6 +25,9 @@ from run_helpers import exit_code
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
 
 
+KINDS = ("prose", "code", "mathematics", "questions", "dialogue", "instructions", "languages")
+
+
 @pytest.fixture
 def instructions(tmp_path):
     path = tmp_path / "instructions.jsonl"
@@ -43,9 +46,11 @@ def dataset(name: str, count: int, share: float = 1.0, tokens: int = 8) -> Examp
     ("text", "expected"),
     [
         ("c4", {"c4": 1}),
-        ("self:1", {"self": 1}),
+        ("mix:1", dict.fromkeys(KINDS, 1 / 7)),
+        ("mix,c4:0.3", {**dict.fromkeys(KINDS, 0.1), "c4": 0.3}),
+        ("c4:0.5,ptb,alpaca", {"c4": 0.5, "ptb": 0.25, "alpaca": 0.25}),
         ("wikitext2:validation", {"wikitext2:validation": 1}),
-        ("self:0.3,boolq-passages:0.3,answers:alpaca:0.4", {"self": 0.3, "boolq-passages": 0.3, "answers:alpaca": 0.4}),
+        ("boolq-passages:0.6,answers:alpaca:0.4", {"boolq-passages": 0.6, "answers:alpaca": 0.4}),
         ("c4,ptb", {"c4": 0.5, "ptb": 0.5}),
         ("c4:1, ptb:3", {"c4": 0.25, "ptb": 0.75}),
         ("c4:.5,ptb:0", {"c4": 1}),
@@ -66,11 +71,11 @@ def test_paths_may_have_colons_and_commas(tmp_path, monkeypatch):
         Path(name).write_text("w1")
     assert [part.name for part in parse_blend("C:a.txt:0.5,c.jsonl:text:0.5")] == ["C:a.txt", "c.jsonl:text"]
     assert [part.name for part in parse_blend("a,b.txt")] == ["a,b.txt"]
-    for blend in (r"D:\data\a.txt", r"D:\data\a.txt:0.5,self:0.5"):
+    for blend in (r"D:\data\a.txt", r"D:\data\a.txt:0.5,mix:0.5"):
         assert parse_blend(blend)[0].name == r"D:\data\a.txt"
     here = tmp_path.absolute()
-    assert absolute_blend("self:0.5,C:a.txt:1,answers:c.jsonl:2") == (
-        f"self:0.5,{here}/C:a.txt:1,answers:{here}/c.jsonl:2"
+    assert absolute_blend("mix:0.5,C:a.txt:1,answers:c.jsonl:2") == (
+        f"mix:0.5,{here}/C:a.txt:1,answers:{here}/c.jsonl:2"
     )
     Path("d.txt").write_text("w1")
     Path("d.txt:2").write_text("w1")
@@ -84,15 +89,15 @@ def test_paths_may_have_colons_and_commas(tmp_path, monkeypatch):
         ("", "names no dataset"),
         (":0.5,c4:0.5", "names no dataset"),
         ("c4:2", "needs no share: remove :2; if that is part of the name, write c4:2:1"),
-        ("c4:0.5,ptb", "'ptb' has no share and others have one: write a share for each, ptb:SHARE"),
-        ("c4:0,ptb:0", "the shares .* are 0, 0: none may be negative, and one must be more than 0"),
+        ("c4:1,ptb", "the shares .* are 1: .*, and they must leave something to datasets without a share"),
+        ("c4:0,ptb:0", "the shares .* are 0, 0: none may be negative, one must be more than 0"),
         ("c4:-1,ptb:2", "the shares .* are -1, 2"),
         ("c4:1,ptb:1,c4:1", "'c4' is named twice"),
         ("c4:0.5,alpac:0.5", "unknown text source 'alpac'.* Did you mean 'alpaca'"),
-        ("c4:nan,ptb:1", "has no share"),
-        ("answers:self", "holds no prompts"),
+        ("c4:nan,ptb:1", "must leave something"),
+        ("answers:mix", "has answers already"),
         ("answers:", "unknown text source"),
-        ("self@report", "has no parts"),
+        ("mix@report", "unknown text source 'mix@report'|has no parts|is text that the model writes"),
     ],
 )
 def test_unclear_blends_are_refused(text, message, model_folder, tmp_path, capsys):
@@ -180,9 +185,9 @@ def test_no_more_is_tokenized_than_the_training_needs(tmp_path, tokenizer, instr
 
 
 def test_the_weight_of_the_labels(tokenizer, model, instructions, text_file):
-    blend = parse_blend(f"self:1,{text_file}:1,answers:{instructions}:1,{instructions}:1")
+    blend = parse_blend(f"{text_file}:1,answers:{instructions}:1,{instructions}:1,mix:0.1")[:4]
     options = RecoveryOptions(seq_len=128, records=8)
-    for label_weight, expected in ((0.4, [0, 0.4, 0, 0.4]), (1.0, [0, 1, 0, 1])):
+    for label_weight, expected in ((0.4, [0.4, 0, 0.4, 0]), (1.0, [1, 0, 1, 0])):
         weights = []
         for part in read_examples(blend, tokenizer, options, label_weight):
             if isinstance(part, Unwritten):
@@ -224,27 +229,27 @@ def test_the_teacher_answers_prompts(tokenizer, model, instructions, monkeypatch
 def test_a_blend_is_learnt(model_folder, text_file, instructions, tmp_path):
     record = adapruner.recover(
         model_folder,
-        f"self:0.25,{text_file}:0.5,{instructions}:0.25",
+        f"mix:0.25,{text_file}:0.5,{instructions}:0.25",
         tmp_path / "a",
         teacher=str(model_folder),
         **SHORT | {"tokens": "3k", "seq_len": 64, "records": 12},
     )
     assert record.method == "distillation"
-    assert list(record.parts) == ["self", str(text_file), str(instructions)]
+    assert list(record.parts) == [*KINDS, str(text_file), str(instructions)]
     shares = {name: part.learnt / (record.steps * 4) for name, part in record.parts.items()}
-    assert [*shares.values()] == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert [*shares.values()] == pytest.approx([*[0.25 / 7] * 7, 0.5, 0.25], abs=0.03)
     assert record.tokens == sum(part.tokens for part in record.parts.values()) == pytest.approx(3000, rel=0.1)
     for part in record.parts.values():
         assert part.examples <= 11
         assert part.passes == pytest.approx(part.learnt / part.examples, abs=0.01)
-    names = f"`self`, `{text_file.name}`, `answers:{instructions.name}`"
-    renamed = {"self": 0, str(text_file): 0, f"answers:{instructions}": 0}
+    names = f"`prose`, `{text_file.name}`, `answers:{instructions.name}`"
+    renamed = {"prose": 0, str(text_file): 0, f"answers:{instructions}": 0}
     assert f"It was fine-tuned on {names}: " in trained_sentence(record.model_copy(update={"parts": renamed}))
     origin = json.loads((tmp_path / "a/adapruner.json").read_text())
     assert [text["text"] for text in origin["texts"]][-2:] == [text_file.name, instructions.name]
 
 
 def test_what_the_teacher_writes_needs_one(model_folder, instructions, tmp_path):
-    for data in ("self:0.5,c4:0.5", f"answers:{instructions}"):
+    for data in ("mix:0.5,c4:0.5", f"answers:{instructions}"):
         with pytest.raises(AdaPrunerError, match="is text that the dense model writes: name it with `teacher`"):
             adapruner.recover(model_folder, data, tmp_path / "a", **SHORT)

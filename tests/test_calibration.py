@@ -21,7 +21,7 @@ from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from adapruner.calibration import _reading, _sources, _tokenizing
-from adapruner.calibration._pool import draw_windows, evaluation_text, generate_windows, text_windows
+from adapruner.calibration._pool import draw_windows, evaluation_text, text_windows
 from adapruner.calibration._reading import fingerprint, provenance, read_documents, read_records, stream_documents
 from adapruner.calibration._sources import Source, parse_source, register_sources
 from adapruner.calibration._tokenizing import tokens_of
@@ -205,17 +205,6 @@ def test_two_special_tokens_in_front_are_context(tmp_path, starting):
             use()
 
 
-def test_the_model_writes_its_own_text(model):
-    steps: list[float] = []
-    windows = generate_windows(model, 5, 12, seed=0, advance=steps.append)
-    assert windows.shape == (5, 12)
-    assert sum(steps) == pytest.approx(5)
-    assert torch.equal(windows[:, 0], torch.ones(5, dtype=torch.long))
-    assert len({*map(tuple, windows.tolist())}) == 5
-    assert torch.equal(windows, generate_windows(model, 5, 12, seed=0))
-    assert not torch.equal(windows, generate_windows(model, 5, 12, seed=1))
-
-
 def test_names_of_the_same_text_are_known_as_such(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("w1")
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
@@ -345,7 +334,7 @@ def test_a_source_from_outside_is_calibrated_on(tmp_path, text_file, tokenizer):
     ("content", "message"),
     [
         ("c4: {split: a, columns: [b], local: {a: a.txt}}", "another source named c4"),
-        ("self: {split: a, columns: [b], local: {a: a.txt}}", "'self' cannot name a source"),
+        ("mix: {split: a, columns: [b], local: {a: a.txt}}", "'mix' cannot name a source"),
         ("a.txt: {split: a, columns: [b], local: {a: a.txt}}", "cannot name a source"),
         ("mine: {split: a, columns: [b]}", "mine has neither `hub` nor `local`"),
         ("mine: {split: a}", "cannot read the sources .*columns"),

@@ -138,10 +138,7 @@ def write_texts(folder: Path) -> None:
 def in_small(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        small = SMALL[verb]
-        if options.get("recover"):
-            small = small | {"recovery": options.get("recovery", {}) | SHORT_TRAINING}
-        return function(*arguments, **options | small)
+        return function(*arguments, **options | SMALL[verb])
 
     return call
 
@@ -179,8 +176,6 @@ def run_commands(content: str) -> None:
 def run_command(arguments: list[str]) -> None:
     verb = "prune" if "--cost" in arguments else arguments[0]
     options = dict(SMALL.get(verb, {}))
-    if verb == "prune" and {"--recover", "--recipe"} & set(arguments):
-        options |= {f"recovery.{name}": value for name, value in SHORT_TRAINING.items()}
     if "--recipe" in arguments:
         options |= {"tasks": "piqa"}  # in place of seven
     for name, value in options.items():
@@ -432,7 +427,7 @@ def test_the_site_is_built_and_needs_nothing_from_elsewhere(tmp_path):
         assert not re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"?(?:https?:)?//", page.read_text()), page
     options = (tmp_path / "reference" / "options" / "index.html").read_text()
     for name in PruneOptions.model_fields:
-        assert name == "recovery" or f"--{name.strip('_').replace('_', '-')}</code>" in options, name
+        assert f"--{name.strip('_').replace('_', '-')}</code>" in options, name
     assert 'id="adaprunerprune"' in (tmp_path / "reference" / "python" / "index.html").read_text()
 
 

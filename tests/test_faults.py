@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.calibration._text import load_texts_by_use
 from adapruner.search import _objective
 from run_helpers import (
     QUICK,
@@ -105,7 +106,7 @@ def test_damage_takes_nothing_else_along(finished, run, rerun):
         assert rerun() == 0
         replaced = {name for name, moment in written(run).items() if moment != edited[name]}
         files = {name for name in before if name == artifact or name.startswith(f"{artifact}/")}
-        # The model card follows from the result; the model before its scales are tuned is rebuilt and removed.
+        # The model card follows from the result; the model before it is healed is rebuilt and removed.
         beside = {"keys/compensated.json", "keys/result.json.json", "result.json"} if artifact == "model" else set()
         assert replaced - {"config.yaml"} == files | {f"keys/{artifact.replace('/', '-')}.json"} | beside
     assert_same_artifacts(run, finished.output)
@@ -164,7 +165,7 @@ def test_a_report_of_what_cannot_be_read_is_refused(run, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 5"),
+        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 6"),
         ("result.json", "[1]", "Input should be an object"),
         ("speed.json", "[1]", "Input should be an object"),
     ],
@@ -326,11 +327,11 @@ def test_samples_that_break_the_model_are_left_out_and_named(model, tokenizer, t
     said = capsys.readouterr().err
     assert "not finite: windows [" in said
     assert said.count("left out") == 3
-    windows = load_file(run / "windows.safetensors")
-    for use, kept in windows.items():
-        assert not (kept == 40).any(), use
-        assert first.result.windows[use] == len(kept)
-    assert len(windows["pool"]) >= 4
+    texts = load_texts_by_use(run / "windows.safetensors")
+    for use, kept in texts.items():
+        assert not (kept.windows == 40).any(), use
+        assert first.result.windows[use] == {str(text_file): len(kept)}
+    assert len(texts["pool"]) >= 4
     assert first.result.search.best_loss < 100
     # They are known when the run is resumed, and what was measured is enough for another ratio.
     before, stages = written(run), stages_done(run)

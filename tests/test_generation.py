@@ -8,7 +8,6 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration._pool import generate_windows
 from adapruner.families.tiny import random_model
 from adapruner.models import _generation
 from adapruner.models._generation import NO_TOKEN, continue_texts
@@ -139,11 +138,14 @@ SETTINGS: dict[str, object] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_generation_setting_of_a_model_counts(name, model):
-    expected = generate_windows(model, 4, 12, seed=0)
+    def written() -> torch.Tensor:
+        return continue_texts(model, [[1]] * 4, 11, torch.ones(4), seed=0)
+
+    expected = written()
     setattr(model.generation_config, name, SETTINGS[name])
     model.generation_config.do_sample = True
     settings = model.generation_config
-    assert torch.equal(generate_windows(model, 4, 12, seed=0), expected)
+    assert torch.equal(written(), expected)
     assert model.generation_config is settings
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration._pool import generate_windows
 from adapruner.evaluation._losses import log_probabilities, window_losses
 from adapruner.importance._metric import LLM_PRUNER_METRICS
 from adapruner.measurement._samples import measure
+from adapruner.models._generation import continue_texts
 from adapruner.models._layers import decoder_layers
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
@@ -42,13 +42,14 @@ def loud_model(make_model):
 @pytest.fixture
 def text(loud_model):
     """The model's own, so that what diverges from it loses."""
-    return generate_windows(loud_model, 440, 12, seed=2)
+    return continue_texts(loud_model, [[1]] * 440, 11, torch.ones(440), seed=2)
 
 
 @pytest.fixture
 def objective(loud_model, text):
     structure = build_structure(loud_model)
-    return Objective(loud_model, structure, measure(loud_model, structure, text[:4]), text[:400])
+    statistics = measure(loud_model, structure, text[:4])
+    return Objective(loud_model, structure, statistics, text[:400], window_losses(loud_model, text[:400]))
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_heads_are_probed_whatever_the_attention_knows_of_them(make_model, windo
     """Some count their heads, or have a part for each."""
     model = make_model(family)
     structure = build_structure(model, granularity)
-    whole = Objective(model, structure, measure(model, structure, windows), windows)
+    whole = Objective(model, structure, measure(model, structure, windows), windows, window_losses(model, windows))
     scores = scores_of(structure, whole.statistics, candidate)
     number, block = next(one for one in enumerate(structure.blocks) if one[1].kind == "heads" and one[1].layer == 1)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
+from adapruner.calibration._text import load_texts_by_use
 from adapruner.measurement._statistics import Statistics
 from adapruner.run.nodes.chosen import _name_of_code
 from run_helpers import QUICK, RUN_OPTIONS
@@ -73,7 +74,8 @@ def test_windows_are_used_as_they_are_and_each_for_one_thing(prune, tmp_path):
     options = QUICK | {"pool": 6, "objective_windows": 3, "compensation_windows": 60, "final_windows": 60}
     options.pop("seq_len")
     result = prune(calibration=windows, **options)
-    used = load_file(result.output / "windows.safetensors")
+    texts = load_texts_by_use(result.output / "windows.safetensors")
+    used = {use: text.windows for use, text in texts.items()}
     used["report"] = load_file(result.output / "evaluation" / "texts.safetensors").popitem()[1]
     given = {str(window) for window in windows.tolist()}
     by_use = {use: {str(window) for window in own.tolist()} for use, own in used.items()}
@@ -160,8 +162,8 @@ def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(
 
 def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
     structure = adapruner.inspect(loaded)
-    windows = load_file(finished.output / "windows.safetensors")
-    statistics = adapruner.measure(loaded, structure, windows["pool"])
+    texts = load_texts_by_use(finished.output / "windows.safetensors")
+    statistics = adapruner.measure(loaded, structure, texts["pool"].windows)
     of_run = Statistics.load(finished.output / "statistics.safetensors")
     for name, values in statistics.per_sample.items():
         torch.testing.assert_close(values, of_run.per_sample[name], rtol=1e-3, atol=1e-7)
@@ -182,8 +184,7 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
     with pytest.raises(AdaPrunerError, match="these groups make no plan"):
         adapruner.PruningPlan.of(structure, [[99], *kept[1:]])
 
-    text = torch.cat([windows["compensation"], load_file(finished.output / "self.safetensors")["compensation"]])
-    text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
+    text = texts["compensation"].windows
     compensated = adapruner.compensate(loaded, structure, finished.plan, text).state_dict()
     for name, tensor in finished.model.state_dict().items():
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, memory
+from adapruner import AdaPrunerError, PruneConfig, PruneOptions, memory
 from adapruner.cli import main
 from adapruner.measurement._moments import StoredMoments
 from adapruner.measurement._samples import saved_activations
@@ -35,12 +35,19 @@ SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compen
 TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
 
 
-def memory_of(model_config: LlamaConfig, by_layer: bool, device: str = "cpu", count: int = 1, **options: Any) -> Memory:
+def memory_of(
+    model_config: LlamaConfig,
+    by_layer: bool,
+    device: str = "cpu",
+    count: int = 1,
+    stated: int | None = None,
+    **options: Any,
+) -> Memory:
     model = empty_model(model_config)
     structure = build_structure(model)
-    config = PruneConfig.from_options(model="x", **options)
+    config = PruneConfig.from_options(**{"model": "x", "heal": "none"} | options)
     budget = reference_budget(config, structure, config.ratio)
-    return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer)
+    return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer, stated)
 
 
 @pytest.mark.parametrize("family", known_architectures())
@@ -79,12 +86,13 @@ def test_a_7b_model_needs_what_its_shapes_say():
     whole = memory_of(llama, False, "cuda")
     assert whole.weights == pytest.approx(2 * 1.8 * PARAMETERS, rel=1e-3)
     assert whole.largest == "compensation_windows"
-    assert whole.term == (512 + 256) * 128 * (2 * 4096 + 11_008) * 2
-    assert memory_of(llama, False, "cuda", compensation_windows=1024, self_windows=512).term == 2 * whole.term
+    windows = PruneOptions().compensation_windows
+    assert whole.term == windows * 128 * (2 * 4096 + 11_008) * 2
+    assert memory_of(llama, False, "cuda", compensation_windows=2 * windows).term == 2 * whole.term
     # All statistics of 64 samples: three for each vector (four attention and three feed-forward matrices) and two for
     # each input of a row-wise projection.
     assert whole.host == 64 * 4 * 32 * (3 * (4 * 4096 + 3 * 11_008) + 2 * (4096 + 11_008))
-    by_layer = memory_of(llama, True, "cuda", self_windows=0)
+    by_layer = memory_of(llama, True, "cuda")
     assert (by_layer.weights, by_layer.largest) == (2 * (OUTSIDE + LAYER), "second moments")
     assert by_layer.term == 4 * (8 * 11_008**2 + 4 * 4096 * 11_008)
     # Pruned layers wait in main memory.
@@ -104,30 +112,25 @@ def test_a_context_that_the_model_does_not_have_is_refused(make_model, tmp_path)
         estimate(tmp_path, **TINY | {"seq_len": 65})
 
 
-def test_a_recovery_counts_and_does_not_decide_where_layers_are(tmp_path):
-    """All weights and their gradients in float32, and two moments of each."""
+def test_the_training_takes_what_the_memory_allows(tmp_path):
+    """All weights and their gradients in float32, and two moments of each; or those of adapters."""
     llama = LlamaConfig(dtype="bfloat16")
-    alone, lora, full, small = (
-        memory_of(llama, False, "cuda", **options)
-        for options in (
-            {},
-            {"recover": "c4"},
-            {"recover": "c4", "recovery": {"train": "full"}},
-            {"recover": "c4", "recovery": {"train": "full", "optimizer": "adamw_8bit"}},
+    alone, full, lora, scales = (
+        memory_of(llama, False, "cuda", stated=stated, **options)
+        for stated, options in (
+            (None, {}),
+            (200 * GIB, {"heal": "1M"}),
+            (80 * GIB, {"heal": "1M"}),
+            (36 * GIB, {"heal": "1M"}),
         )
     )
-    assert (full.largest, small.largest) == ("recovery.micro_batch_size", "recovery.micro_batch_size")
-    assert alone.device < lora.device < full.device
-    assert full.term - small.term == pytest.approx(6 * 0.8 * PARAMETERS, rel=1e-3)
+    assert (full.largest, lora.largest, scales.largest) == ("heal",) * 3
     assert full.term > 16 * 0.8 * PARAMETERS
+    assert alone.device < scales.device < lora.device < full.device
     llama.save_pretrained(tmp_path)
-    options = {"device": "auto", "self_windows": 0}
-    without, refused = (
-        estimate(tmp_path, "48GB", **options, **more) for more in ({}, {"recover": "c4", "recovery": {"train": "full"}})
-    )
-    assert (without.fits, refused.fits) == (True, False)
-    assert without.placement == refused.placement
-    assert "of `recovery.micro_batch_size` =" in refused.refusal
+    fitting = estimate(tmp_path, "48GB", device="auto", heal="1M")
+    assert fitting.fits
+    assert fitting.memory.largest == "heal"
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The whole job on a tiny model: what comes out, in every mode, and how it is saved, shown and exported."""
 
-import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -15,18 +14,14 @@ from safetensors.torch import load_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions
+from adapruner.calibration._text import load_texts_by_use
 from adapruner.card import _what_was_removed, model_card
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.cli import _options as cli_options, with_options
-from adapruner.config import RecoveryOptions
 from adapruner.evaluation._breakage import Breakage, Writing
 from adapruner.models._places import find_model
 from adapruner.planning._plan import PruningPlan
-from adapruner.progress import Reporter
-from adapruner.recovery._examples import Examples
-from adapruner.recovery._training import RecoveryRecord
 from adapruner.result import ModelNumbers, RunResult
-from adapruner.run.nodes.text import seed_of_writing
 from adapruner.run.preview import estimate
 from adapruner.search._result import SearchResult
 from adapruner.structure._build import build_structure
@@ -66,7 +61,6 @@ def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, 
         "measuring",
         "comparing removals",
         "levelling widths",
-        "writing text",
         "looking for breakage",
         "ranking attention layers",
         "searching",
@@ -78,9 +72,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, 
 
 
 def test_the_run_folder_holds_what_the_design_says(finished):
-    files = (
-        "config.yaml windows.safetensors self.safetensors statistics.safetensors attention.json study.jsonl search.json"
-    )
+    files = "config.yaml windows.safetensors statistics.safetensors attention.json study.jsonl search.json"
     files += " levelled.json plan.json result.json report.html log.jsonl"
     folders = {"keys", "moments", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
@@ -92,12 +84,6 @@ def test_the_run_folder_holds_what_the_design_says(finished):
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | breakage | {
         "texts.safetensors"
     }
-
-
-def test_the_model_can_write_its_own_calibration_text(prune):
-    """That it writes the same each time is tested layer by layer."""
-    # There is no text to report on.
-    assert not prune(**QUICK | {"calibration": "self"}).result.final.perplexity
 
 
 @pytest.mark.parametrize(("space", "alignment"), [("paper", "data"), ("paper", "paper"), ("extended", "data")])
@@ -138,7 +124,7 @@ def test_other_ways(changes, prune, run, model_folder):
 def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(prune, run, model_folder):
     options = OPTIONS | {"ratio": 0.15, "overwrite": True}
     result = prune(sequential=False, **options)
-    tokens = load_file(run / "windows.safetensors")["compensation"]
+    tokens = load_texts_by_use(run / "windows.safetensors")["compensation"].windows
     dense = adapruner.load(model_folder)
     with torch.no_grad():
         wanted = dense(tokens).logits
@@ -159,7 +145,7 @@ def test_the_final_fit_brings_the_model_nearer_to_the_dense_one(prune, run, mode
 def test_the_windows_of_a_trial_are_as_many_as_the_text_has(final_windows, prune, tmp_path):
     options = QUICK | {"objective_windows": None, "final_windows": final_windows, "seq_len": 5, "compensation": "none"}
     result = prune(**options).result
-    there = len(load_file(tmp_path / "run" / "windows.safetensors")["objective"])
+    there = len(load_texts_by_use(tmp_path / "run" / "windows.safetensors")["objective"])
     assert 94 < there < 190  # fewer than both would take, more than are needed
     scored = {30: there - 30, 500: 64}[final_windows]
     assert max(point.windows for point in result.search.points) == scored
@@ -242,43 +228,6 @@ def test_the_licence_of_the_base_model_is_carried_over(model_folder, finished, t
         assert "&lt;b&gt;&#124;&#96;x&#96;" in body
 
 
-TRAINING: dict[str, Any] = {"steps": 4, "batch_size": 4, "seq_len": 16, "validation": 4, "label_weight": 1.0}
-
-
-def test_a_recovery_without_a_teacher_does_not_load_the_dense_model(model_folder, text_file, tmp_path):
-    options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
-    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
-    before = stages_done(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "recovered")
-    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
-    again = stages_done(tmp_path / "run")[len(before) :]
-    assert "recovering" in again
-    assert "loading" not in again
-
-
-def test_examples_of_a_recovery_are_not_held_before_it(model_folder, text_file, tmp_path, monkeypatch):
-    def count() -> int:
-        gc.collect()
-        return sum(type(known) is Examples for known in gc.get_objects())
-
-    held, begin, others = dict[str, int](), Reporter.stage, count()
-
-    def stage(reporter: Reporter, name: str, total: int | None = 1) -> Any:
-        if name in ("measuring", "searching", "recovering"):
-            held[name] = count() - others
-        return begin(reporter, name, total)
-
-    monkeypatch.setattr(Reporter, "stage", stage)
-    options = QUICK | {"calibration": str(text_file), "recover": str(text_file), "recovery": TRAINING}
-    adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
-    assert held == {"measuring": 0, "searching": 0, "recovering": 1}
-
-
-def test_no_two_texts_that_the_model_writes_share_a_seed():
-    uses = ("pool", "objective", "compensation", "recovery")
-    assert [seed_of_writing(use, seed) for seed in range(3) for use in uses] == [*range(12)]
-
-
 def test_options_that_contradict_each_other_are_refused_where_they_are_made():
     with pytest.raises(ValidationError, match="`samples` 11 is more than the 10 of `pool`"):
         PruneOptions(samples=11, pool=10)
@@ -301,12 +250,10 @@ def test_a_model_is_exported(make_model, tmp_path, capsys):
 def test_layer_by_layer_leads_to_the_same_model(prune, text_file, tmp_path):
     """With everything in one dtype, and by a text that the model writes itself. It is what a run is told to do where
     memory gives out, and decides last digits: it is not mixed with what was made otherwise."""
-    texts = {"calibration": "self", "objective": str(text_file)}
-    options = QUICK | texts | {"dtype": "bfloat16", "self_windows": None, "level_rounds": 1, "tune_scales": True}
+    texts = {"calibration": f"mix:0.5,{text_file}", "objective": str(text_file)}
+    options = QUICK | texts | {"dtype": "bfloat16", "level_rounds": 1, "heal": "1k"}
     resident = prune(layer_wise=False, **options)
-    with pytest.raises(
-        AdaPrunerError, match=r"layer_wise\): windows.safetensors, self.safetensors, .* would be rebuilt"
-    ):
+    with pytest.raises(AdaPrunerError, match=r"layer_wise\): windows.safetensors, .* would be rebuilt"):
         prune(layer_wise=True, **options)
     result = prune(layer_wise=True, overwrite=True, **options)
     assert PruneConfig.load(result.output / "config.yaml").layer_wise
@@ -317,19 +264,6 @@ def test_layer_by_layer_leads_to_the_same_model(prune, text_file, tmp_path):
     for text, measured in result.result.final.perplexity.items():
         assert measured.perplexity == pytest.approx(resident.result.final.perplexity[text].perplexity, rel=1e-2)
     assert "layer by layer, the models write no text for it" in (result.output / "model" / "README.md").read_text()
-
-
-@pytest.mark.parametrize(("ratio", "rate"), [(0.25, 0.005), (0.3, 0.01)])
-def test_scales_move_faster_after_a_large_cut(prune, monkeypatch, ratio, rate):
-    rates = []
-
-    def tuned(load: Callable[[], Any], text: Any, teacher: Any, settings: RecoveryOptions, *rest: Any) -> Any:
-        rates.append(settings.learning_rate)
-        return load()
-
-    monkeypatch.setattr("adapruner.run.nodes.models._tuned", tuned)
-    prune(**QUICK | {"ratio": ratio, "tune_scales": True})
-    assert rates == [rate]
 
 
 def test_vector_wise_terms_alone(prune):
@@ -365,15 +299,14 @@ def test_quiet_leaves_results_and_advice(finished, run, model_folder, text_file,
 
 def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     known = finished.result.final.perplexity[f"{text_file}@report"]
-    trained = RecoveryRecord.model_construct()
 
     def advice(dense: float = 20, final: float = 30, compensation: int = 768, widths: int = 24, **changes: Any) -> str:
         blocks = [block.model_copy(update={"kept": tuple(range(widths))}) for block in finished.plan.blocks]
         models = [
             ModelNumbers(role=role, parameters=1, perplexity={"text": known.model_copy(update={"perplexity": value})})
-            for role, value in (("dense", dense), ("recovered" if "recovery" in changes else "searched", final))
+            for role, value in (("dense", dense), ("searched", final))
         ]
-        changes |= {"models": tuple(models), "windows": {"compensation": compensation}}
+        changes |= {"models": tuple(models), "windows": {"compensation": {"text": compensation}}}
         point = finished.result.search.points[0].model_copy(update={"starting_point": False})
         changes["search"] = finished.result.search.model_copy(update={"points": (point,)})
         return " | ".join(
@@ -397,13 +330,11 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
 
     assert "the model repeats itself: 50% of its greedy text was there before, 20% in" in broken(0.5, 1.0)
     assert "repeats" not in broken(0.4, 1.0)
-    assert "bits per byte of code rose from 1.00 to 1.60 | fine-tuning" in broken(0.2, 1.6)
-    assert broken(0.5, 1.6).count("a lower `ratio` helps") == 1
+    assert "bits per byte of code rose from 1.00 to 1.60 | more tokens of `heal`" in broken(0.2, 1.6)
+    assert broken(0.5, 1.6).count("or a lower `ratio`, helps") == 1
     assert "code" not in broken(0.2, 1.4)
     assert advice() == ""
-    assert "rose from 20.0 to 50.0 | fine-tuning with `recover`" in advice(final=50)
-    assert advice(final=30, recovery=trained) == ""
-    assert "longer fine-tuning" in advice(final=45, recovery=trained)
+    assert "rose from 20.0 to 50.0 | more tokens of `heal`, or a lower `ratio`, helps" in advice(final=50)
     assert "rose from 20.0 to nan" in advice(final=float("nan"))
     assert "fitted on 40 windows" in advice(compensation=40)
     assert "not multiples of 8" in advice(widths=23)

@@ -141,16 +141,15 @@ def test_the_7b_recipes_leave_exactly_what_the_protocol_leaves(recipe, heads, ch
     middle = structure.layers // 2
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
     assert structure.total_parameters - structure.removed_parameters(counts) == left
-    assert config.recover == "alpaca"
-    assert config.recovery.label_weight == 1
+    assert config.heal == "none"
 
 
 def test_options_go_before_those_of_the_recipe(tmp_path, resolved):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("model: a/b\nratio: 0.3\nrecover: alpaca\nrecovery: {steps: 5, seq_len: 64}\n")
-    config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--recovery.steps", "7"])
+    recipe.write_text("model: a/b\nratio: 0.3\nheal: 300k\n")
+    config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--heal", "2M"])
     assert (config.model, config.ratio, config.trials) == ("c/d", 0.3, 9)
-    assert (config.recovery.steps, config.recovery.seq_len) == (7, 64)
+    assert config.heal == "2000000"
 
 
 def test_an_effort_sets_options_that_are_not_given(tmp_path, resolved):

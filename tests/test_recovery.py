@@ -527,11 +527,11 @@ def test_the_validation_loss_is_the_mean_over_tokens(distils, model, tmp_path):
 
 def test_the_teacher_writes_the_text_itself(model_folder, tmp_path):
     record = adapruner.recover(
-        model_folder, "self", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 2, "records": 20}
+        model_folder, "mix", tmp_path / "a", teacher=str(model_folder), **SHORT | {"steps": 7, "records": 3}
     )
-    # Two steps of four examples, and those for validation.
-    assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 18, 2)
-    assert record.parts["self"].learnt == 8
+    # Seven steps of four examples, four of each kind; and one of each for validation.
+    assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 14, 7)
+    assert {part.learnt for part in record.parts.values()} == {4}
     assert record.loss_before < 1e-3
 
 
@@ -599,6 +599,10 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained():
     assert "| a | b |" not in card
     assert card.endswith("## Licence\n\nx\n")
     assert card_of_recovered("# another card", RECORD) is None
+    healed = "It was trained to predict as the dense model does, on 5 tokens of `a: b.`, `c`: LoRA, merged."
+    both = card_of_recovered(pruned.replace("It was not fine-tuned.", healed), RECORD)
+    assert both is not None
+    assert f"{healed} It was fine-tuned on" in both
 
 
 @pytest.mark.parametrize(

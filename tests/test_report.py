@@ -25,7 +25,6 @@ from adapruner import PruneConfig
 from adapruner.cli import app, main
 from adapruner.evaluation._verdict import Verdict
 from adapruner.graph.folder import RunFolder
-from adapruner.recovery._training import RecoveryRecord
 from adapruner.report._charts import Axis
 from adapruner.report._command import command, next_commands
 from adapruner.report._page import write_report
@@ -287,7 +286,7 @@ def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
         dense, _, _, searched = result["models"]
         dense["tasks"], searched["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
     html, shown = write_report(run).read_text(), page_of(run)
-    assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500".replace("-", "−")
+    assert shown.rows("task-table")["piqa"][4] == f"{change:+.4f} ± 0.0500".replace("-", "−")
     assert ("within noise" in shown.rows("loss-table")["acc piqa"][2]) == is_noise
     row = html.partition('id="task-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
     assert ('<tr class="noise">' in row) == is_noise
@@ -441,26 +440,16 @@ def test_the_next_commands_can_be_typed(page, finished):
     for line in lines:
         words = shlex.split(line.splitlines()[0])
         _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-        assert bound.args[0] == str(finished.model_folder)
+        assert bound.args[0] == str(finished.output if words[0] == "recover" else finished.model_folder)
         verbs_named.append(words[0])
     assert verbs_named == ["recover", "evaluate", "benchmark", "export"]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"calibration": "self"}, "--data self --teacher"),
-        ({"calibration": "windows.safetensors@calibration"}, None),
-        ({"sources": "mine.yaml"}, None),
-        ({}, "--data text.txt --teacher"),
-    ],
-)
+@pytest.mark.parametrize(("options", "said"), [({"sources": "mine.yaml"}, []), ({}, ["Train on, as long again"])])
 def test_no_command_is_suggested_that_would_be_refused(options, said, finished):
     config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
     commands = next_commands(replace(finished, result=finished.result.model_copy(update={"config": config})), False)
-    recover = [line for line in commands.values() if " recover " in line]
-    assert bool(recover) == bool(said)
-    assert all(str(said) in line for line in recover)
+    assert [purpose for purpose, line in commands.items() if " recover " in line] == said
 
 
 def test_the_command_makes_the_same_run(finished, page):
@@ -472,7 +461,8 @@ def test_the_command_makes_the_same_run(finished, page):
     [
         {},
         {"sequential": False, "layer_wise": True, "evaluate": ("a b", "c"), "tasks": ("boolq", "piqa")},
-        {"recover": "self", "recovery": {"steps": 3, "learning_rate": 1e-5}, "protect_first": 0, "seed": 7},
+        {"calibration": "mix,a.txt:0.5", "heal": "300k", "protect_first": 0, "seed": 7},
+        {"heal": "none"},
         {"space": "paper", "compensation": "none", "objective": "it's.txt", "head_share": 0.25},
     ],
 )
@@ -480,9 +470,7 @@ def test_commands_name_what_differs_from_the_defaults(options):
     config = PruneConfig.from_options(model="owner/name", **options)
     line = command(config, Path("runs/a b"))
     assert parsed(line) == config
-    assert all(
-        f"--{name.strip('_').replace('_', '-')}" in line for name in options if name not in ("sequential", "recovery")
-    )
+    assert all(f"--{name.strip('_').replace('_', '-')}" in line for name in options if name != "sequential")
     assert "--pool" not in line
 
 
@@ -544,17 +532,11 @@ def test_what_was_needed_on_the_way_may_be_removed(run):
     assert not list(shown.root.iterfind(".//details[@class='sample']"))
 
 
-@pytest.mark.parametrize(
-    ("recovered", "line"),
-    [(False, "the model should be recovered before use"), (True, "the model was not recovered enough for use")],
-)
-def test_a_fine_tuned_model_is_not_sent_to_be_recovered(recovered, line, finished):
-    """The verdict of both is `recover first`."""
+def test_a_model_that_is_not_usable_is_to_be_trained_further(finished):
     (*others, final) = finished.result.models
     models = (*others, final.model_copy(update={"verdict": "recover first"}))
-    record = RecoveryRecord.model_construct() if recovered else None
-    result = finished.result.model_copy(update={"models": models, "recovery": record})
-    assert line in replace(finished, result=result).advice()
+    result = finished.result.model_copy(update={"models": models})
+    assert "the model should be trained further before use" in replace(finished, result=result).advice()
 
 
 def test_the_verb(run, monkeypatch, capsys):
@@ -577,7 +559,7 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
 
 
 def test_a_report_that_fails_does_not_lose_the_run(model_folder, text_file, tmp_path, monkeypatch):
-    options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0, "tune_scales": False}
+    options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0}
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.run.nodes.evaluated.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig
+from adapruner.calibration._text import load_texts_by_use
 from adapruner.graph.folder import RunFolder
 from adapruner.models._architecture import known_architectures, using_architecture
 from adapruner.option_rules import EFFORTS
@@ -65,7 +66,7 @@ def change_weights(model: Path) -> None:
         ({"ratio": 0.05}, r"\(ratio 0.1 → 0.05\)"),
         # What is no longer made is a change too.
         ({"level_rounds": 0}, r"\(level_rounds 2 → 0.*\): plan.json, "),
-        ({"self_windows": 0}, r"\(self_windows null → 0.*\): moments, "),
+        ({"compensation_windows": 8}, r"\(compensation_windows .* → 8\): windows.safetensors, moments, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -87,17 +88,17 @@ def test_another_model_text_or_family_is_refused(again, model, text_file, tmp_pa
     rows = [{"a": first, "b": second} for first, second in itertools.pairwise(text_file.read_text().split("\n\n"))]
     path, output = tmp_path / "rows.jsonl", tmp_path / "by-column"
     path.write_text("\n".join(map(json.dumps, rows)))
-    interrupt_before("writing text", model, output, calibration=f"{path}:a", **RUN_OPTIONS)
-    with pytest.raises(AdaPrunerError, match=r"rows.jsonl:a@calibration → .*rows.jsonl:b@calibration"):
+    interrupt_before("reading activations", model, output, calibration=f"{path}:a", **RUN_OPTIONS)
+    with pytest.raises(AdaPrunerError, match=r"rows.jsonl:a.* → .*rows.jsonl:b"):
         again(model=str(model), output=output, calibration=f"{path}:b")
 
 
 def test_another_seed_draws_other_windows(run, model_folder, text_file, tmp_path):
     """That the same seed gives the same plan is tested with every kill."""
     options = RUN_OPTIONS | {"calibration": str(text_file), "seed": 1}
-    interrupt_before("writing text", model_folder, tmp_path / "other", **options)
-    drawn = [load_file(folder / "windows.safetensors") for folder in (run, tmp_path / "other")]
-    assert not torch.equal(drawn[0]["pool"], drawn[1]["pool"])
+    interrupt_before("reading activations", model_folder, tmp_path / "other", **options)
+    drawn = [load_texts_by_use(folder / "windows.safetensors") for folder in (run, tmp_path / "other")]
+    assert not torch.equal(drawn[0]["pool"].windows, drawn[1]["pool"].windows)
 
 
 def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(finished, again, run, monkeypatch):
@@ -107,9 +108,7 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(finished, again, 
     assert other.result.search.ratio == 0.05
     after, new = written(run), stages_done(run)[len(stages) :]
     dense = (*(f"evaluation/{what}-d" for what in ("perplexity", "written", "writing", "breakage")),)
-    kept = {
-        name for name in before if name.startswith(("windows", "self", "moments", "statistics", "attention", *dense))
-    }
+    kept = {name for name in before if name.startswith(("windows", "moments", "statistics", "attention", *dense))}
     assert len(kept) > 10
     assert all(after[name] == before[name] for name in kept)
     assert after["search.json"] != before["search.json"]

@@ -245,9 +245,8 @@ def pruned(tmp_path_factory, model_folder, text_file):
     )
     shutil.copy(text_file, text)
     options = {"pool": 4, "samples": 2, "objective_windows": 4, "seq_len": 16, "trials": 4, "round_to": 1}
-    options |= {"recover": str(text), "recovery": {"seq_len": 16, "steps": 1}, "protect_first": 1, "protect_last": 1}
-    options |= {"compensation_windows": 8, "self_windows": 0, "level_rounds": 0, "tune_scales": False}
-    return adapruner.prune(
+    options |= {"compensation_windows": 8, "level_rounds": 0, "heal": "2k", "protect_first": 1, "protect_last": 1}
+    result = adapruner.prune(
         str(model),
         output=place / "run",
         calibration=str(text),
@@ -256,6 +255,8 @@ def pruned(tmp_path_factory, model_folder, text_file):
         ratio=0.1,
         **options,
     )
+    adapruner.recover(result.output, seq_len=16, tokens=64)
+    return result
 
 
 def test_a_model_card_shows_names_as_names(pruned):

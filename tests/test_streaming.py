@@ -38,8 +38,8 @@ from adapruner.models._loading import check_streamable, empty_model, load_model
 from adapruner.models._places import find_model
 from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.recovery._adapters import scale_options
 from adapruner.recovery._examples import window_examples
+from adapruner.recovery._healing import healing_options
 from adapruner.recovery._training import train
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
@@ -198,7 +198,8 @@ def test_scales_are_tuned_as_in_memory(family, native, make_model, tmp_path, mon
         for weight in decoder_layers(model)[1].parameters():
             weight *= 1 + 0.3 * torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
     changed = on_disk(model, tmp_path / "changed")
-    settings = scale_options(0, torch.device("cpu"), layer_wise=True)
+    settings = healing_options("ia3", 11 * 64, 16, 0, torch.device("cpu"), layer_wise=True)
+    settings = settings.model_copy(update={"steps": 11, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 5e-3})
     text = torch.randint(4, 90, (48, 16), generator=torch.Generator().manual_seed(1))
     tuned, reads = [], list[list[int]]()
 

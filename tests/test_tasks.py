@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.evaluation import _tasks
 from adapruner.evaluation._tasks import check_tasks, load_tasks, mean_accuracies, measure_tasks
+from adapruner.numbers import Number, difference, task_table
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
@@ -250,3 +252,13 @@ def test_data_that_cannot_be_read_are_named(make_model, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(AdaPrunerError, match="cannot load task 'piqa' or its data"):
         load_tasks(["piqa"])
+
+
+def test_two_models_are_compared_item_by_item():
+    before, after = (
+        Number("task", "acc", "piqa", value, 4, 0.2, right=right) for value, right in ((0.75, "1110"), (0.5, "1100"))
+    )
+    assert difference(before, after) == (-0.25, pytest.approx(0.5 / 2))
+    assert difference(before, replace(after, right="1")) == (-0.25, pytest.approx(0.2 * 2**0.5))
+    [row] = task_table({"dense": {("task", "acc", "piqa"): before}, "pruned": {("task", "acc", "piqa"): after}}).rows
+    assert [str(cell.text) for cell in row[4:6]] == ["66.7 %", "−0.2500"]

@@ -1,6 +1,7 @@
 """Who may use which text: whatever the options, nothing is reported that a model was chosen or trained on."""
 
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,59 +10,66 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from adapruner.calibration._blend import sources_of
 from adapruner.calibration._pool import EvaluationText
 from adapruner.calibration._reading import read_documents
 from adapruner.calibration._sources import parse_source
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.run.nodes.text import drawn_to_report
-from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps
+from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of
 
 
 def assigned(**options: object) -> Texts:
     return assign_texts(PruneConfig.from_options(model="m", **options))
 
 
-def as_text(texts: Texts) -> tuple[str, str, str, list[str]]:
-    recovery = [part.source for part in texts.recovery] or [None]
-    return str(texts.pool), str(texts.objective), ", ".join(map(str, recovery)), list(texts.report)
+def as_text(texts: Texts) -> tuple[str, str, list[str]]:
+    calibration, objective = (
+        ", ".join(str(part.source or part.name) for part in blend) for blend in (texts.calibration, texts.objective)
+    )
+    return calibration, objective, list(texts.report)
+
+
+MIX = "prose, code, mathematics, questions, dialogue, instructions, languages"
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ("c4@calibration", "c4@objective", "None", ["c4@report"])),
-        ({"evaluate": ("c4",)}, ("c4@calibration", "c4@objective", "None", ["c4@report"])),
-        ({"evaluate": ("ptb",)}, ("c4@calibration", "c4@objective", "None", ["ptb:validation"])),
+        ({}, (MIX, MIX, [])),
+        ({"calibration": "c4"}, ("c4@calibration", "c4@objective", ["c4@report"])),
+        ({"calibration": "c4", "evaluate": ("c4",)}, ("c4@calibration", "c4@objective", ["c4@report"])),
+        ({"calibration": "c4", "evaluate": ("ptb",)}, ("c4@calibration", "c4@objective", ["ptb:validation"])),
         (
             {"calibration": "wikitext2"},
-            ("wikitext2:train@calibration", "wikitext2:train@objective", "None", ["wikitext2:train@report"]),
+            ("wikitext2:train@calibration", "wikitext2:train@objective", ["wikitext2:train@report"]),
         ),
         (
-            {"calibration": "wikitext2", "evaluate": ("wikitext2",), "recover": "wikitext2"},
-            (
-                "wikitext2:train@calibration",
-                "wikitext2:train@objective",
-                "wikitext2:train@calibration",
-                ["wikitext2:test"],
-            ),
+            {"calibration": "wikitext2", "evaluate": ("wikitext2",)},
+            ("wikitext2:train@calibration", "wikitext2:train@objective", ["wikitext2:test"]),
         ),
         (
             {"calibration": "wikitext2:test", "evaluate": ("wikitext2",)},
-            ("wikitext2:test@calibration", "wikitext2:test@objective", "None", ["wikitext2:test@report"]),
+            ("wikitext2:test@calibration", "wikitext2:test@objective", ["wikitext2:test@report"]),
         ),
-        ({"calibration": "self", "objective": "ptb"}, ("None", "ptb:train@objective", "None", ["ptb:train@report"])),
-        ({"calibration": "self", "recover": "self"}, ("None", "None", "None", [])),
-        ({"recover": "alpaca"}, ("c4@calibration", "c4@objective", "alpaca", ["c4@report"])),
+        ({"objective": "ptb"}, (MIX, "ptb:train@objective", ["ptb:train@report"])),
         (
-            {"recover": "alpaca", "evaluate": ("alpaca",)},
-            ("c4@calibration", "c4@objective", "alpaca@calibration", ["alpaca@report"]),
+            {"calibration": "mix,alpaca:0.5"},
+            (f"{MIX}, alpaca@calibration", f"{MIX}, alpaca@objective", ["alpaca@report"]),
         ),
-        ({"calibration": "c4@report", "objective": "c4"}, ("c4@report", "c4@objective", "None", [])),
-        ({"recover": "c4@report"}, ("c4@calibration", "c4@objective", "c4@report", [])),
         (
-            {"objective": "ptb", "evaluate": ("c4@report", "ptb:train")},
-            ("c4@calibration", "ptb:train@objective", "None", ["c4@report", "ptb:train@report"]),
+            {"calibration": "ptb,alpaca", "evaluate": ("c4", "alpaca")},
+            (
+                "ptb:train@calibration, alpaca@calibration",
+                "ptb:train@objective, alpaca@objective",
+                ["c4", "alpaca@report"],
+            ),
+        ),
+        ({"calibration": "c4@report", "objective": "c4"}, ("c4@report", "c4@objective", [])),
+        (
+            {"calibration": "c4", "objective": "ptb", "evaluate": ("c4@report", "ptb:train")},
+            ("c4@calibration", "ptb:train@objective", ["c4@report", "ptb:train@report"]),
         ),
     ],
 )
@@ -75,19 +83,19 @@ def test_parts_by_default(options, expected):
         ({"evaluate": ("c4@calibration",)}, "`evaluate` would read c4@calibration, which `calibration` reads already"),
         ({"evaluate": ("c4@objective",)}, "`evaluate` would read c4@objective, which `objective` reads already"),
         ({"objective": "c4@calibration"}, "`objective` would read c4@calibration, which `calibration` reads already"),
-        ({"recover": "alpaca@report", "evaluate": ("alpaca",)}, "alpaca@report, which `recover` reads already"),
         ({"evaluate": ("hf:allenai/c4:en:train:url",)}, "`evaluate` and `calibration` read other columns of the same"),
         ({"calibration": "c5"}, "unknown text source 'c5'"),
+        ({"calibration": "answers:alpaca"}, "'answers:alpaca' is for fine-tuning: name the dataset itself"),
     ],
 )
 def test_what_would_be_used_twice_is_refused(options, message):
     with pytest.raises(AdaPrunerError, match=message):
-        assigned(**options)
+        assigned(**{"calibration": "c4"} | options)
 
 
 def test_a_document_without_text_is_in_no_item(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ["", " ", "w1", "w2", "w3"]))
-    used = assigned(calibration=f"{tmp_path}/a.jsonl@calibration", objective="self").used_documents()
+    used = assigned(calibration=f"{tmp_path}/a.jsonl@calibration", objective="mix").used_documents()
     assert used
     assert all(document.strip() for document in used)
 
@@ -113,7 +121,6 @@ def test_two_columns_of_a_file_are_one_text(tmp_path, monkeypatch):
     for options in (
         {"calibration": "qa.jsonl", "evaluate": ("qa.jsonl:question",)},
         {"calibration": "./qa.jsonl:question", "objective": str(tmp_path / "qa.jsonl")},
-        {"calibration": "qa.jsonl:text", "recover": "qa.jsonl:question"},
     ):
         with pytest.raises(AdaPrunerError, match="name the same column in both"):
             assigned(**options)
@@ -138,16 +145,15 @@ def files(tmp_path_factory):
 
 
 @given(
-    calibration=st.sampled_from(["self", *NAMES]),
+    calibration=st.lists(st.sampled_from(["mix", *NAMES]), min_size=1, max_size=2, unique=True),
     objective=st.sampled_from([None, *NAMES]),
-    recover=st.sampled_from([None, "self", *NAMES]),
     evaluate=st.lists(st.sampled_from(NAMES), max_size=2),
 )
-def test_nothing_reported_was_used(files, calibration, objective, recover, evaluate):
+def test_nothing_reported_was_used(files, calibration, objective, evaluate):
     def here(name: str | None) -> str | None:
-        return name if name in (None, "self") else f"{files}/{name}"
+        return name if name in (None, "mix") else f"{files}/{name}"
 
-    options = {"calibration": here(calibration), "objective": here(objective), "recover": here(recover)}
+    options = {"calibration": ",".join(map(here, calibration)), "objective": here(objective)}
     try:
         texts = assigned(**options, evaluate=tuple(map(here, evaluate)))
     except AdaPrunerError:
@@ -160,29 +166,30 @@ def test_nothing_reported_was_used(files, calibration, objective, recover, evalu
     for source in texts.report.values():
         assert not numbers(read_documents(source)) & used
         assert overlaps(texts.as_records(), source) == []
-    if texts.pool is not None and texts.objective is not None:
-        assert not numbers(read_documents(texts.pool)) & numbers(read_documents(texts.objective))
+    for one, other in product(sources_of(texts.calibration), sources_of(texts.objective)):
+        assert not numbers(read_documents(one[1])) & numbers(read_documents(other[1]))
 
 
 def test_a_run_that_has_read_its_texts_does_not_need_them(tmp_path):
     path = tmp_path / "gone.jsonl"
     config = PruneConfig(model="m", calibration=f"{path}:text")
-    assert str(assign_texts(config).pool) == f"{path}:text@calibration"
+    assert str(assign_texts(config).calibration[0].source) == f"{path}:text@calibration"
 
 
 def test_what_a_checkpoint_records(tmp_path):
     path = tmp_path / "secret" / "a.txt"
     path.parent.mkdir()
     path.write_text("w1\n\nw2")
-    texts = assigned(calibration=str(path), objective="ptb", recover="c4", evaluate=("c4",))
+    texts = assigned(calibration=str(path), objective="ptb", evaluate=("c4",))
     records = texts.as_records()
     assert [(record["use"], record["text"], record["part"]) for record in records] == [
         ("pool", "a.txt@calibration", "calibration"),
         ("objective", "ptb:train@objective", "objective"),
-        ("recovery", "c4@calibration", "calibration"),
     ]
     assert "secret" not in json.dumps(records)
     assert overlaps(records, parse_source("ptb")) == ["selected on ptb:train@objective"]
+    trained = {"use": "recovery"} | record_of(parse_source("c4@calibration"))
+    records.append(trained)
     assert overlaps(records, parse_source("hf:allenai/c4:en:train:url@report")) == ["trained on c4@calibration"]
     for text in ("c4@report", "ptb:test", "wikitext2"):
         assert overlaps(records, parse_source(text)) == []

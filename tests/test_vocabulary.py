@@ -519,7 +519,7 @@ def test_the_command_says_what_was_removed(folders, tmp_path, capsys):
     for arguments, message in (
         (["--vocabulary", str(text)], "exists: choose another output"),
         (["--vocabulary", ","], "--vocabulary names no text"),
-        (["--vocabulary", "self"], "can only be used to calibrate"),
+        (["--vocabulary", "mix"], "is for calibration and training alone"),
         (["--vocabulary", str(text), "--vocabulary-size", "50", "--overwrite"], "--vocabulary-size 50 is less than"),
     ):
         assert exit_code([*command, *arguments]) == 2

@@ -24,8 +24,9 @@ from adapruner.models._stored import has_multi_token_head
 from adapruner.numbers import Number, measured_table
 from adapruner.plain_yaml import parse_yaml
 from adapruner.planning._plan import PruningPlan
+from adapruner.recovery._healing import Healing
 from adapruner.recovery._training import RecoveryRecord
-from adapruner.result import Role, RunResult, shown_name
+from adapruner.result import RunResult, shown_name
 from adapruner.search._levelling import MovedChannels, MovedHeads
 from adapruner.tokens._selecting import VocabularySummary
 
@@ -37,23 +38,22 @@ _LONGEST_GGUF_METADATA = 2**26
 # Length of the key, key, type (a string), length of the value, value.
 _GGUF_LICENCE = re.compile(rb"\x0f\0\0\0\0\0\0\0general\.license\x08\0\0\0(.{8})(.{,200})", re.DOTALL)
 _LOADING = "## Loading\n\n"
+_TRAINED = {"lora": "LoRA, merged", "ia3": "IA3, merged", "layers": "all weights of the layers", "full": "all weights"}
 _NOT_TRAINED = "It was not fine-tuned."
+_HEALED = "It was trained to predict as the dense model does"
 # With fewer items, chance changes accuracies more than models do: they are in the table, but not in the metadata.
 _FEWEST_ITEMS = 100
 
 
-def model_card(
-    location: ModelLocation, config: PreTrainedConfig, plan: PruningPlan, result: RunResult, of: Role = "searched"
-) -> str:
+def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningPlan, result: RunResult) -> str:
     """The README.md of a pruned checkpoint, with the metadata that the Hugging Face Hub reads. Local folders are named
     without their path.
 
     Args:
         location: of the base model.
         config: of the pruned model.
-        of: the role of the model in the run.
     """
-    model, dense = result.model(of), result.model("dense")
+    model, dense = result.final, result.model("dense")
     base = shown_name(result.config.model)
     numbers = {"dense": dense.numbers, "this model": model.numbers}
     moves = [move for move in result.levelled.moves if move.accepted] if result.levelled else []
@@ -72,7 +72,7 @@ def model_card(
         removed=dense.parameters - result.model("searched").parameters,
         parameters=dense.parameters,
         parts=_what_was_removed(plan),
-        trained=trained_sentence(result.recovery) if of == "recovered" and result.recovery else _NOT_TRAINED,
+        trained=healed_sentence(result.healing) if result.healing and result.healing.record else _NOT_TRAINED,
         plan=plan,
         verdict=model.verdict,
         writes=bool(model.breakage and model.breakage.writing),
@@ -82,7 +82,6 @@ def model_card(
         terms=[(name, weight) for name, weight in terms if weight],
         rounds=sum(isinstance(move, MovedChannels) for move in moves),
         moves_heads=any(isinstance(move, MovedHeads) for move in moves),
-        is_tuned=result.tuned_scales,
         versions=result.versions,
     )
 
@@ -223,7 +222,7 @@ def _gguf_licence(path: Path) -> str | None:
 
 def trained_sentence(record: RecoveryRecord) -> str:
     """The fine-tuning in one sentence."""
-    how = {"lora": "LoRA, merged", "ia3": "IA3, merged", "full": "all weights"}[record.config["train"]]
+    how = _TRAINED[record.config["train"]]
     learnt = "the predictions of the dense model" if record.method == "distillation" else "the text itself"
     names = [f"`{_escaped(_public(name))}`" for name in record.parts or [record.config["data"]]]
     return (
@@ -232,12 +231,22 @@ def trained_sentence(record: RecoveryRecord) -> str:
     )
 
 
+def healed_sentence(healing: Healing) -> str:
+    """The training after the cut in one sentence."""
+    assert healing.record is not None
+    kinds = ", ".join(f"`{_escaped(_public(name))}`" for name in healing.record.parts)
+    return f"{_HEALED}, on {healing.record.tokens:,} tokens of {kinds}: {_TRAINED[healing.trained]}."
+
+
 def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     """The card of a pruned model for the same model after recovery; None if this package did not write the card. Its
     numbers are removed: they were measured before."""
-    if _NOT_TRAINED not in card:
+    ends = "|".join(map(re.escape, _TRAINED.values()))
+    earlier = re.search(rf"{re.escape(_NOT_TRAINED)}|{re.escape(_HEALED)}.*?: (?:{ends})\.", card)
+    if earlier is None:
         return None
-    card = card.replace(_NOT_TRAINED, trained_sentence(record))
+    sentences = [text for text in (earlier[0], trained_sentence(record)) if text != _NOT_TRAINED]
+    card = card.replace(earlier[0], " ".join(sentences))
     before, heading, rest = card.partition("## What it cost\n\n")
     after = rest.partition("\n## ")[2]
     # The card of a model from which only tokens were removed has no such section.

@@ -42,7 +42,7 @@ ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "a
 Searched = Literal["joint", "calibration", "metric"]
 Space = Literal["paper", "extended"]
 Terms = Literal["all", "vector-wise"]
-TrainedWeights = Literal["lora", "ia3", "full"]
+TrainedWeights = Literal["lora", "ia3", "layers", "full"]
 
 
 # The options for the amount to remove; a run has one of them.
@@ -84,8 +84,7 @@ class _Options(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            nested = [f"recovery.{name}" for name in RecoveryOptions.model_fields if "recovery" in cls.model_fields]
-            raise AdaPrunerError(describe_invalid(error, [*cls.model_fields, *nested])) from None
+            raise AdaPrunerError(describe_invalid(error, [*cls.model_fields])) from None
 
 
 class RecoveryOptions(_Options):
@@ -94,7 +93,7 @@ class RecoveryOptions(_Options):
     train: TrainedWeights = Field(
         default="lora",
         description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
-        " layer; or all weights.",
+        " layer; or all weights, with layers those of the decoder layers alone.",
     )
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
     epochs: int | None = Field(
@@ -170,11 +169,14 @@ class PruneOptions(_Options):
         " the heads and channels of every layer that is not protected, as in LLM-Pruner and the paper.",
     )
     calibration: str = Field(
-        default="c4", description="Calibration dataset: a known name, a file, hf:…, or self (the model generates it)."
+        default="mix",
+        description="Text to measure, fit and train on: mix, which the model writes itself in seven kinds; a known"
+        " name, a file or hf:…; or several with their shares, as mix,notes.txt:0.5.",
     )
     objective: str | None = Field(
         default=None,
-        description="Dataset whose loss the search minimises; by default other documents of the calibration dataset.",
+        description="Text on which the search judges, given in the same way; by default other documents of"
+        " calibration.",
     )
     evaluate: Names = Field(
         default=(), description="Dataset to report perplexity on, before and after pruning; may be repeated."
@@ -188,7 +190,7 @@ class PruneOptions(_Options):
         f" {SCORING_WINDOWS[0]} if the text has no more besides final_windows.",
     )
     final_windows: int = Field(
-        default=64, ge=0, description="Further held-out windows, if available, that score the best trials again."
+        default=32, ge=0, description="Further held-out windows, if available, that score the best trials again."
     )
     evaluate_windows: int | None = Field(
         default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
@@ -262,31 +264,17 @@ class PruneOptions(_Options):
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(
-        default=512, ge=2, description="Maximum number of calibration windows to fit the compensation on."
-    )
-    self_windows: int | None = Field(
-        default=None,
-        ge=0,
-        description="Windows that the model generates itself and that the compensation is fitted on as well, so that it"
-        " also holds for other text; by default half of compensation_windows.",
+        default=256, ge=2, description="Maximum number of calibration windows to fit the compensation on."
     )
     sequential: bool | None = Field(
         default=None,
         description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
         " if no bias is added and the family allows it.",
     )
-    tune_scales: bool | None = Field(
-        default=None,
-        description="Learn a scale for each input of every linear layer of the pruned model from what the dense model"
-        " predicts on the text of the compensation, and merge them; by default after least squares, where all layers"
-        " are on one device.",
+    heal: Literal["none"] | Tokens = Field(
+        default="100k",
+        description="Tokens on which the pruned model is trained to predict as the dense model does; or none.",
     )
-    recover: str | None = Field(
-        default=None,
-        description="Dataset to fine-tune the pruned model on: instructions with answers, or any text; several with"
-        " their shares, as self:0.3,c4:0.3,answers:alpaca:0.4.",
-    )
-    recovery: RecoveryOptions = RecoveryOptions()
     tasks: Names = Field(
         default=(),
         description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper,"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.config import Dtype, PruneConfig, RecoveryOptions
+from adapruner.config import Dtype, PruneConfig, RecoveryOptions, TrainedWeights
 from adapruner.errors import AdaPrunerError
 from adapruner.importance._terms import needs_moments
 from adapruner.measurement._samples import saved_activations
@@ -22,10 +22,10 @@ from adapruner.models._architecture import architecture_of, is_pruned
 from adapruner.models._device import trial_dtype
 from adapruner.models._generation import batches_together, texts_at_once
 from adapruner.models._layers import decoder_layers
-from adapruner.option_rules import MEASURED_AT_ONCE, is_on_after_least_squares, scoring_bounds, written_count
+from adapruner.option_rules import MEASURED_AT_ONCE, healed_tokens, scoring_bounds
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
-from adapruner.recovery._adapters import scale_options
+from adapruner.recovery._healing import healing_options
 from adapruner.recovery._loss import PREDICTIONS_AT_ONCE
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._space import reused_layers
@@ -83,14 +83,16 @@ def estimate_memory(
     budget: Budget,
     devices: Sequence[torch.device],
     by_layer: bool,
+    stated: int | None = None,
 ) -> Memory:
-    """The weights and the largest other term of a run and its recovery, without the program itself (half a GiB).
+    """The weights and the largest other term of a run, without the program itself (half a GiB).
 
     Args:
         model: on the meta device.
         budget: the final budget, or the one that the search starts from.
         devices: over which the layers are spread.
         by_layer: one layer at a time is in memory.
+        stated: see `choose_placement`.
 
     Raises:
         AdaPrunerError: the layers of the model already differ.
@@ -117,13 +119,13 @@ def estimate_memory(
     shares = [count / block.groups for count, block in zip(counts, blocks, strict=True)]
     # Of its inputs, the largest that a pruned block keeps.
     share = 1.0 if config.levels_widths else max((share for share in shares if share < 1), default=0.0)
-    written = written_count(config.self_windows, config.compensation_windows, can_write=config.calibration != "self")
+    written = max(config.pool, config.compensation_windows)
     has_moments = needs_moments(config.compensation, config.space, config.terms)
     texts = texts_at_once(max(1, written), length, devices[0])
     if by_layer:
         texts *= batches_together(model.config, texts, length, trial)
     cached = min(texts, written) * length * architecture_of(model.config).cached(model.config) // len(devices)
-    states = (config.compensation_windows + written) * length * trial.itemsize  # a number for every token
+    states = config.compensation_windows * length * trial.itemsize  # a number for every token
     judged = (scoring_bounds(config.objective_windows)[1] + config.final_windows) * length * trial.itemsize
     reused = reused_layers(config.layout, config.protect_first, structure.layers) + by_layer * 2 * JUDGED_TOGETHER
     moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
@@ -132,13 +134,10 @@ def estimate_memory(
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
     statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
     pool = config.pool * statistics * _FLOAT32
-    is_fitted, tunes_scales = (
-        is_on_after_least_squares(option, config.compensation) for option in (config.sequential, config.tune_scales)
-    )
-    scales = scale_options(config.seed, devices[0], by_layer, length)
+    is_fitted = config.compensation == "least-squares" and config.sequential is not False
     measuring = {
         "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], config.pool) * length, by_layer),
-        "self_windows": cached * trial.itemsize * has_moments,
+        "calibration": cached * trial.itemsize,
         "compensation_windows": states * hidden * has_moments,
         # Twice the size in float32: some blocks need float64.
         "second moments": (8 * moments + 4 * projection) * has_moments,
@@ -149,16 +148,12 @@ def estimate_memory(
         "compensation_windows": states * (2 * hidden + widest) * is_fitted,
         # Of kept with kept inputs, these scaled, their factor, and of kept with removed inputs.
         "second moments": int((1 + share + 2 * share**2) * moments + 3 * share * projection) * has_moments,
-        "tuned scales": _activations(
-            model, torch.float32, scales.micro_batch_size * length, scales.gradient_checkpointing or by_layer
-        )
-        * (tunes_scales and len(devices) == 1),
         "pool": pool * on_host,
     }
     phases = [(dense, measuring), (dense + pruned, pruning)]
-    if config.recover:  # the whole pruned model
-        training = _training(model, config.recovery, dtype, left)
-        phases.append((dense + left * size, {"recovery.micro_batch_size": training}))
+    healing = healing_within(config, model, left, devices, by_layer, stated)
+    if healing:
+        phases.append((dense + held(left) * size, {"heal": _training(model, healing, dtype, left, by_layer)}))
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
     return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + pool)
 
@@ -172,19 +167,55 @@ def _activations(model: Any, dtype: torch.dtype, tokens: int, of_one_layer: bool
     return int(tokens * kept) + bytes_of_predictions(tokens, vocabulary)
 
 
-def _training(model: Any, options: RecoveryOptions, dtype: torch.dtype, weights: int) -> int:
-    """Bytes of a recovery beside the weights: what is trained and its gradients in float32, the two moments of the
+def healing_within(
+    config: PruneConfig,
+    model: Any,
+    weights: int,
+    devices: Sequence[torch.device],
+    by_layer: bool,
+    stated: int | None = None,
+) -> RecoveryOptions | None:
+    """The options of the training after the cut: of all weights of the layers if the memory of the machine, free or
+    not, holds that, else of LoRA, else of a scale for each input of a linear layer; None without a training, as where
+    the layers are spread over devices.
+
+    Args:
+        model: on the meta device.
+        weights: of the pruned model.
+        devices, by_layer, stated: see `estimate_memory`.
+    """
+    if not (tokens := healed_tokens(config.heal)) or len(devices) > 1:
+        return None
+    total, dtype = stated or _total(devices[0]), dtype_of_weights(model, config.dtype)
+    kinds: tuple[TrainedWeights, ...] = ("ia3",) if by_layer else ("layers", "lora", "ia3")
+    for trained in kinds:
+        options = healing_options(trained, tokens, config.seq_len, config.seed, devices[0], by_layer)
+        models = _count(model) * trial_dtype(dtype, devices[0]).itemsize + weights * dtype.itemsize
+        if models + _training(model, options, dtype, weights, by_layer) <= USABLE * total:
+            return options
+    return options
+
+
+def _total(device: torch.device) -> int:
+    """Bytes of memory of a device; of one that is not here, without a limit."""
+    is_here = device.type == "cpu" or torch.get_device_module(device).is_available()
+    return total_and_free(device)[0] if is_here else sys.maxsize
+
+
+def _training(model: Any, options: RecoveryOptions, dtype: torch.dtype, weights: int, by_layer: bool) -> int:
+    """Bytes of a training beside the weights: what is trained and its gradients in float32, the two moments of the
     optimizer, and the activations.
 
     Args:
         weights: of the pruned model.
     """
-    if options.train != "full":
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
-        weights = options.lora_rank * sum(sum(module.weight.shape) for module in linear)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    of_adapters = {"lora": options.lora_rank * sum(sum(module.weight.shape) for module in linear)}
+    of_adapters["ia3"] = sum(module.weight.shape[-1] for module in linear)
+    trained = of_adapters.get(options.train, weights)
     moments = 2 * (1 if "8bit" in options.optimizer else _FLOAT32)
-    tokens = options.micro_batch_size * options.seq_len
-    return weights * (2 * _FLOAT32 + moments) + _activations(model, dtype, tokens, options.gradient_checkpointing)
+    tokens, checkpoints = options.micro_batch_size * options.seq_len, options.gradient_checkpointing or by_layer
+    return trained * (2 * _FLOAT32 + moments) + _activations(model, dtype, tokens, checkpoints)
 
 
 def bytes_of_predictions(tokens: int, vocabulary: int) -> int:
@@ -213,7 +244,7 @@ def choose_placement(
 ) -> Placement:
     """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
     together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
-    free memory decides only whether the run is refused, and so does the memory of its recovery.
+    free memory decides only whether the run is refused.
 
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
@@ -222,7 +253,7 @@ def choose_placement(
     Raises:
         AdaPrunerError: the run needs more memory than is free, and `ignore_memory` is not set.
     """
-    by_layer, without_recovery = config.layer_wise, config.model_copy(update={"recover": None})
+    by_layer = config.layer_wise
     least = 1 if config.device == "auto" or by_layer else len(devices)
     if is_pruned(model.config):
         return Placement(tuple(devices[:least]), bool(by_layer))
@@ -232,7 +263,7 @@ def choose_placement(
         host_total, host_free, memories = sys.maxsize, sys.maxsize, [(stated, stated)] * len(devices)
 
     def fits(count: int) -> bool:
-        needed = estimate_memory(without_recovery, model, structure, budget, devices[:count], False)
+        needed = estimate_memory(config, model, structure, budget, devices[:count], False, stated)
         total = min(total for total, _ in memories[:count])
         return needed.device <= USABLE * total and needed.host <= USABLE * host_total
 
@@ -240,7 +271,7 @@ def choose_placement(
     if by_layer is None:
         by_layer = streamable and count is None
     used = tuple(devices[: count or (1 if by_layer else len(devices))])
-    needed = estimate_memory(config, model, structure, budget, used, by_layer)
+    needed = estimate_memory(config, model, structure, budget, used, by_layer, stated)
     free = min(free for _, free in memories[: len(used)])
     if (needed.device > free or needed.host > host_free) and not config.ignore_memory:
         ways = [f"a smaller `{needed.largest}`"] * (" " not in needed.largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,7 @@ class Number:
         error: standard error, if it is known.
         protocol: how it was measured, on one line.
         items: the number of items of the task.
+        right: a digit for each of them, see `TaskScore`.
     """
 
     kind: Kind
@@ -38,6 +40,7 @@ class Number:
     error: float | None = None
     protocol: str = ""
     items: int | None = None
+    right: str = ""
 
     @property
     def name(self) -> str:
@@ -108,7 +111,8 @@ def _sign(metric: str, dataset: str, value: float) -> Number:
 def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
     for task, score in tasks.items():
         for metric, value in score.metrics.items():
-            yield Number("task", metric, task, value, 4, score.standard_errors.get(metric), score.protocol, score.items)
+            error, right = score.standard_errors.get(metric), score.right.get(metric, "")
+            yield Number("task", metric, task, value, 4, error, score.protocol, score.items, right)
     # Tasks are independent of each other.
     for metric, value in mean_accuracies(score.metrics for score in tasks.values()).items():
         errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in tasks.values()]
@@ -177,12 +181,12 @@ def task_table(models: Mapping[str, Numbers]) -> Table:
         for key, number in shown.items()
     ]
     if len(scores) > 1:
-        columns += [Column("change", style="change", needs_width=True), BARS]
+        columns += [Column("of the first", style="change"), Column("change", style="change", needs_width=True), BARS]
         first, *_, last = scores.values()
-        changes = [difference(first[key], last[key]) for key in shown]
+        changes = {key: difference(first[key], last[key]) for key in shown}
         rows = [
-            [*cells, signed(*change), whisker]
-            for cells, change, whisker in zip(rows, changes, whiskers(changes), strict=True)
+            [*cells, _share(first[key].value, *changes[key]), signed(*changes[key]), whisker]
+            for cells, key, whisker in zip(rows, shown, whiskers(changes.values()), strict=True)
         ]
     return Table("task-table", "Scores in tasks", columns, rows, _protocols(shown))
 
@@ -209,9 +213,21 @@ def signed(value: float, error: float | None, digits: int = 4) -> Cell:
     return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
 
 
+def _share(first: float, growth: float, error: float | None) -> Cell:
+    """A score as a share of the first model's, with the error of the difference."""
+    if not first:
+        return Cell()
+    shown = "" if error is None else f"± {100 * error / first:.1f}"
+    return Cell(f"{100 * (1 + growth / first):.1f} %", shown, is_noise=is_noise(growth, error))
+
+
 def difference(before: Number, after: Number) -> tuple[float, float | None]:
-    """The growth of a number, and its standard error."""
-    return after.value - before.value, combined(before.error, after.error)
+    """The growth of a number, and its standard error: of the differences item by item, if those are known."""
+    growth, count = after.value - before.value, len(before.right)
+    if count < 2 or count != len(after.right):
+        return growth, combined(before.error, after.error)
+    differences = [int(now) - int(then) for then, now in zip(before.right, after.right, strict=True)]
+    return growth, statistics.stdev(differences) / math.sqrt(count)
 
 
 def _cell(numbers: Numbers, key: Key) -> Cell:

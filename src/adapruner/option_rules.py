@@ -12,21 +12,21 @@ Conflict = tuple[Callable[..., Any], str]
 
 # Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 128},
+    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 128, "heal": "50k"},
     "standard": {},
-    "thorough": {"trials": 96, "compensation_windows": 1024},
+    "thorough": {"trials": 96, "compensation_windows": 512, "heal": "400k"},
 }
 
 # Minimum and maximum number of windows that score a trial: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
-SCORING_WINDOWS = (64, 160)
+SCORING_WINDOWS = (64, 96)
 # Of a search that does not begin with points that are good on most models.
 SEARCH_TRIALS = 48
 # Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
 # Tokens of the pool on which attention layers are ranked, and on which the costs of widths are measured. On fewer,
 # attention is removed that other text needs (research/experiments/whole-parts.md).
-TOKENS_FOR_ATTENTION, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 4096, 8192, 8
+TOKENS_FOR_ATTENTION, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 2048, 8192, 8
 
 # Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
 LEVELLED_FROM = 0.3
@@ -88,17 +88,9 @@ def may_remove_attention(space: str, search: str, layout: str, remove_attention:
     return (space, search, layout) == ("extended", "joint", "per-layer") and remove_attention is not False
 
 
-def written_count(self_windows: int | None, others: int, can_write: bool) -> int:
-    """Number of windows that the model generates for compensation, in addition to the `others`."""
-    if self_windows is None:
-        return others // 2 if can_write else 0
-    return self_windows
-
-
-def is_on_after_least_squares(option: bool | None, compensation: str) -> bool:
-    """The value of `sequential` or `tune_scales`, which are on by default after least squares. What they ask for may
-    not be possible."""
-    return compensation == "least-squares" if option is None else option
+def healed_tokens(heal: str) -> int:
+    """The number of tokens on which the pruned model is trained; 0 for none."""
+    return 0 if heal == "none" else int(heal)
 
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
@@ -108,10 +100,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
         ),
         "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
         " `layout` per-layer and `ratio_of` parameters or decoder",
-    ),
-    (
-        lambda calibration, self_windows: calibration == "self" and self_windows,
-        "with `calibration` self the model generates all windows: remove `self_windows`",
     ),
     (
         lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
@@ -136,14 +124,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
         lambda sequential, compensation: sequential and compensation != "least-squares",
         "`sequential` needs `compensation` least-squares, not {compensation}",
-    ),
-    (
-        lambda tune_scales, compensation: tune_scales and compensation == "none",
-        "`tune_scales` learns on the text of the compensation: set `compensation` least-squares",
-    ),
-    (
-        lambda recover, recovery: recover is None and recovery != type(recovery)(),
-        "options of the recovery need a dataset to fine-tune on: add `recover`",
     ),
     (
         lambda samples, pool: samples > pool,

@@ -24,10 +24,10 @@ from adapruner.graph.folder import RunFolder
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
 from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
-from adapruner.option_rules import fields_of, is_on_after_least_squares, searches
+from adapruner.option_rules import fields_of, searches
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
-from adapruner.recovery._training import RecoveryRecord
+from adapruner.recovery._healing import Healing
 from adapruner.search._levelling import Levelled
 from adapruner.search._result import SearchResult
 from adapruner.tables import Table
@@ -38,31 +38,22 @@ _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 # of SmolLM2-135M removed: 0.41 to 0.60, and 1.2 to 1.6 times.
 _MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 
-Role = Literal["dense", "best_fixed", "compensated", "searched", "recovered"]
+Role = Literal["dense", "best_fixed", "searched"]
 # For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
 # one, and shows what the search gained.
-IS_WANTED: dict[Role, Callable[..., bool]] = {
-    "dense": lambda: True,
-    "best_fixed": searches,
-    "compensated": lambda trials, space, search, tune_scales, compensation: (
-        searches(trials, space, search) and is_on_after_least_squares(tune_scales, compensation)
-    ),
-    "searched": lambda: True,
-    "recovered": lambda recover: recover is not None,
-}
+IS_WANTED: dict[Role, Callable[..., bool]] = {"dense": lambda: True, "best_fixed": searches, "searched": lambda: True}
 
 
 class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     """The numbers of one model of a run.
 
     Attributes:
-        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics and not compensated, and `compensated`,
-            the pruned model before its scales are tuned, both only where more than the starting points is tried;
-            `searched`, the pruned model; `recovered`, the same after fine-tuning.
+        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics, neither compensated nor healed, only
+            where more than the starting points is tried; `searched`, the pruned model.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
-        breakage: signs that it is broken; None for `best_fixed` and `compensated`.
+        breakage: signs that it is broken; None for `best_fixed`.
         verdict: on these signs; None for the dense model, and without signs.
     """
 
@@ -93,23 +84,22 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         plan_hash: of the final plan.
         search: the chosen candidate and all trials.
         levelled: the candidate with its widths levelled, which was pruned; None if widths were not levelled.
-        recovery: the record of the fine-tuning, if there was any.
+        healing: the record of the training after the cut, if there was any.
         models: the models, in the order in which they were made.
-        windows: the number of windows, by use; `self`: windows that the model wrote for compensation.
+        windows: the number of windows, by use and kind of text.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         device: of the last call that added numbers.
-        tuned_scales: True if the scales of the pruned model were tuned.
     """
 
-    schema_version: Literal[5] = 5
+    schema_version: Literal[6] = 6
     config: PruneConfig
     plan_hash: str
     search: SearchResult
     levelled: Levelled | None = None
-    recovery: RecoveryRecord | None
+    healing: Healing | None = None
     models: tuple[ModelNumbers, ...]
-    windows: dict[str, int]
+    windows: dict[str, dict[str, int]]
     stages: dict[str, StageCost]
     versions: dict[str, str] = Field(
         default_factory=lambda: {
@@ -118,7 +108,6 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         }
     )
     device: str = "cpu"
-    tuned_scales: bool
 
     def model(self, role: Role) -> ModelNumbers:
         """The numbers of one of the models."""
@@ -153,7 +142,7 @@ class PruneResult:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The pruned model, the recovered one if it was fine-tuned; loaded when it is first used, and kept."""
+        """The pruned model; loaded when it is first used, and kept."""
         return open_model(find_model(str(self.model_folder)))
 
     @cached_property
@@ -163,8 +152,8 @@ class PruneResult:
 
     @property
     def model_folder(self) -> Path:
-        """The pruned checkpoint, the recovered one if it was fine-tuned; `adapruner.load` reads it."""
-        return self.output / ("recovered" if self.result.recovery else "model")
+        """The pruned checkpoint; `adapruner.load` reads it."""
+        return self.output / "model"
 
     @property
     def report(self) -> Path:
@@ -175,10 +164,9 @@ class PruneResult:
         """Problems of the outcome and remedies, a line each."""
         result = self.result
         if lines := [*_damage(result)]:
-            training = "longer fine-tuning" if result.recovery else "fine-tuning with `recover`"
-            lines.append(f"{training} or a lower `ratio` helps")
-        count = result.windows.get("compensation")
-        if count is not None and count < _FEW_WINDOWS:
+            lines.append("more tokens of `heal`, or a lower `ratio`, helps")
+        count = sum(result.windows.get("compensation", {}).values())
+        if 0 < count < _FEW_WINDOWS:
             lines.append(
                 f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
                 " `compensation_windows`, makes a better model"
@@ -231,8 +219,7 @@ def _damage(result: RunResult) -> Iterator[str]:
     if final.verdict == "broken":
         yield "the model is broken"
     elif final.verdict == "recover first":
-        remedy = "was not recovered enough for use" if result.recovery else "should be recovered before use"
-        yield f"the model {remedy}"
+        yield "the model should be trained further before use"
     repetition, repetition_of_dense = final.breakage.repetition or 0.0, dense.breakage.repetition or 0.0
     if repetition > repetition_of_dense + _MUCH_REPETITION:
         yield (
@@ -259,13 +246,7 @@ def titles(config: PruneConfig, best_fixed_name: str) -> dict[Role, str]:
         best_fixed_name: the name of the best of LLM-Pruner's metrics.
     """
     how = "" if config.compensation == "none" else ", not compensated"
-    return {
-        "dense": "dense",
-        "best_fixed": f"best fixed metric ({best_fixed_name}){how}",
-        "compensated": "pruned, scales not tuned",
-        "searched": "pruned",
-        "recovered": "recovered",
-    }
+    return {"dense": "dense", "best_fixed": f"best fixed metric ({best_fixed_name}){how}", "searched": "pruned"}
 
 
 def shown_name(model: str) -> str:

@@ -1,7 +1,7 @@
 """The dataset and its part for every use in a run. No document that changes the model is reported on.
 
 Documents are put into three disjoint parts by the hash of their text. Calibration takes one part, the objective of the
-search another, and a report on a dataset that is also used otherwise takes the third. The model may be calibrated and
+search another, and a report on a dataset that is also used otherwise takes the third. The model is calibrated and
 trained on the same documents.
 """
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from adapruner.calibration._blend import BlendPart, blend_sources, parse_blend
+from adapruner.calibration._blend import BlendPart, parse_blend, sources_of
 from adapruner.calibration._reading import content_hash, read_documents
-from adapruner.calibration._sources import SELF_GENERATED, Source, parse_source
+from adapruner.calibration._sources import ANSWERS, Part, Source, parse_source
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError
 
 # By use: the field of the config, and what was done to the model.
-_FIELDS = {"pool": "calibration", "objective": "objective", "recovery": "recover", "report": "evaluate"}
+_FIELDS = {"pool": "calibration", "objective": "objective", "report": "evaluate"}
 _DID = {"pool": "calibrated", "objective": "selected", "recovery": "trained", "vocabulary": "given its tokens"}
 # Windows of the dataset that is reported on if none is named, which may be large.
 DEFAULT_REPORT_WINDOWS = 128
@@ -29,23 +29,20 @@ class Texts:
     """The source of every use.
 
     Attributes:
-        pool: for calibration; None if the model generates the text.
-        objective: for judging trials; None if the model generates the text.
-        recovery: for training the pruned model; empty if it is not trained.
+        calibration: for everything that is measured on the dense model, and for training the pruned one.
+        objective: for judging trials.
         report: for the reported perplexity, by the name shown in results.
     """
 
-    pool: Source | None
-    objective: Source | None
-    recovery: tuple[BlendPart, ...]
+    calibration: tuple[BlendPart, ...]
+    objective: tuple[BlendPart, ...]
     report: dict[str, Source]
 
     @property
     def used(self) -> list[tuple[str, Source]]:
-        """The sources that change the model, each with its use: `pool`, `objective`, `recovery`."""
-        uses = [("pool", self.pool), ("objective", self.objective)]
-        uses += [("recovery", source) for source in blend_sources(self.recovery)]
-        return [(use, source) for use, source in uses if source is not None]
+        """The sources that change the model, each with its use: `pool`, `objective`."""
+        uses = (("pool", self.calibration), ("objective", self.objective))
+        return [(use, source) for use, blend in uses for _, source in sources_of(blend)]
 
     def used_documents(self) -> list[str]:
         """All documents of the used sources that are not empty; tasks leave out items that contain one of them. Windows
@@ -74,32 +71,26 @@ def assign_texts(config: PruneConfig) -> Texts:
         AdaPrunerError: a source is not known, or two uses would read the same documents.
     """
 
-    def parse(text: str | None) -> Source | None:
-        return None if text in (None, SELF_GENERATED) else parse_source(str(text), missing_ok=True)
-
-    pool, objective = map(parse, (config.calibration, config.objective_dataset))
-    pool, objective = pool and pool.restrict("calibration"), objective and objective.restrict("objective")
+    calibration = _of_part(parse_blend(config.calibration, missing_ok=True), "calibration")
+    objective = _of_part(parse_blend(config.objective_dataset, missing_ok=True), "objective")
+    if answered := next((part.name for part in (*calibration, *objective) if part.name.startswith(ANSWERS)), None):
+        raise AdaPrunerError(f"{answered!r} is for fine-tuning: name the dataset itself")
+    texts = Texts(calibration, objective, {})
     reports = [parse_source(text, "report", missing_ok=True) for text in config.evaluate]
-    identities = _identities(pool, objective, *reports)
-    recovery = tuple(
-        replace(part, source=part.source.restrict("calibration"))
-        if part.source and part.source.identity in identities
-        else part
-        for part in (parse_blend(config.recover, missing_ok=True) if config.recover is not None else ())
-    )
-    texts = Texts(pool, objective, recovery, {})
-    identities = _identities(*(source for _, source in texts.used))
+    identities = {source.identity for _, source in texts.used}
     reports = [source.restrict("report") if source.identity in identities else source for source in reports]
     _refuse_overlaps(texts, reports)
-    # By default, the report part of the dataset for calibration or the objective, unless another use takes it.
-    source, taken = pool or objective, {(source.identity, source.part) for _, source in texts.used}
-    if source and not reports and (source.identity, "report") not in taken:
-        reports = [replace(source, part="report")]
+    if not reports:
+        # By default, the report parts of the datasets for calibration or the objective, unless another use takes them.
+        taken = {(source.identity, source.part) for _, source in texts.used}
+        sources = [source for _, source in sources_of(calibration) or sources_of(objective)]
+        reports = [replace(source, part="report") for source in sources if (source.identity, "report") not in taken]
     return replace(texts, report={str(source): source for source in reports})
 
 
-def _identities(*sources: Source | None) -> set[str]:
-    return {source.identity for source in sources if source is not None}
+def _of_part(blend: tuple[BlendPart, ...], part: Part) -> tuple[BlendPart, ...]:
+    """The same, with each dataset restricted to a part unless the user already chose one."""
+    return tuple(replace(each, source=each.source and each.source.restrict(part)) for each in blend)
 
 
 def overlaps(records: list[dict[str, Any]], source: Source) -> list[str]:
@@ -127,7 +118,7 @@ def record_of(source: Source) -> dict[str, str]:
 
 
 def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
-    """Compares every two uses. Recovery may take the part of calibration or of the objective."""
+    """Compares every two uses."""
     uses = [*texts.used, *(("report", source) for source in reports)]
     for (earlier_use, earlier), (use, source) in combinations(uses, 2):
         if source.identity != earlier.identity or use == earlier_use:
@@ -137,7 +128,7 @@ def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
                 f"`{_FIELDS[use]}` and `{_FIELDS[earlier_use]}` read other columns of the same records, {source} and"
                 f" {earlier}: their parts may overlap, so name the same column in both"
             )
-        if use != "recovery" and source.part == earlier.part:
+        if source.part == earlier.part:
             raise AdaPrunerError(
                 f"`{_FIELDS[use]}` would read {source}, which `{_FIELDS[earlier_use]}` reads already: name another part"
                 " or another text"

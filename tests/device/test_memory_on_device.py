@@ -14,13 +14,13 @@ pytestmark = pytest.mark.device_matrix
 # All stages of a run that hold tensors on the device.
 STAGES = (
     *("loading", "writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"),
-    *("searching", "levelling widths", "cutting", "compensating", "tuning scales", "recovering", "evaluating"),
+    *("searching", "levelling widths", "cutting", "compensating", "healing", "evaluating"),
     "looking for breakage",
 )
 
 
 def command(model: Path, text: Path, output: Path) -> list[object]:
-    return [*pruning(model, text, output, recovery={}), "--evaluate", text]
+    return [*pruning(model, text, output), "--evaluate", text]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from device.client import only_json, only_line, pruning, recovering
+from device.client import SMALL_RUN, only_json, only_line, pruning, recovering
 
 KILLED = 9
 
@@ -29,14 +29,14 @@ def command(model: Path, data: object, output: Path, place: str, **options: obje
     ("train", "method", "dtype", "native", "kind"),
     [
         ("lora", "labels", "bfloat16", False, "instructions"),
-        ("lora", "distillation", "float32", False, "self"),
+        ("lora", "distillation", "float32", False, "mix"),
         ("full", "labels", "float16", True, "text"),
         ("full", "distillation", "float32", False, "text"),
     ],
 )
 def test_recover(train, method, dtype, native, kind, device, family, text_file, instructions, tmp_path):
     model = family("llama", dtype)
-    data = {"text": text_file, "instructions": instructions, "self": "self"}[kind]
+    data = {"text": text_file, "instructions": instructions, "mix": "mix"}[kind]
     teacher = ["--teacher", model] if method == "distillation" else []
     losses = []
     for place in ("cuda", "cpu"):
@@ -79,11 +79,11 @@ def test_a_recovery_resumes_on_another_device(train, first, second, device, fami
 
 
 @pytest.mark.device_matrix
-@pytest.mark.parametrize(("stage", "first", "second"), [("searching", "cpu", "cuda"), ("recovering", "cuda", "cpu")])
+@pytest.mark.parametrize(("stage", "first", "second"), [("searching", "cpu", "cuda"), ("healing", "cuda", "cpu")])
 def test_a_run_continues_on_its_own_kind_of_device_only(stage, first, second, device, family, text_file, tmp_path):
     """Numbers depend on the kind of device: it is named, and `--overwrite` rebuilds."""
     output = tmp_path / "a"
-    arguments = pruning(family("llama"), text_file, output, recovery={"steps": 6})
+    arguments = pruning(family("llama"), text_file, output, SMALL_RUN | {"heal": "6k"})
     killed = device.run(*arguments, "--device", first, killed_in=(stage, 2), native_bfloat16=False)
     assert killed.code == KILLED
     shutil.copytree(output, tmp_path / "copy")
@@ -96,7 +96,7 @@ def test_a_run_continues_on_its_own_kind_of_device_only(stage, first, second, de
         *("--device", second, "--overwrite"),
         native_bfloat16=False,
     )
-    losses = [only_json(outcome)["recovery"]["loss_after"] for outcome in (resumed, rebuilt)]
+    losses = [only_json(outcome)["healing"]["record"]["loss_after"] for outcome in (resumed, rebuilt)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -62,9 +62,8 @@ def test_pruned_for_real(dense, tmp_path, monkeypatch):
         objective_windows=2,
         final_windows=0,
         compensation_windows=2,
-        self_windows=0,
         trials=4,
-        tune_scales=False,
+        heal="none",
         # What the extended space measures takes a minute here; small models are pruned with all of it.
         space="paper",
         compensation="least-squares",

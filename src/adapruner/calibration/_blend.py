@@ -1,4 +1,4 @@
-"""Blends: datasets with their shares, in one text such as `self:0.3,boolq-passages:0.3,answers:alpaca:0.4`."""
+"""Blends: datasets with their shares, in one text such as `mix,notes.txt:0.5` or `mix:0.6,answers:alpaca:0.4`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapruner.calibration._sources import ANSWERS, SELF_GENERATED, Source, absolute_source, parse_source, source_names
+from adapruner.calibration._mix import kinds
+from adapruner.calibration._sources import ANSWERS, MIX, Source, absolute_source, parse_source, source_names
 from adapruner.errors import AdaPrunerError
 from adapruner.paths import given_path
 
@@ -18,9 +19,9 @@ class BlendPart:
     """A dataset of a blend.
 
     Attributes:
-        name: as the user wrote it, without the share.
-        share: the fraction of all examples; the shares of a blend add up to 1.
-        source: the dataset; of `answers:DATASET`, that of the prompts; None for `self`.
+        name: as the user wrote it, without the share; of `mix`, one of its kinds of text.
+        share: the fraction of all text; the shares of a blend add up to 1.
+        source: the dataset; of `answers:DATASET`, that of the prompts; None for a kind of `mix`.
     """
 
     name: str
@@ -29,8 +30,8 @@ class BlendPart:
 
     @property
     def is_written(self) -> bool:
-        """True for text that a model writes for the training: `self`, or answers to the prompts of the source."""
-        return _is_written(self.name)
+        """True for text that a model writes: a kind of `mix`, or answers to the prompts of the source."""
+        return self.source is None or self.name.startswith(ANSWERS)
 
     @property
     def description(self) -> str:
@@ -39,9 +40,11 @@ class BlendPart:
 
 
 def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
-    """Reads `DATASET`, or several with their shares, `DATASET:SHARE,DATASET:SHARE`. Without shares, all are equal.
+    """Reads `DATASET`, or several with their shares, `DATASET:SHARE,DATASET:SHARE`. Those without a share have equal
+    parts of what is left.
 
-    A dataset is as for `parse_source`, or `self`, or `answers:DATASET`. Its share is the number after its last colon.
+    A dataset is as for `parse_source`, or `answers:DATASET`, or `mix`: all of its kinds, equally. Its share is the
+    number after its last colon.
 
     Args:
         missing_ok: accept a local file that is missing.
@@ -58,31 +61,30 @@ def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
             f"{text!r} is one dataset, which needs no share: remove :{numbers[0]}; if that is part of the name, write"
             f" {text}:1"
         )
-    if len(numbers) not in (0, len(named)):
-        without = next(name for name, number in named if not number)
-        raise AdaPrunerError(f"{without!r} has no share and others have one: write a share for each, {without}:SHARE")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise AdaPrunerError(f"{twice!r} is named twice: write it once, with the sum of its shares")
-    shares = [float(number or 1) for _, number in named]
-    if min(shares) < 0 or not sum(shares):
+    shares = [float(number) for number in numbers]
+    without = len(named) - len(numbers)
+    if min(shares, default=1.0) < 0 or (without and sum(shares) >= 1) or (not without and not sum(shares)):
         raise AdaPrunerError(
-            f"the shares in {text!r} are {', '.join(numbers)}: none may be negative, and one must be more than 0"
+            f"the shares in {text!r} are {', '.join(numbers)}: none may be negative, one must be more than 0, and they"
+            " must leave something to datasets without a share"
         )
-    return tuple(
-        BlendPart(name, share / sum(shares), _source(name, missing_ok))
-        for name, share in zip(names, shares, strict=True)
-        if share
-    )
+    rest = (1 - sum(shares)) / without if without else 0.0
+    total = sum(shares) + rest * without
+    parts = list[BlendPart]()
+    for name, number in named:
+        share = (float(number) if number else rest) / total
+        if share and name == MIX:
+            parts += [BlendPart(kind, share / len(kinds()), None) for kind in kinds()]
+        elif share:
+            parts.append(BlendPart(name, share, _source(name, missing_ok)))
+    return tuple(parts)
 
 
-def has_written_part(text: str) -> bool:
-    """True if a model writes some of the text of a blend; see `BlendPart.is_written`."""
-    return any(_is_written(name) for name, _ in _split(text))
-
-
-def blend_sources(blend: Sequence[BlendPart]) -> list[Source]:
-    """The datasets that a blend reads."""
-    return [part.source for part in blend if part.source]
+def sources_of(blend: Sequence[BlendPart]) -> list[tuple[str, Source]]:
+    """The datasets that a blend reads, each with the name of its part."""
+    return [(part.name, part.source) for part in blend if part.source]
 
 
 def absolute_blend(text: str) -> str:
@@ -90,23 +92,15 @@ def absolute_blend(text: str) -> str:
     parts = []
     for name, number in _split(text):
         prefix = ANSWERS if name.startswith(ANSWERS) else ""
-        parts.append(f"{prefix}{absolute_source(name.removeprefix(ANSWERS))}{number and f':{number}'}")
+        dataset = name.removeprefix(ANSWERS)
+        parts.append(f"{prefix}{dataset if name == MIX else absolute_source(dataset)}{number and f':{number}'}")
     return ",".join(parts)
 
 
-def _is_written(name: str) -> bool:
-    return name == SELF_GENERATED or name.startswith(ANSWERS)
-
-
-def _source(name: str, missing_ok: bool) -> Source | None:
-    prompts = name.removeprefix(ANSWERS)
-    if prompts == SELF_GENERATED:
-        if name != prompts:
-            raise AdaPrunerError(
-                f"{name!r}: {SELF_GENERATED} holds no prompts to answer; name a dataset of instructions"
-            )
-        return None
-    return parse_source(prompts, missing_ok=missing_ok)
+def _source(name: str, missing_ok: bool) -> Source:
+    if name == ANSWERS + MIX:
+        raise AdaPrunerError(f"{name!r}: {MIX} has answers already; name a dataset of instructions")
+    return parse_source(name.removeprefix(ANSWERS), missing_ok=missing_ok)
 
 
 def _split(text: str) -> list[tuple[str, str]]:

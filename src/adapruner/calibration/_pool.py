@@ -1,10 +1,10 @@
-"""Windows of tokens: drawn from documents to calibrate on, cut from running text to evaluate on, or self-generated."""
+"""Windows of tokens: drawn from documents to calibrate on, or cut from running text to evaluate on."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._reading import provenance, read_documents, read_windows
 from adapruner.calibration._sources import Source
 from adapruner.calibration._tokenizing import start_tokens, tokens_of, tokens_with_ends
 from adapruner.errors import AdaPrunerError
-from adapruner.models._generation import continue_texts
 
 # Tokens have fewer characters on average; and the number of places that pieces of a long text are from.
 _CHARACTERS, _PIECES = 8, 32
@@ -250,35 +249,3 @@ def load_texts(path: Path) -> dict[str, EvaluationText]:
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["texts"])
         return {name: EvaluationText(file.get_tensor(name), **described) for name, described in about.items()}
-
-
-def start_token(model: PreTrainedModel) -> int | None:
-    """The token with which a model begins a text: its token for the beginning, or else for the end; None if the model
-    names neither, or its vocabulary has no such token."""
-    settings = model.generation_config
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    start: int | None = ends[0] if settings.bos_token_id is None else settings.bos_token_id
-    embedding: Any = model.get_input_embeddings()
-    return start if start is not None and 0 <= start < len(embedding.weight) else None
-
-
-def generate_windows(
-    model: PreTrainedModel, count: int, seq_len: int, seed: int, advance: Callable[[float], None] | None = None
-) -> Tensor:
-    """Text that the model writes, sampled at temperature 1 from its start token (as in LLM-QAT, arXiv 2305.17888).
-
-    Args:
-        advance: called with fractions of the number of windows.
-
-    Returns:
-        [count, seq_len], int64; the same for the same seed on the same machine.
-
-    Raises:
-        AdaPrunerError: the model has no start token.
-    """
-    start = start_token(model)
-    if start is None:
-        raise AdaPrunerError(
-            "the model names neither a start nor an end token: it cannot generate text without a prompt"
-        )
-    return continue_texts(model, [[start]] * count, seq_len - 1, torch.ones(count), seed, advance=advance)

@@ -55,7 +55,7 @@ def stream_documents(source: Source) -> Iterator[str]:
     with _reading(source):
         for row in _open(source, streamed=True)[0]:
             document = _joined(row)
-            if _is_of_part(document, source.part):
+            if is_of_part(document, source.part):
                 has_text = has_text or bool(document.strip())
                 yield document
     if not has_text:
@@ -64,7 +64,7 @@ def stream_documents(source: Source) -> Iterator[str]:
 
 def read_records(source: Source) -> list[Row]:
     """All rows of a source (or of its part) by column, in their order; plain text has the column `text`."""
-    return [row for row in _held(source)[0] if _is_of_part(_joined(row), source.part)]
+    return [row for row in _held(source)[0] if is_of_part(_joined(row), source.part)]
 
 
 def read_windows(source: Source) -> Tensor:
@@ -81,7 +81,7 @@ def read_windows(source: Source) -> Tensor:
             raise ValueError(f"it holds no tensor {WINDOWS!r} of tokens, int64, of shape [windows, tokens]")
         if windows.numel() and windows.min() < 0:
             raise ValueError(f"it holds {int(windows.min())}, which is not a token")
-    is_read = [_is_of_part(str(window), source.part) for window in windows.tolist()]
+    is_read = [is_of_part(str(window), source.part) for window in windows.tolist()]
     return windows[torch.tensor(is_read, dtype=torch.bool)]
 
 
@@ -367,7 +367,7 @@ def _joined(row: Row) -> str:
     return "\n".join(value for value in row.values() if value)
 
 
-def _is_of_part(document: str, part: Part) -> bool:
+def is_of_part(document: str, part: Part) -> bool:
     """True for a document of a part, by the hash of its text."""
     tenth = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 10
     return tenth in _TENTHS_OF_PARTS.get(part, range(10))

@@ -23,7 +23,8 @@ Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
 Lines = Literal["keep", "strip", "paragraphs"]
 
-SELF_GENERATED = "self"
+# Text of several kinds that the model writes (calibration/_mix.py).
+MIX = "mix"
 # Before the name of a dataset of instructions: the model answers them.
 ANSWERS = "answers:"
 
@@ -152,15 +153,11 @@ def _named(name: str, purpose: Purpose) -> Source:
     path = given_path(dataset)
     if path.suffix in _FILES:
         return Source(name, path.name, path, named_columns=(option,) if option else ())
-    if name == SELF_GENERATED:
-        raise AdaPrunerError(
-            f"{name!r} is text that the model generates; it can only be used to calibrate or to train, and has no parts"
-        )
+    if name == MIX:
+        raise AdaPrunerError(f"{name!r} is text that the model writes: it is for calibration and training alone")
     close = difflib.get_close_matches(dataset, known_sources(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise AdaPrunerError(
-        f"unknown text source {name!r}: expected {', '.join(known_sources())}, {SELF_GENERATED}, {_FORMS}.{hint}"
-    )
+    raise AdaPrunerError(f"unknown text source {name!r}: expected {', '.join(known_sources())}, {MIX}, {_FORMS}.{hint}")
 
 
 def _on_hub(name: str, option: str) -> Source:
@@ -180,8 +177,6 @@ def _on_hub(name: str, option: str) -> Source:
 
 def absolute_source(text: str) -> str:
     """The name of a source with an absolute path, which is valid in any working directory."""
-    if text == SELF_GENERATED:
-        return text
     path, option = split_name(parse_source(text, missing_ok=True).name)
     if path in known_sources():
         return text
@@ -233,7 +228,7 @@ def register_sources(path: Path) -> None:
     for name, entry in entries.items():
         local = {split: str(folder / file) for split, file in entry.local.items()}
         source = entries[name] = entry.model_copy(update={"local": local})
-        if name in ("", "hf", SELF_GENERATED, ANSWERS[:-1]) or set(name) & set(":@/") or name.endswith(_FILES):
+        if name in ("", "hf", MIX, ANSWERS[:-1]) or set(name) & set(":@/") or name.endswith(_FILES):
             raise AdaPrunerError(f"{path}: {name!r} cannot name a source: choose letters and digits")
         if source.hub is None and not source.local:
             raise AdaPrunerError(f"{path}: {name} has neither `hub` nor `local`: say where its data is")

@@ -23,7 +23,7 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Most used": (
-        *("ratio", "calibration", "evaluate", "recover", "effort", "for_", "layout", "remove_attention", "device"),
+        *("ratio", "calibration", "heal", "evaluate", "effort", "for_", "layout", "remove_attention", "device"),
     ),
     "A size instead of a ratio": tuple(config.SizeLimit.model_fields),
     "What is removed": (
@@ -33,13 +33,12 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
     "Search": ("trials", "level_rounds", "search", "space", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
-    "Compensation": ("compensation", "compensation_windows", "self_windows", "sequential", "tune_scales"),
-    "Fine-tuning": ("recovery",),
+    "Compensation": ("compensation", "compensation_windows", "sequential"),
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
-# Of `adapruner recover` and for comparisons: the help names them in a sentence, and the page of options lists them.
-HIDDEN_GROUPS = ("Importance", "Fine-tuning")
+# For comparisons: the help names them in a sentence, and the page of options lists them.
+HIDDEN_GROUPS = ("Importance",)
 # The panels of the help of `prune`, in this order.
 _GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))

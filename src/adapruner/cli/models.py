@@ -22,8 +22,8 @@ def recover(
     model: Model,
     /,
     *,
-    data: str,
-    output: Output,
+    data: str | None = None,
+    output: Output | None = None,
     teacher: str | None = None,
     options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
     dtype: Dtype = "auto",
@@ -36,15 +36,17 @@ def recover(
     Nothing is trained in float16: such weights are trained in another dtype, and saved in float16.
 
     ```console
+    adapruner recover runs/a
     adapruner recover runs/a/model --data alpaca -o runs/a/tuned
     adapruner recover runs/a/model --data c4 --teacher Qwen/Qwen3-0.6B -o runs/b
     adapruner recover runs/a/model --data c4 --train full --tokens 2M -o runs/b
     ```
 
     Args:
-        data: Instructions with answers (columns instruction, output, input), any text, self (the teacher writes it), or
-            answers:DATASET (the teacher answers instructions); several with shares, as self:0.3,c4:0.3,alpaca:0.4.
-        output: Folder of the fine-tuned model.
+        data: Instructions with answers (columns instruction, output, input), any text, mix (the teacher writes it), or
+            answers:DATASET (the teacher answers instructions); several with shares, as mix:0.3,c4:0.3,alpaca:0.4. Of a
+            run, by default the text that it was calibrated on, with its teacher and tokens.
+        output: Folder of the fine-tuned model; of a run, by default recovered/ in it.
         teacher: The dense model, for distillation.
         overwrite: Start again if the folder holds another fine-tuned model.
     """
@@ -57,7 +59,7 @@ def recover(
         return
     losses = f"validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token"
     steps = f"best after {record.best_step} of {record.steps} steps, {record.tokens:,} tokens"
-    print_output(record, json, [f"{output}: {losses}, {steps}"])
+    print_output(record, json, [f"{output or f'{model}/recovered'}: {losses}, {steps}"])
     if record.loss_after >= record.loss_before and not json:
         print_advice(["training has not lowered the validation loss: train longer, or lower `learning_rate`"])
 

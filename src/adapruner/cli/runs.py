@@ -31,21 +31,19 @@ def prune(
     overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
-    """Search, prune, save, fine-tune on request, and evaluate. Rerun the same command to resume.
+    """Search, prune, heal, save and evaluate. Rerun the same command to resume.
 
-    Not listed below: the options of the fine-tuning, which are those of adapruner recover, written --recovery.steps and
-    so on; and --terms, --alignment and --reduction of the importance, for comparisons.
+    Not listed below: --terms, --alignment and --reduction of the importance, for comparisons.
 
     ```console
-    adapruner prune Qwen/Qwen3-0.6B --calibration c4 -o runs/a --dry-run
+    adapruner prune Qwen/Qwen3-0.6B -o runs/a --dry-run
     adapruner prune Qwen/Qwen3-0.6B --ratio 0.2 --for llama.cpp -o runs/a
-    adapruner prune Qwen/Qwen3-8B --size 12GB --recover c4
+    adapruner prune Qwen/Qwen3-8B --size 12GB --heal 1M --calibration mix,notes.txt:0.5
     adapruner prune --from runs/a --ratio 0.3 -o runs/b
     ```
 
     Args:
-        output: Run folder; the pruned model is saved in model/, the fine-tuned model in recovered/. By default
-            runs/MODEL-RATIO.
+        output: Run folder; the pruned model is saved in model/. By default runs/MODEL-RATIO.
         recipe: Options to start from: a recipe that adapruner recipes lists, or a YAML file. Options of the command
             line override them; the model may be that of the recipe.
         from_: Folder of an earlier run, to prune with another ratio, layout or effort. Its options are those to start

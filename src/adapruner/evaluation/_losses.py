@@ -100,8 +100,8 @@ def window_losses(
 
 def finite_windows(
     model: PreTrainedModel, windows: Mapping[str, Tensor], at_least: Mapping[str, int]
-) -> tuple[dict[str, Tensor], str]:
-    """The windows on which the loss of a model is finite, and a note to the user on the others.
+) -> tuple[dict[str, list[int]], str]:
+    """The places of the windows on which the loss of a model is finite, and a note to the user on the others.
 
     Text is only tried where numbers may overflow (see `may_overflow`): that costs a forward pass over all of it.
 
@@ -111,13 +111,13 @@ def finite_windows(
         at_least: the least number of windows of each use that must be left.
 
     Returns:
-        The remaining windows, by use, and a line for each use that lost some; empty if none did.
+        The places of the remaining windows, by use, and a line for each use that lost some; empty if none did.
 
     Raises:
         AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
     """
     if not may_overflow(model):
-        return dict(windows), ""
+        return {use: [*range(len(drawn))] for use, drawn in windows.items()}, ""
     kept, notes = {}, []
     for use, drawn in windows.items():
         finite = window_losses(model, drawn).isfinite()
@@ -129,7 +129,7 @@ def finite_windows(
             )
         if lost:
             notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
-        kept[use] = drawn[finite]
+        kept[use] = finite.nonzero().flatten().tolist()
     return kept, "\n".join(notes)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -52,6 +53,8 @@ class TaskScore(BaseModel, frozen=True, ser_json_inf_nan="constants"):
             items whose right answer is the most likely one, `acc_norm` the same with log-likelihoods divided by the
             length of the answer in bytes.
         standard_errors: of the same metrics, if lm-eval gives one.
+        right: of the metrics that are 1 or 0 for every item, a digit for each, by which two models are compared item by
+            item.
         items: the number of items, out of `items_in_all`; if fewer, they are evenly spaced.
         data_set, split: the dataset of the items and its split.
         version: of the task in lm-eval.
@@ -62,6 +65,7 @@ class TaskScore(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     task: str
     metrics: dict[str, float]
     standard_errors: dict[str, float]
+    right: dict[str, str] = {}
     items: int
     items_in_all: int
     data_set: str
@@ -215,24 +219,31 @@ def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progre
 
     if progress:  # the cache of lm-eval is told of every answer
         runner.set_cache_hook(SimpleNamespace(add_partial=lambda *_: progress(share_of_an_answer())))
-    return evaluate(runner, loaded, samples=items, log_samples=False, fewshot_as_multiturn=True)
+    return evaluate(runner, loaded, samples=items, log_samples=True, fewshot_as_multiturn=True)
 
 
 def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
     """The score of a task, or of a group that lm-eval reduces to one number."""
     metrics: dict[str, float] = {}
     standard_errors: dict[str, float] = {}
+    right: dict[str, str] = {}
+    members = _members(name, outcome)
+    samples = [sample for member in members for sample in sorted(outcome["samples"][member], key=itemgetter("doc_id"))]
     for key, value in outcome["results"][name].items():
         metric, _, kind = key.partition(",")
         if kind and isinstance(value, int | float):
             values = standard_errors if metric.endswith("_stderr") else metrics
-            values[metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")] = float(value)
-    members = _members(name, outcome)
+            title = metric.removesuffix("_stderr") + (f" ({kind})" if kind != "none" else "")
+            values[title] = float(value)
+            of_items = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+            if of_items and all(one in (0, 1) for one in of_items):
+                right[title] = "".join(str(int(one)) for one in of_items)
     configs = [outcome["configs"][member] for member in members]
     return TaskScore(
         task=name,
         metrics=metrics,
         standard_errors=standard_errors,
+        right=right,
         items=sum(len(tasks.items[task]) for task in members),
         items_in_all=sum(outcome["n-samples"][task]["original"] for task in members),
         data_set=", ".join(dict.fromkeys(map(_data_set, configs))),

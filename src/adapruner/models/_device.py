@@ -121,11 +121,14 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
 
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Dtype of trials for weights of a dtype: bfloat16 instead of float32 if the device multiplies it natively (about
-    three times as fast on a CPU with AVX-512 bfloat16).
+    three times as fast on a CPU with AVX-512 bfloat16), and float32 instead of bfloat16 on a CPU that does not (about
+    seven times as fast).
 
     Trials are only compared with each other; plans are applied to the original weights.
     """
-    return torch.bfloat16 if dtype == torch.float32 and computes_bfloat16_natively(device) else dtype
+    if computes_bfloat16_natively(device):
+        return torch.bfloat16 if dtype == torch.float32 else dtype
+    return torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
 
 
 def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:

@@ -23,42 +23,6 @@ from adapruner.models._layers import change_weight
 from adapruner.models._places import quiet_transformers
 from adapruner.random_state import random_state_kept
 
-# Examples in a batch for tuning scales (research/experiments/scales.md); tokens for which a streamed layer is read
-# once.
-_SCALES_BATCH, _TOKENS_PER_READING = 4, 8192
-# The learning rate, and that from a ratio on. With the larger one, scales after a small cut may end farther from the
-# dense model than they begin (research/experiments/scales.md).
-_RATE, _RATE_OF_LARGE, _LARGE_RATIO = 5e-3, 1e-2, 0.3
-
-
-def scale_options(
-    seed: int, device: torch.device, layer_wise: bool = False, seq_len: int = 128, ratio: float = 0.0
-) -> RecoveryOptions:
-    """The options of the last step of pruning. With frozen weights, every input of every linear layer gets a scale
-    (IA3, arXiv 2205.05638), which is learnt only from the predictions of the dense model, in one pass over the text of
-    the compensation. GRASPrune (arXiv 2604.19398) tunes scales of the kept groups;
-    research/experiments/scales.md compares several choices of scales.
-
-    Args:
-        device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
-        layer_wise: the layers of both models are streamed, which checkpoints by itself.
-        seq_len: tokens of an example.
-        ratio: the fraction that was removed.
-    """
-    micro_batch = RecoveryOptions().micro_batch_size
-    return RecoveryOptions(
-        train="ia3",
-        epochs=1,
-        batch_size=_SCALES_BATCH,
-        micro_batch_size=min(_SCALES_BATCH, max(1, _TOKENS_PER_READING // seq_len)) if layer_wise else micro_batch,
-        gradient_checkpointing=device.type != "cpu" and not layer_wise,
-        learning_rate=_RATE if ratio < _LARGE_RATIO else _RATE_OF_LARGE,
-        warmup_steps=5,
-        label_weight=0.0,
-        validation=16,
-        seed=seed,
-    )
-
 
 def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
     """Refuses a family that adapters cannot be put on; the model without weights cannot be used afterwards."""

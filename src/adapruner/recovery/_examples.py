@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._blend import BlendPart
-from adapruner.calibration._pool import evenly_spaced, generate_windows, text_windows
+from adapruner.calibration._mix import write_kinds
+from adapruner.calibration._pool import evenly_spaced, text_windows
 from adapruner.calibration._probes import as_chat
 from adapruner.calibration._reading import read_records
 from adapruner.calibration._tokenizing import tokenize
@@ -25,7 +26,8 @@ from adapruner.models._deferred import StoredWeight
 from adapruner.models._generation import NO_TOKEN, continue_texts
 
 IGNORED = -100
-# The default number of examples that a model writes for fine-tuning, for each dataset of a blend.
+# The default number of examples that a model writes for fine-tuning: for each dataset that it answers, and of a whole
+# blend of kinds.
 DEFAULT_GENERATED_RECORDS = 1024
 # Greedy answers of small models repeat themselves; at temperature 1, they are often wrong.
 _TEMPERATURE, _ANSWERS_AT_ONCE = 0.7, 128
@@ -108,7 +110,7 @@ class Unwritten:
 
     Attributes:
         count: the number of examples.
-        prompts: the tokens of the prompts that it answers; none for text without a prompt.
+        prompts: the tokens of the prompts that it answers; none for a kind of `mix`, which has its own.
         skipped: prompts left out because they are too long.
     """
 
@@ -135,17 +137,18 @@ class Unwritten:
         seed: int,
         progress: Callable[[float], None] | None = None,
     ) -> Tensor:
-        """[count, seq_len], int64: the prompts and what the teacher writes, at temperature 0.7 after a prompt, else 1;
-        `NO_TOKEN` where there is none."""
+        """[count, seq_len], int64: the prompts and what the teacher writes, at temperature 0.7; `NO_TOKEN` where there
+        is none. Of a kind of `mix`, windows of such texts."""
+        ends = end_tokens(teacher, tokenizer)
         if not self.prompts:
-            return generate_windows(teacher, self.count, seq_len, seed, progress)
+            counts = {self.name: self.count}
+            return write_kinds(teacher, tokenizer, counts, seq_len, "calibration", seed, ends, progress)[self.name]
         rows = torch.empty((self.count, seq_len), dtype=torch.int64)
         # Texts of a batch are as long as its longest prompt allows.
         by_length = torch.tensor([len(prompt) for prompt in self.prompts]).argsort(stable=True)
         for first, numbers in enumerate(by_length.split(_ANSWERS_AT_ONCE)):
             prompts = [self.prompts[number] for number in numbers]
             new_tokens, temperatures = seq_len - max(map(len, prompts)), torch.full((len(prompts),), _TEMPERATURE)
-            ends = end_tokens(teacher, tokenizer)
             rows[numbers] = continue_texts(teacher, prompts, new_tokens, temperatures, seed + first, ends, progress)
         return rows
 
@@ -169,7 +172,9 @@ def read_examples(
 
 
 def _read(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float) -> Examples | Unwritten:
-    default = DEFAULT_GENERATED_RECORDS if part.is_written else None
+    default = None
+    if part.is_written:
+        default = DEFAULT_GENERATED_RECORDS if part.source else math.ceil(part.share * DEFAULT_GENERATED_RECORDS)
     known = (options.records or default, most_examples(options, part.share, part.is_written))
     limit = min((number for number in known if number is not None), default=None)
     if part.source is None:

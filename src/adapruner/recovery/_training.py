@@ -8,7 +8,7 @@ import gc
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from adapruner.config import RecoveryOptions
 from adapruner.errors import NonFiniteError
 from adapruner.models._deferred import deferred_by_module, read_all
 from adapruner.models._device import computes_bfloat16_natively, copy_in_dtype
-from adapruner.models._layers import hold_places, is_streamed
+from adapruner.models._layers import decoder_layers, hold_places, is_streamed
 from adapruner.models._places import quiet_transformers
 from adapruner.models.modeling_pruned import Nothing
 from adapruner.processes import this_process
@@ -90,6 +90,7 @@ def train(
     folder: Path,
     teacher: PreTrainedModel | None = None,
     progress: Callable[[int], None] | None = None,
+    loss_before: float | None = None,
 ) -> tuple[PreTrainedModel, RecoveryRecord]:
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
@@ -106,6 +107,7 @@ def train(
         folder: for the Trainer's checkpoints.
         teacher: its predictions are learnt, as the label weights of the examples say; it is run in its own dtype.
         progress: called with the number of steps done.
+        loss_before: the validation loss before the first step, if it is known.
 
     Returns:
         The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
@@ -113,7 +115,7 @@ def train(
     Raises:
         NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
-    model, state, mixed = _trained(load, blend, options, folder, teacher, progress)
+    model, state, mixed = _trained(load, blend, options, folder, teacher, progress, loss_before is None)
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
     gc.collect()
     # A call that was killed after the last step makes one more, at a learning rate of zero.
@@ -138,12 +140,33 @@ def train(
         skipped_records=sum(examples.skipped for examples in blend),
         steps=done,
         tokens=sum(part.tokens for part in parts.values()),
-        loss_before=next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry),
+        loss_before=next(_validated(state)) if loss_before is None else loss_before,
         loss_after=float(state.best_metric if state.best_metric is not None else math.nan),
         best_step=min(int(state.best_global_step or done), state.max_steps),
         seconds=sum(entry.get("train_runtime", 0.0) for entry in state.log_history),
         parts=parts,
     )
+
+
+def try_training(
+    load: Callable[[], PreTrainedModel],
+    blend: Sequence[Examples],
+    options: RecoveryOptions,
+    folder: Path,
+    teacher: PreTrainedModel | None,
+    progress: Callable[[int], None] | None = None,
+    loss_before: float | None = None,
+) -> tuple[float, float]:
+    """The validation loss before and after a short training, of which nothing else is kept; see `train`."""
+    _, state, _ = _trained(load, blend, options, folder, teacher, progress, loss_before is None, is_kept=False)
+    gc.collect()
+    before, *_, after = (loss_before, *_validated(state)) if loss_before is not None else _validated(state)
+    return before, after
+
+
+def _validated(state: TrainerState) -> Iterator[float]:
+    """The validation losses of a training."""
+    return (entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
 
 
 def _trained(
@@ -153,12 +176,15 @@ def _trained(
     folder: Path,
     teacher: PreTrainedModel | None,
     progress: Callable[[int], None] | None,
+    validates_first: bool = True,
+    is_kept: bool = True,
 ) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
-    the examples."""
+    the examples. If it is not to be kept, no checkpoints are saved."""
     model = load()
     dtype = model.dtype
-    if options.train != "full":
+    trains_adapters = options.train in ("lora", "ia3")
+    if trains_adapters:
         model = frozen(model)
         if is_streamed(model):
             hold_places(model)
@@ -166,11 +192,15 @@ def _trained(
         model = copy_in_dtype(model, torch.float32)
     else:
         cast(nn.Module, model).float()
+    if options.train == "layers":
+        cast(nn.Module, model).requires_grad_(False)
+        for layer in decoder_layers(model):
+            layer.requires_grad_(True)
     with random_state_kept(), quiet_transformers(), warnings.catch_warnings():
         # PEFT, the Trainer and PyTorch warn about intended settings, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
-        trained: Any = model if options.train == "full" else with_adapters(model, options)
+        trained: Any = with_adapters(model, options) if trains_adapters else model
         mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
         last = _last_checkpoint(folder)
         trainer = TokenTrainer(
@@ -178,7 +208,9 @@ def _trained(
             teacher,
             options.temperature,
             model=trained,
-            args=_arguments(model, options, folder, total_steps(blend, options), evaluates_first=last is None),
+            args=_arguments(
+                model, options, folder, total_steps(blend, options), validates_first and last is None, is_kept
+            ),
             train_dataset=mixed,
             eval_dataset=[example for examples in blend for example in examples.validation],
             data_collator=collate,
@@ -190,8 +222,8 @@ def _trained(
         with sharded(trainer) if trainer.is_fsdp_enabled else contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         trainer.give_back()
-    if this_process().leads or not trainer.is_fsdp_enabled:
-        if options.train != "full":
+    if is_kept and (this_process().leads or not trainer.is_fsdp_enabled):
+        if trains_adapters:
             adapters = take_off(trained)
             if model.dtype != dtype:
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
@@ -200,7 +232,7 @@ def _trained(
                 read_all(model)
             merge(adapters, model)
         model.tie_weights()
-        cast(nn.Module, model).to(dtype).eval()
+        cast(nn.Module, model).requires_grad_(True).to(dtype).eval()
     return model, trainer.state, mixed
 
 
@@ -210,13 +242,13 @@ def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:
 
 
 def _arguments(
-    model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool
+    model: PreTrainedModel, options: RecoveryOptions, folder: Path, steps: int, evaluates_first: bool, is_kept: bool
 ) -> TrainingArguments:
     device = model.device
     # The examples of a forward pass of a process, as many as divide its part of a batch.
     per_process = options.batch_size // this_process().count
     micro_batch = next(size for size in range(options.micro_batch_size, 0, -1) if per_process % size == 0)
-    interval = steps_between_validations(steps)
+    interval = steps_between_validations(steps) if is_kept else steps
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -230,20 +262,21 @@ def _arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False},
         **trainer_options(options),
         learning_rate=options.learning_rate,
-        # A short run would end before it is warm.
-        warmup_steps=min(options.warmup_steps, steps // 10),
+        # A short run would end before it is warm. One that is tried warms up to its end, as the whole one begins.
+        warmup_steps=min(options.warmup_steps, steps // 10) if is_kept else steps,
         eval_on_start=evaluates_first,
         eval_strategy="steps",
         eval_steps=interval,
+        save_strategy="steps" if is_kept else "no",
         save_steps=interval,
         save_total_limit=2,
-        load_best_model_at_end=True,
+        load_best_model_at_end=is_kept,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        bf16=options.train == "full" and computes_bfloat16_natively(device),
+        bf16=options.train in ("full", "layers") and computes_bfloat16_natively(device),
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,

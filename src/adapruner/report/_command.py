@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from adapruner.calibration._sources import SELF_GENERATED, parse_source
 from adapruner.config import PruneConfig, PruneOptions
 from adapruner.result import PruneResult
 
@@ -34,15 +33,8 @@ def next_commands(run: PruneResult, has_speed: bool) -> dict[str, str]:
     """
     config, folder, model = run.result.config, run.output, run.model_folder
     commands: dict[str, tuple[str, ...]] = {}
-    # Fine-tuning reads text under a name that needs no file of sources, or text that the dense model writes.
-    can_be_learnt = config.calibration == SELF_GENERATED or (
-        not config.sources and not parse_source(config.calibration, missing_ok=True).holds_windows
-    )
-    if not config.recover and can_be_learnt:
-        commands["Recover part of the loss by fine-tuning"] = (
-            *("recover", str(model), "--data", config.calibration, "--teacher", config.model),
-            *("-o", str(folder / "better")),
-        )
+    if not config.sources:  # recover has no files of sources
+        commands["Train on, as long again"] = ("recover", str(folder))
     if not config.tasks:
         commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")
     if not has_speed:

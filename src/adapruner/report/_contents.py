@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file
 
+from adapruner.calibration._text import load_texts_by_use
 from adapruner.config import PruneConfig
 from adapruner.errors import AdaPrunerError, first_problem
 from adapruner.evaluation._speed import Speed
@@ -61,8 +61,8 @@ def read_samples(run: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | No
     windows, model = run.path / "windows.safetensors", run.path / "model"
     if not windows.exists() or not model.exists():
         return dict.fromkeys(numbers)
-    pool, tokenizer = load_file(windows)["pool"], load_tokenizer(find_model(str(model)))
-    return {number: str(tokenizer.decode(pool[number].tolist())) for number in numbers}
+    pool, tokenizer = load_texts_by_use(windows)["pool"], load_tokenizer(find_model(str(model)))
+    return {number: str(tokenizer.decode(pool.windows[number].tolist())) for number in numbers}
 
 
 def _read_json(path: Path, of: type[T]) -> T:

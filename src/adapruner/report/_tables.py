@@ -177,14 +177,9 @@ def _rungs(result: RunResult) -> Iterator[_Rung]:
             name = f"{kind}, round {rounds[kind]}"
         suffix = "" if change.accepted else ", not taken"
         yield _Rung(f"{name}{suffix}", gain=(change.gain, change.gain_standard_error))
-    if "compensated" in measured:
-        yield _Rung("final compensation", role="compensated")
-        yield _Rung("scales tuned, saved", role="searched")
-    else:
-        done = {"final compensation": is_compensated, "scales tuned": result.tuned_scales, "saved": True}
-        yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
-    if result.recovery:
-        yield _Rung("recovered", role="recovered")
+    is_healed = bool(result.healing and result.healing.record)
+    done = {"final compensation": is_compensated, "healed": is_healed, "saved": True}
+    yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")
     yield _Rung("dense, to compare with", role="dense")
 
 

@@ -19,7 +19,7 @@ from adapruner.processes import this_process
 from adapruner.progress import Reporter
 from adapruner.result import PruneResult
 from adapruner.run.given import ModelGiven, TextData
-from adapruner.run.nodes import chosen, evaluated, inputs, models
+from adapruner.run.nodes import chosen, evaluated, inputs
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.run.options import earlier_run, resolve
 
@@ -37,7 +37,7 @@ def prune(
     overwrite: bool = False,
     **options: Any,
 ) -> PruneResult:
-    """Prunes a causal language model: measures, searches, cuts, saves, optionally fine-tunes, and evaluates.
+    """Prunes a causal language model: measures, searches, cuts, heals, saves and evaluates.
 
     Called again with the same output, it loads what an earlier call made from the same model, text and options, and
     makes the rest.
@@ -48,8 +48,8 @@ def prune(
             run.
         calibration: the calibration dataset: a name; documents, as an iterable of strings or the rows of a
             `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64.
-        output: the run folder; the pruned model is in its `model/`, the fine-tuned one in `recovered/`. By default a
-            temporary one that is removed with the result: save the model elsewhere if you want to keep it.
+        output: the run folder; the pruned model is in its `model/`. By default a temporary one that is
+            removed with the result: save the model elsewhere if you want to keep it.
         tokenizer: of a model in memory.
         config: options to start from: a `PruneConfig` or `PruneOptions`; keyword arguments override them.
         recipe: the same, by the name of a shipped recipe or a YAML file.
@@ -137,15 +137,10 @@ def check(making: Making, overwrite: bool) -> None:
         check_tasks(tasks)
     missing = making.missing()
     making.prepare(missing)
-    if models.recovered in missing:
-        making.value(models.examples)
-        making.forget_but([node.name for node in missing])
 
 
 def _what_needs_less(making: Making) -> str:
     """Advice to the user where the current stage has run out of memory."""
-    if making.reporter.current == "recovering":
-        return f"adapruner recover {making.folder.model} with a smaller `micro_batch_size` needs less memory"
     if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
         return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"
     return "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"

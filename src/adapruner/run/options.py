@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._blend import absolute_blend
 from adapruner.calibration._sources import absolute_source, register_sources
-from adapruner.config import BUDGETS, TRAINING_BUDGETS, PruneConfig, PruneOptions, RecoveryOptions, SizeLimit
+from adapruner.config import BUDGETS, PruneConfig, PruneOptions, SizeLimit
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config
 from adapruner.graph.folder import RunFolder
@@ -26,7 +26,7 @@ from adapruner.run.given import check_prunable, check_tokenizer, save_model, sav
 from adapruner.run.size import ratio_within
 
 # The options whose values may be in memory.
-_IN_MEMORY = ("model", "calibration", "objective", "recover")
+_IN_MEMORY = ("model", "calibration", "objective")
 
 
 def resolve(
@@ -115,12 +115,6 @@ def _given_options(
     if config:
         base = override(base, config.model_dump(exclude_unset=True, exclude={"searched"}))
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
-    if isinstance(own.get("recovery"), RecoveryOptions):
-        own["recovery"] = own["recovery"].model_dump(exclude_unset=True)
-    if isinstance(base.get("recovery"), dict) and isinstance(own.get("recovery"), dict):
-        replaced = TRAINING_BUDGETS if own["recovery"].keys() & set(TRAINING_BUDGETS) else ()
-        kept = {name: value for name, value in base["recovery"].items() if name not in replaced}
-        own["recovery"] = kept | own["recovery"]
     given = override(base, own)
     given = EFFORTS.get(str(given.get("effort")), {}) | given
     if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1:
@@ -155,12 +149,10 @@ def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     config = config.model_copy(update=extensions)
     register_extensions(config)
     absolute: dict[str, Any] = {
-        name: absolute_source(value)
+        name: absolute_blend(value)
         for name in ("calibration", "objective")
         if (value := getattr(config, name)) is not None
     }
-    if config.recover is not None:
-        absolute["recover"] = absolute_blend(config.recover)
     if (path := given_path(config.model)).exists():
         absolute["model"] = str(path.absolute())
     return config.model_copy(update=absolute | {"evaluate": tuple(map(absolute_source, config.evaluate))})

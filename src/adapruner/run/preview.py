@@ -132,7 +132,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
         else:
             streamable = is_streamable(making.value(inputs.location), empty.config)
             placement = choose_placement(*of_model, gpus, streamable, stated)
-        return estimate_memory(*of_model, placement.devices, placement.layer_wise), placement
+        return estimate_memory(*of_model, placement.devices, placement.layer_wise, stated), placement
 
     refusal = ""
     try:

@@ -1,4 +1,4 @@
-"""The order in which the attention of layers is removed whole: greedy, by the loss."""
+"""The order in which the attention of layers is removed whole, by the loss."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from adapruner.structure._blocks import Structure
 
 # Maximum number of attention layers that are removed whole, and their maximum share of the parameters to remove.
 _MOST_REMOVED, _LARGEST_SHARE = 6, 0.5
-# Number of remaining layers, those with the lowest loss before, that are measured again after every removal.
-_MEASURED_AGAIN = 4
 
 
 class AttentionOrder(BaseModel, extra="forbid", frozen=True):
-    """The layers in the order in which their attention is removed, and the loss after each removal, in nats per token,
-    with nothing else removed or compensated."""
+    """The layers in the order in which their attention is removed, and the loss after the removal of each alone, in
+    nats per token, with nothing compensated."""
 
     layers: tuple[int, ...]
     losses: tuple[float, ...]
@@ -34,12 +32,6 @@ class AttentionOrder(BaseModel, extra="forbid", frozen=True):
         return self.layers[: sum(size <= most for size in accumulate(sizes[layer] for layer in self.layers))]
 
 
-def measurements(candidates: int) -> list[int]:
-    """For each removal from so many layers, the number of candidates that are measured before it."""
-    left = range(candidates, max(0, candidates - _MOST_REMOVED), -1)
-    return [count if count == candidates else min(_MEASURED_AGAIN, count) for count in left]
-
-
 def attention_order(
     model: PreTrainedModel,
     structure: Structure,
@@ -47,32 +39,22 @@ def attention_order(
     candidates: Sequence[int],
     progress: Callable[[int], None] | None = None,
 ) -> AttentionOrder:
-    """Removes one attention after another, each time the one whose removal gives the lowest loss (BlockPruner, arXiv
-    2406.10594; second stage of 2SSP, arXiv 2501.17771). The layers before a candidate are not computed again; after the
-    first round only the most promising candidates are measured.
+    """Orders attentions by the loss after the removal of each alone (the first step of BlockPruner, arXiv 2406.10594,
+    and of the second stage of 2SSP, arXiv 2501.17771). The layers before a candidate are not computed again.
 
     Args:
         windows: [windows, tokens], int64.
         candidates: the layers that can lose their attention.
-        progress: called with 1 after every candidate (see `measurements`).
+        progress: called with 1 after every candidate.
     """
-    removed, losses = list[int](), list[float]()
-    last_known = dict.fromkeys(candidates, 0.0)
-    for measured in measurements(len(last_known)):
-        prefix = None  # two at once would be the largest thing in memory
-        with without_attention(model, removed):
-            prefix = compute_prefix(model, windows, structure.layers)
-        promising = sorted(last_known, key=last_known.__getitem__)[:measured]
-        for layer in promising:
-            with without_attention(model, [*removed, layer]):
-                batches = list(losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer))
-            loss = float(torch.cat(batches).mean())
-            last_known[layer] = math.inf if math.isnan(loss) else loss
-            if progress:
-                progress(1)
-        best = min(promising, key=last_known.__getitem__)
-        if not math.isfinite(last_known[best]):
-            break
-        removed.append(best)
-        losses.append(last_known.pop(best))
-    return AttentionOrder(layers=tuple(removed), losses=tuple(losses))
+    prefix = compute_prefix(model, windows, structure.layers) if candidates else None
+    losses = {}
+    for layer in candidates:
+        with without_attention(model, [layer]):
+            loss = float(torch.cat([*losses_by_batch(model, windows, prefix=prefix, prefix_layers=layer)]).mean())
+        if math.isfinite(loss):
+            losses[layer] = loss
+        if progress:
+            progress(1)
+    layers = sorted(losses, key=losses.__getitem__)[:_MOST_REMOVED]
+    return AttentionOrder(layers=tuple(layers), losses=tuple(losses[layer] for layer in layers))

@@ -48,25 +48,28 @@ def scores_of(structure: Structure, statistics: Statistics, candidate: Candidate
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of the model that a candidate leaves, window by window; no trial does a backward pass.
+    """The increase of the loss over the dense model's in the model that a candidate leaves, window by window; no trial
+    does a backward pass.
 
     Attributes:
         windows: [windows, tokens], int64, disjoint from the pool and from everything that is reported.
         compensation: second moments by which the cut model is compensated before it is judged; None for none.
         prefix: the outputs of the first layers of the model, which trials that do not cut these layers reuse.
+        dense_losses: [windows], float64: the losses of the dense model.
     """
 
     model: PreTrainedModel
     structure: Structure
     statistics: Statistics
     windows: Tensor
+    dense_losses: Tensor
     compensation: Mapping[int, InputMoments] | None = None
     prefix: Prefix | None = None
     # By the hash of a plan: candidates may differ in values without effect, as the samples of unweighted terms.
     _judged: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
-        """[windows of one batch], float64, batch after batch: the loss of the cut model in nats per predicted token."""
+        """[windows of one batch], float64, batch after batch: the increase in nats per predicted token."""
         plan = plan_candidate(self.structure, self.statistics, candidate)
         if is_streamed(self.model):
             yield from self._in_step([plan])[0]
@@ -76,9 +79,10 @@ class Objective:
             return
         pruned = prune_model(self.model, self.structure, plan, self.compensation)
         judged = []
-        for losses in losses_by_batch(pruned, self.windows, prefix=self.prefix, prefix_layers=_first_cut([plan])):
-            judged.append(losses)
-            yield losses
+        losses = losses_by_batch(pruned, self.windows, prefix=self.prefix, prefix_layers=_first_cut([plan]))
+        for increases in self._over_dense(losses):
+            judged.append(increases)
+            yield increases
         self._judged[plan.hash] = judged
 
     def together(self, candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
@@ -92,7 +96,15 @@ class Objective:
 
     def _in_step(self, plans: Sequence[PruningPlan]) -> list[list[Tensor]]:
         models = [prune_on_reading(self.model, self.structure, plan, self.compensation) for plan in plans]
-        return losses_in_step(self.model, models, self.windows, self.prefix, _first_cut(plans))
+        of_models = losses_in_step(self.model, models, self.windows, self.prefix, _first_cut(plans))
+        return [[*self._over_dense(losses)] for losses in of_models]
+
+    def _over_dense(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The losses of batches, less those of the dense model."""
+        begin = 0
+        for batch in losses:
+            yield batch - self.dense_losses[begin : begin + len(batch)]
+            begin += len(batch)
 
 
 def _first_cut(plans: Sequence[PruningPlan]) -> int:

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 from pydantic import BaseModel
 from torch import Tensor
 
+from adapruner.calibration._text import places_of
 from adapruner.errors import AdaPrunerError
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
@@ -41,7 +42,8 @@ class TriedPoint(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="const
 
     Attributes:
         number: its place among the finished trials, in the order in which they were begun.
-        loss: mean over the windows, or the expected mean if the trial was stopped early; None if it is not finite.
+        loss: the mean increase over the dense model's, or the expected mean if the trial was stopped early; None if it
+            is not finite.
         windows: how many it was judged on; none if its loss is not finite.
         starting_point: True if it was given, False if the sampler proposed it.
         fixed_metric: the name of the LLM-Pruner metric that was tried instead of searched values, if it was one.
@@ -96,6 +98,7 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
         trials: number of trials that were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
+        by_kind: the same for the windows of each kind of text.
         best_trial: its number among `points`.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
         best_fixed_name: of that metric.
@@ -112,6 +115,7 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
     trials: int
     best: Candidate
     best_loss: float
+    by_kind: dict[str, float] = {}
     best_trial: int
     best_fixed: Candidate
     best_fixed_loss: float
@@ -135,6 +139,7 @@ class _Contender:
     number: int
     space: SearchSpace
     judge_further: Judge | None
+    kinds: tuple[str, ...]
 
     @property
     def is_start(self) -> bool:
@@ -162,20 +167,40 @@ class _Contender:
         """The mean loss over the windows of the search and the further ones together."""
         return statistics.fmean([*self.trial.user_attrs[LOSSES], *self.further] or [math.inf])
 
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """The mean loss over these windows of each kind of text."""
+        losses = [*self.trial.user_attrs[LOSSES], *self.further]
+        return {
+            kind: statistics.fmean(losses[place] for place in places)
+            for kind, places in places_of(self.kinds[: len(losses)]).items()
+        }
+
+    @property
+    def guarded_loss(self) -> float:
+        """The mean loss and that of the worst kind: no kind of text pays for the others."""
+        return self.final_loss + max(self.by_kind.values(), default=self.final_loss)
+
 
 def choose(
-    finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, judge_further: Judge | None = None
+    finished: Sequence[FrozenTrial],
+    space: SearchSpace,
+    trials: int,
+    judge_further: Judge | None = None,
+    kinds: Sequence[str] = (),
 ) -> SearchResult:
-    """The best of the finished trials, judged on further windows.
+    """The best of the finished trials, judged on further windows: by the mean over all windows, and over those of the
+    kind of text that is hit most.
 
     Args:
         finished: in the order in which they were begun.
         trials: number of trials that were to be finished.
         judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
             windows. The best of many trials owes part of its loss to the windows it was chosen on; None accepts that.
+        kinds: of the windows of the search and the further ones; of an unknown kind if empty.
     """
     contenders = [
-        _Contender(trial, number, space, judge_further)
+        _Contender(trial, number, space, judge_further, tuple(kinds))
         for number, trial in enumerate(finished)
         if STOPPED not in trial.user_attrs
     ]
@@ -188,7 +213,7 @@ def choose(
         )
     first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
-    best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("final_loss"))
+    best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("guarded_loss"))
     kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
     return SearchResult(
         points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
@@ -198,6 +223,7 @@ def choose(
         trials=trials,
         best=best.candidate,
         best_loss=best.final_loss,
+        by_kind=best.by_kind,
         best_trial=best.number,
         best_fixed=fixed[0].candidate,
         best_fixed_loss=fixed[0].final_loss,

@@ -147,10 +147,10 @@ class Search:
         """The judge may refuse a candidate when it is called, or later."""
         yield from self.judge(candidate)
 
-    def result(self, judge_further: Judge | None = None) -> SearchResult:
+    def result(self, judge_further: Judge | None = None, kinds: Sequence[str] = ()) -> SearchResult:
         """The best of the finished trials; see `choose`."""
         finished = self.study.opened().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return choose(finished, self.space, self.trials, judge_further)
+        return choose(finished, self.space, self.trials, judge_further, kinds)
 
 
 class _Trials:

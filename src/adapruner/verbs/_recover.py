@@ -10,13 +10,14 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._blend import blend_sources, parse_blend
+from adapruner.calibration._blend import parse_blend, sources_of
 from adapruner.calibration._reading import content_hash
 from adapruner.card import card_of_recovered, read_card
 from adapruner.checkpoint._folder import read_origin
-from adapruner.config import Dtype, RecoverConfig
+from adapruner.config import TRAINING_BUDGETS, Dtype, PruneOptions, RecoverConfig
 from adapruner.errors import AdaPrunerError
 from adapruner.families import open_config, open_model
+from adapruner.graph.folder import RunFolder
 from adapruner.memory import place_weights
 from adapruner.models._architecture import check_length, check_tokens
 from adapruner.models._device import in_fastest_dtype, resolve_device, usable_devices
@@ -28,6 +29,7 @@ from adapruner.progress import Reporter
 from adapruner.recovery._adapters import check_adapters
 from adapruner.recovery._examples import Examples, Unwritten, read_examples
 from adapruner.recovery._folder import begin_training, check_folder, recover_into, training_alone, working_folder
+from adapruner.recovery._healing import read_healing
 from adapruner.recovery._predictions import write_predictions
 from adapruner.recovery._sharding import shard
 from adapruner.recovery._trainers import check_device, check_processes, check_trainer_options
@@ -37,8 +39,8 @@ from adapruner.texts import record_of
 
 def recover(
     model: str | Path,
-    data: str,
-    output: str | Path,
+    data: str | None = None,
+    output: str | Path | None = None,
     teacher: str | None = None,
     overwrite: bool = False,
     dtype: Dtype = "auto",
@@ -49,10 +51,11 @@ def recover(
     resumes from its last saved step.
 
     Args:
-        model: as for `load`.
-        data: instructions with answers, any text, `self` (text that the teacher writes), or `answers:DATASET`
-            (the teacher answers these instructions); several with their shares, as `self:0.3,c4:0.3,alpaca:0.4`.
-        output: the folder of the recovered model.
+        model: as for `load`; or the folder of a run, whose training goes on: the teacher, the text, what is trained and
+            how long are those of the run, where no other is given.
+        data: instructions with answers, any text, `mix` (which the teacher writes), or `answers:DATASET`
+            (the teacher answers these instructions); several with their shares, as `mix:0.3,c4:0.3,alpaca:0.4`.
+        output: the folder of the recovered model; of a run, by default `recovered` in its folder.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
         options: the fields of `RecoveryOptions`.
@@ -61,10 +64,21 @@ def recover(
         AdaPrunerError: an option, the data, a model or the folder is invalid, before the weights are loaded; or the
             loss is not finite any more.
     """
-    config = RecoverConfig.from_options(model=str(model), data=data, teacher=teacher, dtype=dtype, **options)
-    folder, blend = output_path(output), parse_blend(data)
+    given = {"data": data, "teacher": teacher, "output": output}
+    given = {"model": str(model)} | {name: value for name, value in given.items() if value is not None} | options
+    if RunFolder(given_path(model)).config.is_file():
+        of_run = _of_run(RunFolder(given_path(model)))
+        if given.keys() & {*TRAINING_BUDGETS}:
+            del of_run["tokens"]
+        given = of_run | given | {"model": str(given_path(model) / "model")}
+    if missing := [name for name in ("data", "output") if name not in given]:
+        raise AdaPrunerError(f"name `{missing[0]}`: {model} is not the folder of a run, whose training would go on")
+    folder = output_path(str(given.pop("output")))
+    config = RecoverConfig.from_options(dtype=dtype, **given)
+    teacher, blend = config.teacher, parse_blend(config.data)
     paths = [given_path(name) for name in (config.model, teacher) if name]
-    paths += [source.path or given_path(source.dataset) for source in blend_sources(blend)]
+    sources = [source for _, source in sources_of(blend)]
+    paths += [source.path or given_path(source.dataset) for source in sources]
     for path in (path.resolve() for path in paths):
         if path.exists() and folder.resolve() in (path, *path.parents):
             raise AdaPrunerError(f"{folder} is or contains {path}, which is read: choose another output")
@@ -79,7 +93,7 @@ def recover(
     student, dense = find_model(config.model), find_model(teacher) if teacher else None
     open_config(student)  # the commit of a Hub model is known then
     # Another model or text may have the same name in a later call.
-    content = [*map(fingerprint, filter(None, (student, dense))), *map(content_hash, blend_sources(blend))]
+    content = [*map(fingerprint, filter(None, (student, dense))), *map(content_hash, sources)]
     resolved = config.model_dump(mode="json") | {"content": content}
     if this_process().count > 1:
         end_with_parent()
@@ -100,7 +114,7 @@ def recover(
         examples, loaded_teacher = _taught(load, parts, tokenizer, config, working_folder(folder) / "teacher", reporter)
         gc.collect()  # a teacher that is not needed is gone before the model is loaded
         origin: dict[str, Any] = read_origin(student) or {"texts": []}
-        texts = origin["texts"] + [{"use": "recovery"} | record_of(source) for source in blend_sources(blend)]
+        texts = origin["texts"] + [{"use": "recovery"} | record_of(source) for source in sources]
         with reporter.stage("recovering", total_steps(examples, config)) as advance:
             return recover_into(
                 folder,
@@ -115,6 +129,16 @@ def recover(
                 partial(card_of_recovered, read_card(student)),
                 advance,
             )
+
+
+def _of_run(run: RunFolder) -> dict[str, Any]:
+    """The options with which the training of a run goes on."""
+    config, healing = run.read_config(), read_healing(run.model)
+    options: dict[str, Any] = {"tokens": PruneOptions().heal if config.heal == "none" else config.heal}
+    if healing and healing.record:
+        of_healing = healing.record.config.items()
+        options |= {name: value for name, value in of_healing if name not in (*TRAINING_BUDGETS, "seed")}
+    return options | {"data": config.calibration, "teacher": config.model, "output": run.path / "recovered"}
 
 
 def _taught(
@@ -150,7 +174,7 @@ def _taught(
 def _check_models(config: RecoverConfig, location: ModelLocation, dense_location: ModelLocation | None) -> str:
     """Refuses models that cannot be trained, or learn from each other; returns warnings."""
     model_config = open_config(location)
-    if config.train != "full":
+    if config.train in ("lora", "ia3"):
         check_adapters(empty_model(model_config), config)
     warnings = [check_length(model_config, config.seq_len)]
     if dense_location:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapruner.calibration._text import Text
 from adapruner.config import Layout, Searched, Space, Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._losses import compute_prefix
+from adapruner.evaluation._losses import compute_prefix, window_losses
 from adapruner.files import is_whole, write_atomically
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Form
@@ -43,8 +44,8 @@ from adapruner.option_rules import (
 from adapruner.planning._budget import Budget, can_meet, kept_counts
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter
-from adapruner.run.nodes.declared import GRAPH, Windows, json_form
-from adapruner.search._attention_order import AttentionOrder, attention_order, measurements
+from adapruner.run.nodes.declared import GRAPH, json_form
+from adapruner.search._attention_order import AttentionOrder, attention_order
 from adapruner.search._levelling import Levelled, level
 from adapruner.search._objective import Objective, at_budget, plan_candidate
 from adapruner.search._result import SearchResult
@@ -61,7 +62,7 @@ PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
 @GRAPH.kept("moments", MOMENTS, is_wanted=needs_moments)
 def moments(
-    dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Tensor | None, reporter: Reporter, work: Path
+    dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Text | None, reporter: Reporter, work: Path
 ) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments = StoredMoments(work)
@@ -69,7 +70,9 @@ def moments(
     if missing:
         assert text_to_fit is not None
         with reporter.stage("reading activations", structure.layers) as advance:
-            for index, of_block in measure_moments(dense_fast, structure, text_to_fit, missing, progress=advance):
+            for index, of_block in measure_moments(
+                dense_fast, structure, text_to_fit.windows, missing, progress=advance
+            ):
                 write_atomically(moments.path(index), of_block.save)
     return moments
 
@@ -85,7 +88,7 @@ def statistics(
     dense: PreTrainedModel,
     structure: Structure,
     placement: Placement,
-    windows: Windows,
+    windows: dict[str, Text],
     moments: StoredMoments | None,
     compares_removals: bool,
     terms: Terms,
@@ -93,7 +96,7 @@ def statistics(
     work: Path,
 ) -> Statistics:
     """Statistics of the pool, measured part by part; finished parts are kept."""
-    pool, size = windows["pool"], MEASURED_AT_ONCE[placement.layer_wise]
+    pool, size = windows["pool"].windows, MEASURED_AT_ONCE[placement.layer_wise]
     parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
     missing = [start for start, path in parts.items() if not is_whole(path)]
     with reporter.stage("measuring", len(parts)) as advance:
@@ -130,19 +133,19 @@ def removable_attention(structure: Structure, remove_attention: bool | None, pru
     return sorted(structure.attention_parameters.keys() & set(prunable_layers))
 
 
-@GRAPH.kept("attention.json", json_form(AttentionOrder), is_wanted=may_remove_attention)
+@GRAPH.kept("attention.json", json_form(AttentionOrder), version=2, is_wanted=may_remove_attention)
 def ranked_attention(
     dense_fast: PreTrainedModel,
     structure: Structure,
-    windows: Windows,
+    windows: dict[str, Text],
     removable_attention: list[int],
     pool: int,
     seq_len: int,
     reporter: Reporter,
 ) -> AttentionOrder:
     """The order in which attention layers are removed."""
-    text = windows["pool"][: windows_of(TOKENS_FOR_ATTENTION, pool, seq_len)]
-    with reporter.stage("ranking attention layers", sum(measurements(len(removable_attention)))) as advance:
+    text = windows["pool"].windows[: windows_of(TOKENS_FOR_ATTENTION, pool, seq_len)]
+    with reporter.stage("ranking attention layers", len(removable_attention)) as advance:
         return attention_order(dense_fast, structure, text, removable_attention, advance)
 
 
@@ -219,14 +222,21 @@ def space_of_search(
     )
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=8, is_result=True)
+@GRAPH.costly
+def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tensor:
+    """[windows], float64: the losses of the dense model on the text of the objective."""
+    return window_losses(dense_fast, windows["objective"].windows)
+
+
+@GRAPH.kept("search.json", json_form(SearchResult), version=9, is_result=True)
 def found(
     dense_fast: PreTrainedModel,
     structure: Structure,
+    dense_losses: Tensor,
     statistics: Statistics,
     moments_to_correct: StoredMoments | None,
     space_of_search: SearchSpace,
-    windows: Windows,
+    windows: dict[str, Text],
     placement: Placement,
     layout: Layout,
     protect_first: int | None,
@@ -245,19 +255,20 @@ def found(
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     reused = reused_layers(layout, protect_first, structure.layers)
 
-    def objective(windows: Tensor) -> Objective:
-        prefix = compute_prefix(dense_fast, windows, reused) if reused else None
-        return Objective(dense_fast, structure, statistics, windows, held, prefix)
+    def objective(places: slice) -> Objective:
+        text = windows["objective"].windows[places]
+        prefix = compute_prefix(dense_fast, text, reused) if reused else None
+        return Objective(dense_fast, structure, statistics, text, dense_losses[places], held, prefix)
 
-    text = windows["objective"]
-    scoring = scoring_count(objective_windows, final_windows, len(text))
-    judge, further = objective(text[:scoring]), text[scoring:]
+    scoring = scoring_count(objective_windows, final_windows, len(dense_losses))
+    judge, further = objective(slice(scoring)), slice(scoring, None)
     count = trials_of(trials, space, search, len(space_of_search.starting_points()))
     judge_together = judge.together if placement.layer_wise else None
     study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
     with reporter.stage("searching", count) as advance:
         study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
-        return study.result(objective(further) if len(further) else None)
+        judge_further = objective(further) if scoring < len(dense_losses) else None
+        return study.result(judge_further, windows["objective"].kinds)
 
 
 # The candidate at the ratio of the run
@@ -276,7 +287,8 @@ def levelled(
     structure: Structure,
     statistics: Statistics,
     moments_to_correct: StoredMoments | None,
-    windows: Windows,
+    windows: dict[str, Text],
+    dense_losses: Tensor,
     found: SearchResult,
     starting_budget: Budget,
     level_rounds: int | None,
@@ -293,9 +305,9 @@ def levelled(
     layers that the options protect are."""
     candidate = at_budget(structure, found.best, starting_budget)
     rounds = level_rounds_of(level_rounds, ratio)
-    text = windows["pool"][: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
+    text = windows["pool"].windows[: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
-    objective = Objective(dense_fast, structure, statistics, windows["objective"], held)
+    objective = Objective(dense_fast, structure, statistics, windows["objective"].windows, dense_losses, held)
     blocks = [
         block
         for block in structure.blocks

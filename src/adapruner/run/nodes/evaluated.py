@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import EvaluationText
 from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
+from adapruner.calibration._text import Text
 from adapruner.card import model_card
 from adapruner.checkpoint._folder import write_card
 from adapruner.config import PruneConfig
@@ -25,15 +26,15 @@ from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
 from adapruner.models._config import load_config
 from adapruner.models._device import describe_device, in_fastest_dtype
-from adapruner.models._loading import empty_model, load_model
+from adapruner.models._loading import empty_model
 from adapruner.models._places import ModelLocation, find_model
 from adapruner.planning._budget import Budget
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter, StageCost
-from adapruner.recovery._folder import read_record
+from adapruner.recovery._healing import Healing
 from adapruner.report._page import render_report
 from adapruner.result import IS_WANTED, ModelNumbers, Role, RunResult, roles_of, verdict_of
-from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows, json_form
+from adapruner.run.nodes.declared import GRAPH, TENSORS, json_form
 from adapruner.search._levelling import Levelled
 from adapruner.search._objective import at_budget, plan_candidate
 from adapruner.search._result import SearchResult
@@ -46,26 +47,15 @@ PAGE: Form[str] = Form(
     lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
 )
 # The models that are evaluated: by role, the node of the model.
-_MODELS: dict[Role, str] = {
-    "dense": "dense",
-    "best_fixed": "best_fixed_model",
-    "compensated": "compensated_model",
-    "searched": "pruned_model",
-    "recovered": "recovered_model",
-}
-# The same in the dtype of trials, in which text is written and tasks are run. Of the steps on the way nothing but the
+_MODELS: dict[Role, str] = {"dense": "dense", "best_fixed": "best_fixed_model", "searched": "pruned_model"}
+# The same in the dtype of trials, in which text is written and tasks are run; of the best fixed metric nothing but the
 # perplexity is measured.
-_FAST_MODELS: dict[Role, str] = {"dense": "dense_fast", "searched": "pruned_fast", "recovered": "recovered_fast"}
+_FAST_MODELS: dict[Role, str] = {"dense": "dense_fast", "searched": "pruned_fast"}
 
 
 @GRAPH.costly
 def pruned_fast(pruned_model: PreTrainedModel) -> PreTrainedModel:
     return in_fastest_dtype(pruned_model)
-
-
-@GRAPH.costly
-def recovered_fast(recovered_model: PreTrainedModel) -> PreTrainedModel:
-    return in_fastest_dtype(recovered_model)
 
 
 @GRAPH.costly
@@ -78,20 +68,10 @@ def best_fixed_model(
     return prune_model(dense, structure, plan_candidate(structure, statistics, best_fixed))
 
 
-@GRAPH.costly
-def compensated_model(compensated: Path, tuned_scales: bool, placement: Placement) -> PreTrainedModel | None:
-    """The pruned model before its scales are tuned; None if that changed nothing."""
-    if not tuned_scales:
-        return None
-    return load_model(find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
-
-
 def measured_perplexity(
-    model: PreTrainedModel | None, texts: dict[str, EvaluationText], reporter: Reporter
+    model: PreTrainedModel, texts: dict[str, EvaluationText], reporter: Reporter
 ) -> dict[str, Perplexity]:
-    """The perplexity of a model on every text of the report, by name; none of a step that changed nothing."""
-    if model is None:
-        return {}
+    """The perplexity of a model on every text of the report, by name."""
     with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
         return {
             name: measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts.items()
@@ -147,12 +127,11 @@ def loaded_tasks(
     tasks: tuple[str, ...],
     task_limit: int | None,
     used_documents: Callable[[], list[str]],
-    pool_text: Any,
-    objective_text: Any,
-    recovery_texts: Any,
+    calibration_texts: Any,
+    objective_texts: Any,
 ) -> Tasks:
     """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
-    # The documents are read when they are needed: the three texts put their content into the key.
+    # The documents are read when they are needed: the texts put their content into the key.
     return load_tasks(tasks, task_limit, used_documents())
 
 
@@ -180,9 +159,8 @@ for _role, _model in _MODELS.items():
     _needs = {"model": _model, "texts": "report_texts"}
     _keep("perplexity", _role, json_form(dict[str, Perplexity]), measured_perplexity, _needs, version=2)
 for _role, _model in _FAST_MODELS.items():
-    _needs = {"model": _model}
-    _wanted = (lambda tasks, recover: tasks and recover is not None) if _role == "recovered" else (lambda tasks: tasks)
-    _keep("tasks", _role, json_form(dict[str, TaskScore]), measured_tasks, _needs, version=2, is_wanted=_wanted)
+    _needs, _wanted = {"model": _model}, {"is_wanted": lambda tasks: tasks}
+    _keep("tasks", _role, json_form(dict[str, TaskScore]), measured_tasks, _needs, version=2, **_wanted)
 for _role, _model in _FAST_MODELS.items():
     _needs = {"model": _model, "writing": f"writing_{_role}"}
     _keep("breakage", _role, json_form(Breakage), partial(measured_breakage, _role), _needs, version=6)
@@ -197,50 +175,35 @@ Measured = tuple[dict[str, Perplexity] | None, dict[str, TaskScore] | None, Brea
 def measured(
     perplexity_dense: dict[str, Perplexity],
     perplexity_best_fixed: dict[str, Perplexity] | None,
-    perplexity_compensated: dict[str, Perplexity] | None,
     perplexity_searched: dict[str, Perplexity],
-    perplexity_recovered: dict[str, Perplexity] | None,
     tasks_dense: dict[str, TaskScore] | None,
     tasks_searched: dict[str, TaskScore] | None,
-    tasks_recovered: dict[str, TaskScore] | None,
     breakage_dense: Breakage,
     breakage_searched: Breakage,
-    breakage_recovered: Breakage | None,
 ) -> dict[Role, Measured]:
     """Perplexity, scores in tasks and signs of breakage, as far as they were measured."""
     return {
         "dense": (perplexity_dense, tasks_dense, breakage_dense),
         "best_fixed": (perplexity_best_fixed, None, None),
-        "compensated": (perplexity_compensated, None, None),
         "searched": (perplexity_searched, tasks_searched, breakage_searched),
-        "recovered": (perplexity_recovered, tasks_recovered, breakage_recovered),
     }
 
 
-@GRAPH.kept(
-    "result.json",
-    json_form(RunResult),
-    version=4,
-    is_result=True,
-    is_record=True,
-    beside=("model/README.md", "recovered/README.md"),
-)
+@GRAPH.kept("result.json", json_form(RunResult), version=5, is_result=True, is_record=True, beside=("model/README.md",))
 def result(
     config: PruneConfig,
     location: ModelLocation,
-    windows: Windows,
-    self_written: Windows | None,
+    windows: dict[str, Text],
     found: SearchResult,
     levelled: Levelled | None,
     plan: PruningPlan,
     pruned: Path,
-    tuned_scales: bool,
-    recovered: Path | None,
+    healed: Healing | None,
     measured: dict[Role, Measured],
     main_device: torch.device,
     stage_costs: Callable[[], dict[str, StageCost]],
 ) -> RunResult:
-    """All numbers of a run; the model cards are written too, which show them."""
+    """All numbers of a run; the model card is written too, which shows them."""
     config_after = load_config(find_model(str(pruned)))
     after = build_structure(empty_model(config_after)).total_parameters
     breakages = {role: breakage for role, (_, _, breakage) in measured.items()}
@@ -254,25 +217,19 @@ def result(
             verdict=verdict_of(role, breakages),
         )
         for role in roles_of(config)
-        if role != "compensated" or tuned_scales
     ]
-    written = {"self": len(self_written["compensation"])} if self_written else {}
     result = RunResult(
         config=config,
         plan_hash=plan.hash,
         search=found,
         levelled=levelled,
-        recovery=read_record(recovered) if recovered else None,
+        healing=healed,
         models=tuple(numbers),
-        windows={use: len(tokens) for use, tokens in windows.items()} | written,
-        tuned_scales=tuned_scales,
+        windows={use: {kind: len(own) for kind, own in text.by_kind.items()} for use, text in windows.items()},
         stages=stage_costs(),
         device=describe_device(main_device),
     )
-    folders: dict[Role, Path | None] = {"searched": pruned, "recovered": recovered}
-    for role, folder in folders.items():
-        if folder:
-            write_card(folder, model_card(location, config_after, plan, result, role))
+    write_card(pruned, model_card(location, config_after, plan, result))
     return result
 
 

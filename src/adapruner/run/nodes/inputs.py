@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._blend import BlendPart
+from adapruner.calibration._mix import kinds
 from adapruner.calibration._reading import fingerprint
 from adapruner.calibration._sources import Source
 from adapruner.config import Layout, PruneConfig, RatioOf
@@ -22,7 +23,6 @@ from adapruner.models._loading import check_streamable, empty_model, is_streamab
 from adapruner.models._places import ModelLocation, find_model, fingerprint as fingerprint_of_model
 from adapruner.planning._budget import Budget, UnreachableRatioError, default_budget
 from adapruner.progress import Reporter
-from adapruner.recovery._trainers import check_trainer_options
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure
@@ -73,12 +73,18 @@ def structure(
 # Which text is used for what
 
 
-def content_of_text(source: Source | None) -> dict[str, str | None] | None:
+def content_of_text(source: Source) -> dict[str, str | None]:
     """The content of a leaf for a text; that of the text itself is None where it is not at hand."""
-    if source is None:
-        return None
     columns = f":{source.columns}" if source.columns else ""
     return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
+
+
+def content_of_blend(blend: tuple[BlendPart, ...]) -> list[Any]:
+    """The content of a leaf for a blend; of text that the model writes, what that begins with."""
+    return [
+        [part.name, part.share, content_of_text(part.source) if part.source else kinds()[part.name].fingerprint]
+        for part in blend
+    ]
 
 
 @GRAPH.leaf()
@@ -86,19 +92,14 @@ def texts(config: PruneConfig) -> Texts:
     return assign_texts(config)
 
 
-@GRAPH.leaf(content_of_text)
-def pool_text(texts: Texts) -> Source | None:
-    return texts.pool
+@GRAPH.leaf(content_of_blend)
+def calibration_texts(texts: Texts) -> tuple[BlendPart, ...]:
+    return texts.calibration
 
 
-@GRAPH.leaf(content_of_text)
-def objective_text(texts: Texts) -> Source | None:
+@GRAPH.leaf(content_of_blend)
+def objective_texts(texts: Texts) -> tuple[BlendPart, ...]:
     return texts.objective
-
-
-@GRAPH.leaf(lambda blend: [[part.is_written, part.share, content_of_text(part.source)] for part in blend])
-def recovery_texts(texts: Texts) -> tuple[BlendPart, ...]:
-    return texts.recovery
 
 
 @GRAPH.leaf(lambda sources: {name: content_of_text(source) for name, source in sources.items()})
@@ -194,9 +195,7 @@ def placement(
     config: PruneConfig, location: ModelLocation, empty: PreTrainedModel, structure: Structure, starting_budget: Budget
 ) -> Placement:
     """The devices of the layers. How much memory is free decides only whether the run is refused."""
-    check_length(empty.config, max(config.seq_len, config.recovery.seq_len if config.recover else 0))
-    if config.recover:
-        check_trainer_options(config.recovery)
+    check_length(empty.config, config.seq_len)
     if config.layer_wise:
         check_streamable(location, empty.config)
     streamable = is_streamable(location, empty.config)

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
+from adapruner.calibration._blend import BlendPart, sources_of
+from adapruner.calibration._mix import write_kinds
 from adapruner.calibration._pool import (
     EvaluationText,
     draw_windows,
     evaluation_text,
     evenly_spaced,
-    generate_windows,
     load_texts,
     save_texts,
-    start_token,
     text_windows,
 )
-from adapruner.calibration._sources import Source
+from adapruner.calibration._sources import Part, Source
+from adapruner.calibration._text import Text, counts_of, load_texts_by_use, save_texts_by_use
 from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._losses import finite_windows, window_losses
+from adapruner.evaluation._losses import finite_windows
+from adapruner.evaluation._writing import end_tokens
 from adapruner.graph.records import Form
 from adapruner.importance._terms import needs_moments
 from adapruner.models._architecture import check_length, check_tokens
-from adapruner.option_rules import scoring_bounds, written_count
+from adapruner.option_rules import scoring_bounds
 from adapruner.progress import Reporter
-from adapruner.run.nodes.declared import GRAPH, TENSORS, Windows
+from adapruner.run.nodes.declared import GRAPH, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
-# What the dense model may write in a run, in the order of the seeds.
-_WRITTEN = ("pool", "objective", "compensation", "recovery")
-
-
-def seed_of_writing(use: str, seed: int) -> int:
-    """The seed with which the dense model writes text for a use: no two uses and seeds share one."""
-    return len(_WRITTEN) * seed + _WRITTEN.index(use)
+TEXTS: Form[dict[str, Text]] = Form(save_texts_by_use, load_texts_by_use)
 
 
 @GRAPH.in_memory
 def window_counts(
+    calibration_texts: tuple[BlendPart, ...],
+    objective_texts: tuple[BlendPart, ...],
     pool: int,
     objective_windows: int | None,
     final_windows: int,
@@ -47,65 +43,88 @@ def window_counts(
     compensation: str,
     space: Space,
     terms: Terms,
-) -> dict[str, int]:
-    """The number of windows for each use; for the objective, with those for the final choice."""
-    counts = {"pool": pool, "objective": scoring_bounds(objective_windows)[1] + final_windows}
+) -> dict[str, dict[str, int]]:
+    """The number of windows of each kind for each use; for the objective, with those for the final choice."""
+    objective = scoring_bounds(objective_windows)[1] + final_windows
+    counts = {"pool": counts_of(calibration_texts, pool), "objective": counts_of(objective_texts, objective)}
     if needs_moments(compensation, space, terms):
-        counts["compensation"] = compensation_windows
+        counts["compensation"] = counts_of(calibration_texts, compensation_windows)
     return counts
 
 
 @GRAPH.in_memory
 def drawn(
-    pool_text: Source | None,
-    objective_text: Source | None,
+    calibration_texts: tuple[BlendPart, ...],
+    objective_texts: tuple[BlendPart, ...],
     tokenizer: Tokenizer,
     empty: PreTrainedModel,
-    window_counts: dict[str, int],
+    window_counts: dict[str, dict[str, int]],
     objective_windows: int | None,
     seq_len: int,
     seed: int,
-) -> Windows:
-    """The windows out of datasets by use, [windows, tokens] each, int64; without those that the model writes."""
-    fewest = {"pool": window_counts["pool"], "objective": scoring_bounds(objective_windows)[0]}
-    windows = {
-        use: draw_windows(source, tokenizer, window_counts[use], seq_len, seed, fewest[use])
-        for use, source in (("pool", pool_text), ("objective", objective_text))
-        if source is not None
+) -> dict[str, Windows]:
+    """The windows out of datasets by use and kind, [windows, tokens] each, int64; without those that the model
+    writes."""
+    fewest = {
+        "pool": window_counts["pool"],
+        "objective": counts_of(objective_texts, scoring_bounds(objective_windows)[0]),
     }
-    if pool_text is not None and "compensation" in window_counts:
-        text = text_windows(pool_text, tokenizer, seq_len)
-        windows["compensation"] = evenly_spaced(text, window_counts["compensation"])
+    drawn: dict[str, Windows] = {use: {} for use in window_counts}
+    for use, blend in (("pool", calibration_texts), ("objective", objective_texts)):
+        for kind, source in sources_of(blend):
+            if count := window_counts[use][kind]:
+                drawn[use][kind] = draw_windows(source, tokenizer, count, seq_len, seed, fewest[use][kind])
+    for kind, source in sources_of(calibration_texts) if "compensation" in window_counts else ():
+        text = text_windows(source, tokenizer, seq_len)
+        drawn["compensation"][kind] = evenly_spaced(text, window_counts["compensation"][kind])
         if len(text) < 2:
-            raise AdaPrunerError(f"{pool_text} gives one window of {seq_len} tokens, compensation needs 2")
-    for tokens in windows.values():
+            raise AdaPrunerError(f"{source} gives one window of {seq_len} tokens, compensation needs 2")
+    for tokens in (tokens for by_kind in drawn.values() for tokens in by_kind.values() if len(tokens)):
         check_tokens(empty.config, int(tokens.max()))
-    return windows
+    return drawn
 
 
-@GRAPH.kept("windows.safetensors", TENSORS, version=4)
+@GRAPH.kept("windows.safetensors", TEXTS, version=5)
 def windows(
-    dense: PreTrainedModel,
     dense_fast: PreTrainedModel,
-    drawn: Windows,
-    window_counts: dict[str, int],
+    tokenizer: Tokenizer,
+    calibration_texts: tuple[BlendPart, ...],
+    objective_texts: tuple[BlendPart, ...],
+    drawn: dict[str, Windows],
+    window_counts: dict[str, dict[str, int]],
     empty: PreTrainedModel,
     samples: int,
     seq_len: int,
     seed: int,
     reporter: Reporter,
-) -> Windows:
-    """The windows of every use, [windows, tokens] each, int64, on which the loss of the dense model is finite."""
+) -> dict[str, Text]:
+    """The text of every use, on which the loss of the dense model is finite. What the model writes for the pool is
+    part of what it writes for compensation."""
     reporter.note(check_length(empty.config, seq_len) or "")
-    windows = dict(drawn)
-    for use, count in window_counts.items():
-        if use not in windows:
-            with reporter.stage(f"writing {use}", count) as advance:
-                windows[use] = generate_windows(dense, count, seq_len, seed_of_writing(use, seed), advance)
+    windows = {use: dict(by_kind) for use, by_kind in drawn.items()}
+    parts: tuple[tuple[Part, tuple[BlendPart, ...], tuple[str, ...]], ...] = (
+        ("calibration", calibration_texts, ("pool", "compensation")),
+        ("objective", objective_texts, ("objective",)),
+    )
+    for of_text, blend, uses in parts:
+        counts = {
+            part.name: max(window_counts[use][part.name] for use in uses if use in windows)
+            for part in blend
+            if part.is_written
+        }
+        if not any(counts.values()):
+            continue
+        with reporter.stage("writing text", sum(counts.values())) as advance:
+            ends = end_tokens(dense_fast, tokenizer)
+            written = write_kinds(dense_fast, tokenizer, counts, seq_len, of_text, seed, ends, advance)
+        for use in windows.keys() & {*uses}:
+            windows[use] |= {kind: evenly_spaced(own, window_counts[use][kind]) for kind, own in written.items()}
+    texts = {use: Text.mixed(by_kind) for use, by_kind in windows.items()}
     with reporter.stage("checking text"):
-        finite, note = finite_windows(dense_fast, windows, {"pool": samples, "objective": 1, "compensation": 2})
+        least = {"pool": samples, "objective": 1, "compensation": 2}
+        finite, note = finite_windows(dense_fast, {use: text.windows for use, text in texts.items()}, least)
     reporter.note(note)
-    return finite
+    return {use: text.part(finite[use]) for use, text in texts.items()}
 
 
 @GRAPH.in_memory
@@ -135,41 +154,7 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
     return drawn_to_report
 
 
-@GRAPH.kept(
-    "self.safetensors",
-    TENSORS,
-    version=3,
-    is_wanted=lambda compensation, space, terms, self_windows: (
-        needs_moments(compensation, space, terms) and self_windows != 0
-    ),
-)
-def self_written(
-    dense_fast: PreTrainedModel,
-    windows: Windows,
-    window_counts: dict[str, int],
-    pool_text: Source | None,
-    self_windows: int | None,
-    seq_len: int,
-    seed: int,
-    reporter: Reporter,
-) -> Windows:
-    """Windows that the dense model writes for compensation, which is fitted on them as well: text of other kinds than
-    that of the calibration dataset. Those on which its loss is not finite are dropped."""
-    can_write = pool_text is not None and start_token(dense_fast) is not None
-    count = written_count(self_windows, len(windows["compensation"]), can_write)
-    if not count:
-        return {"compensation": torch.empty(0, seq_len, dtype=torch.int64)}
-    with reporter.stage("writing text", count) as advance:
-        written = generate_windows(dense_fast, count, seq_len, seed_of_writing("compensation", seed), advance)
-        return {"compensation": written[window_losses(dense_fast, written).isfinite()]}
-
-
 @GRAPH.in_memory
-def text_to_fit(windows: Windows, self_written: Windows | None, seed: int) -> Tensor | None:
-    """[windows, tokens], int64: the text that compensation is fitted on, mixed, because some of it is held out; None
-    where nothing is fitted."""
-    if "compensation" not in windows:
-        return None
-    text = windows["compensation"]
-    both = torch.cat([text, self_written["compensation"]]) if self_written else text
-    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+def text_to_fit(windows: dict[str, Text]) -> Text | None:
+    """The text that compensation is fitted on; None where nothing is fitted."""
+    return windows.get("compensation")

@@ -1,0 +1,181 @@
+"""Healing: a cut model is trained to predict as the dense model does, at a learning rate that is found on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ValidationError
+from transformers import PreTrainedModel
+
+from adapruner.calibration._blend import BlendPart
+from adapruner.calibration._text import Text
+from adapruner.config import RecoveryOptions, TrainedWeights
+from adapruner.errors import AdaPrunerError, NonFiniteError, reason
+from adapruner.files import write_text
+from adapruner.recovery._examples import Examples, window_examples
+from adapruner.recovery._training import RecoveryRecord, train, try_training
+
+# The record of healing, in the folder of the model.
+HEALING = "healing.json"
+# Learning rates that are tried, by what is trained, and the share of all steps that each trial takes
+# (research/experiments/healing.md).
+_RATES: dict[TrainedWeights, tuple[float, ...]] = {
+    "layers": (1e-5, 4e-5, 1.6e-4),
+    "lora": (1e-4, 3e-4, 1e-3),
+    "ia3": (1e-3, 3e-3, 1e-2),
+}
+_TRIED, _FEWEST_STEPS = 0.03, 4
+_TOKENS_PER_STEP = 512
+_LORA_RANK = 32
+_HELD_OUT = 14
+# A kind of fewer windows has none to hold out.
+_FEWEST_WINDOWS = 2
+
+
+class Healing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """The record of healing.
+
+    Attributes:
+        trained: the weights that were trained.
+        losses_by_rate: the divergence from the dense model on held-out windows after a few steps at each learning rate,
+            in nats per token; after all steps, if those made the model worse than it was.
+        loss_before: the same before the first step.
+        record: of the training at the best of these rates; None if none of them brought the model nearer to the dense
+            one, or the training did not: the weights are as they were.
+    """
+
+    trained: TrainedWeights
+    losses_by_rate: dict[float, float]
+    loss_before: float
+    record: RecoveryRecord | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why the weights were left as they were."""
+        tried = ", ".join(f"{loss:.4f} at a rate of {rate:g}" for rate, loss in self.losses_by_rate.items())
+        return (
+            f"after training, the divergence from the dense model, which was {self.loss_before:.4f} nats per token, is"
+            f" {tried}"
+        )
+
+
+def healing_options(
+    weights: TrainedWeights, tokens: int, seq_len: int, seed: int, device: torch.device, layer_wise: bool
+) -> RecoveryOptions:
+    """The options of healing.
+
+    Args:
+        weights: what is trained.
+        tokens: to train on.
+        seq_len: tokens of an example.
+        device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
+        layer_wise: the layers of both models are streamed, which checkpoints by itself.
+    """
+    batch_size = max(1, _TOKENS_PER_STEP // seq_len)
+    return RecoveryOptions(
+        train=weights,
+        steps=max(1, round(tokens / (batch_size * seq_len))),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        micro_batch_size=batch_size,
+        gradient_checkpointing=device.type != "cpu" and not layer_wise,
+        warmup_steps=20,
+        lora_rank=_LORA_RANK,
+        lora_alpha=2 * _LORA_RANK,
+        lora_dropout=0.0,
+        label_weight=0.0,
+        validation=_HELD_OUT,
+        seed=seed,
+    )
+
+
+def heal(
+    load: Callable[[], PreTrainedModel],
+    text: Text,
+    teacher: PreTrainedModel,
+    options: RecoveryOptions,
+    folder: Path,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> tuple[PreTrainedModel | None, Healing]:
+    """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first, and
+    the training goes on at the best of them, from the beginning.
+
+    Args:
+        load: gives the model to train.
+        teacher: the dense model.
+        folder: for the checkpoints of a training that resumes.
+        progress: called with the number of steps done, those of the trials included; see `steps_of_healing`.
+
+    Returns:
+        The trained model and the record; None if it comes no nearer to the dense model.
+    """
+    blend, tried = _examples(text, options), folder / "rates.json"
+    if tried.is_file():
+        record = Healing.model_validate_json(tried.read_bytes())
+        progress(steps_of_healing(options) - (options.steps or 0))
+    else:
+        record = _try_rates(load, blend, teacher, options, folder, progress)
+        write_text(tried, record.model_dump_json())
+    best = min(record.losses_by_rate, key=record.losses_by_rate.__getitem__)
+    if not record.losses_by_rate[best] < record.loss_before:
+        return None, record
+    settings = options.model_copy(update={"learning_rate": best})
+    model, of_training = train(load, blend, settings, folder, teacher, progress, record.loss_before)
+    if not of_training.loss_after < of_training.loss_before:
+        losses = record.losses_by_rate | {best: of_training.loss_after}
+        return None, record.model_copy(update={"losses_by_rate": losses})
+    return model, record.model_copy(update={"record": of_training})
+
+
+def _try_rates(
+    load: Callable[[], PreTrainedModel],
+    blend: Sequence[Examples],
+    teacher: PreTrainedModel,
+    options: RecoveryOptions,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> Healing:
+    """The losses after a few steps at each rate."""
+    losses, before = dict[float, float](), None
+    for rate in _RATES[options.train]:
+        settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
+        try:
+            before, losses[rate] = try_training(load, blend, settings, folder / "trial", teacher, progress, before)
+        except NonFiniteError:
+            losses[rate] = math.inf
+    return Healing(trained=options.train, losses_by_rate=losses, loss_before=math.inf if before is None else before)
+
+
+def read_healing(model: Path) -> Healing | None:
+    """The record of healing in the folder of a model; None if there is none.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    path = model / HEALING
+    try:
+        return Healing.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValidationError) as error:
+        raise AdaPrunerError(f"{path} is not the record of a training after a cut ({reason(error)})") from None
+
+
+def steps_of_healing(options: RecoveryOptions) -> int:
+    """The number of steps, those of the trials included."""
+    return (options.steps or 0) + len(_RATES[options.train]) * _steps_of_a_trial(options)
+
+
+def _steps_of_a_trial(options: RecoveryOptions) -> int:
+    return max(_FEWEST_STEPS, round(_TRIED * (options.steps or 0)))
+
+
+def _examples(text: Text, options: RecoveryOptions) -> list[Examples]:
+    """The windows of every kind in their shares; the last of each are held out."""
+    by_kind = {kind: own for kind, own in text.by_kind.items() if len(own) >= _FEWEST_WINDOWS}
+    count = sum(map(len, by_kind.values()))
+    return [
+        window_examples(own, BlendPart(kind, len(own) / count, None), options, label_weight=0.0)
+        for kind, own in by_kind.items()
+    ]

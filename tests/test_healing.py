@@ -1,0 +1,198 @@
+"""The training after the cut: a learning rate that is found, what is trained, and where it does not help."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import adapruner
+from adapruner import AdaPrunerError
+from adapruner.graph.folder import RunFolder
+from adapruner.memory import healing_within
+from adapruner.models._loading import empty_model
+from adapruner.option_rules import EFFORTS
+from adapruner.recovery import _healing
+from adapruner.recovery._folder import read_record
+from adapruner.recovery._healing import healing_options, read_healing
+from adapruner.result import roles_of
+from adapruner.run.nodes import models as nodes
+from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
+
+REMOVE_FILES = RunFolder.remove_files
+# Of a smaller cut, compensation leaves nothing to bring back. A step has 1,024 tokens.
+OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name != "trials"}
+OPTIONS |= {"heal": "6k", "ratio": 0.3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keeps_steps():
+    """The model before it is healed is kept, to compare with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "remove_files", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory, model_folder, text_file):
+    output = tmp_path_factory.mktemp("healed") / "run"
+    return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
+
+
+def divergence(model: PreTrainedModel, dense: PreTrainedModel, rows: torch.Tensor) -> float:
+    with torch.no_grad():
+        predicted, wanted = (one(rows).logits[:, :-1].log_softmax(-1) for one in (model, dense))
+        return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
+
+
+def test_the_layers_learn_what_the_dense_model_predicts(healed, model_folder):
+    before, after = (adapruner.load(healed.output / name) for name in ("compensated", "model"))
+    for name, weight in after.named_parameters():
+        assert weight.equal(before.get_parameter(name)) != name.startswith("model.layers."), name
+    rows = torch.randint(4, 60, (32, 16), generator=torch.Generator().manual_seed(0))
+    dense = adapruner.load(model_folder)
+    assert divergence(after, dense, rows) < divergence(before, dense, rows)
+
+
+def test_the_record_says_which_rate_was_best(healed):
+    healing = healed.result.healing
+    assert healing == read_healing(healed.model_folder)
+    assert healing.trained == "layers"
+    best = min(healing.losses_by_rate, key=healing.losses_by_rate.get)
+    assert healing.record.config["learning_rate"] == best
+    assert healing.record.loss_after < healing.record.loss_before == pytest.approx(healing.loss_before)
+    assert (healing.record.steps, healing.record.tokens) == (6, 6 * 1024)
+    page, card = (healed.report.read_text(), (healed.model_folder / "README.md").read_text())
+    assert "final compensation, healed, saved" in page
+    assert f"at a learning rate of {best:g}, the best of 3 tried" in page
+    assert "It was trained to predict as the dense model does, on 6,144 tokens of" in card
+
+
+def test_the_step_before_is_removed_from_a_finished_run(healed, model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "remove_files", REMOVE_FILES)
+    run = Path(shutil.copytree(healed.output, tmp_path / "run"))
+    (run / "report.html").unlink()
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert not (run / "compensated").exists()
+    assert result.result == healed.result
+    assert stages_done(run) == stages_done(healed.output)
+    # The numbers of a finished run need it as little.
+    (run / "result.json").unlink()
+    again = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert again.result.healing == healed.result.healing
+    assert stages_done(run) == stages_done(healed.output)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, []),
+        (EFFORTS["thorough"], ["best_fixed"]),
+        ({"search": "metric"}, ["best_fixed"]),
+        ({"space": "paper", "compensation": "none"}, ["best_fixed"]),
+    ],
+)
+def test_what_is_left_to_the_starting_points_has_no_models_on_the_way(options, steps):
+    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", **options)
+    assert roles_of(config) == ["dense", *steps, "searched"]
+
+
+def test_without_it_the_compensated_model_is_saved(healed, model_folder, text_file, tmp_path):
+    run = shutil.copytree(healed.output, tmp_path / "run")
+    options = OPTIONS | {"heal": "none", "overwrite": True}
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
+    assert result.result.healing is None
+    assert "final compensation, saved" in (run / "report.html").read_text()
+    assert "It was not fine-tuned." in (result.model_folder / "README.md").read_text()
+    before, after = (adapruner.load(folder).state_dict() for folder in (healed.output / "compensated", run / "model"))
+    assert all(after[name].equal(weight) for name, weight in before.items())
+
+
+def test_a_killed_training_goes_on_and_fits_nothing_twice(healed, model_folder, text_file, tmp_path):
+    """A run of its own: what another run has made would be taken over."""
+    run = tmp_path / "run"
+    arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
+    # Two calls a step, after a step at each of three rates.
+    run_killed("transformers.Trainer", "training_step", 12, arguments, tmp_path)
+    compensated = (run / "compensated" / "model.safetensors").stat()
+    assert list((run / "unfinished").rglob("checkpoint-*/trainer_state.json"))
+    assert list((run / "unfinished").rglob("rates.json"))
+    adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
+    assert (run / "compensated" / "model.safetensors").stat().st_mtime_ns == compensated.st_mtime_ns
+    assert_same_artifacts(run, healed.output)
+
+
+@pytest.mark.parametrize("rates", [(0.5, 2.0), (1e38,)], ids=["worse", "not finite"])
+def test_a_training_that_does_not_help_ends_after_a_few_steps(
+    rates, healed, model_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(_healing._RATES, "layers", rates)
+    monkeypatch.setattr(_healing, "train", lambda *_, **__: pytest.fail("trained"))
+    # All but the last step, and what was measured of it, is taken from the run in which it helps.
+    output = Path(shutil.copytree(healed.output, tmp_path / "run"))
+    shutil.rmtree(output / "model")
+    shutil.rmtree(output / "evaluation")
+    (output / "report.html").unlink()
+    result = adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
+    before, after = (adapruner.load(output / name).state_dict() for name in ("compensated", "model"))
+    assert all(after[name].equal(weight) for name, weight in before.items())
+    assert "The weights are left as they were: after training," in " ".join(capsys.readouterr().err.split())
+    assert result.result.healing.record is None
+    assert "The weights are as they were compensated" in (output / "report.html").read_text()
+    assert "It was not fine-tuned." in (output / "model" / "README.md").read_text()
+
+
+def test_where_it_is_impossible_it_is_said(model_folder, text_file, tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise AdaPrunerError("PEFT cannot")
+
+    monkeypatch.setattr(nodes, "check_adapters", refuse)
+    monkeypatch.setattr(
+        nodes, "healing_within", lambda *_: healing_options("lora", 6144, 16, 0, torch.device("cpu"), False)
+    )
+    result = adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+    assert "will not be trained after the cut: PEFT cannot" in capsys.readouterr().err
+    assert result.result.healing is None
+    assert "healing" not in result.result.stages
+    # Where it is possible, the same run has other results.
+    monkeypatch.undo()
+    with pytest.raises(AdaPrunerError, match=r"another healing\): model"):
+        adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+
+
+def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):
+    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", heal="1k")
+    empty, device = empty_model(make_model().config), torch.device("cpu")
+    weights = sum(weight.numel() for weight in empty.parameters())
+
+    def trained(stated: int, by_layer: bool = False) -> str:
+        options = healing_within(config, empty, weights, [device], by_layer, stated)
+        assert options is not None
+        return options.train
+
+    assert trained(2**40) == "layers"
+    assert trained(2**40, by_layer=True) == "ia3"
+    assert trained(1) == "ia3"
+    sizes = sorted({trained(size): size for size in range(10**6, 10**8, 10**5)}.items(), key=lambda pair: pair[1])
+    assert [name for name, _ in sizes][-1] == "layers"
+    spread = [torch.device("cpu"), torch.device("cpu", 1)]
+    assert healing_within(config, empty, weights, spread, False, 2**40) is None
+
+
+def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path):
+    run = Path(shutil.copytree(healed.output, tmp_path / "run"))
+    record = adapruner.recover(run)
+    assert record == read_record(run / "recovered")
+    config = record.config
+    of_run = {"train": "layers", "tokens": "6000", "label_weight": 0.0, "data": str(text_file)}
+    assert config.items() >= of_run.items()
+    assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
+    assert config["teacher"] == str(model_folder)
+    assert adapruner.recover(run, output=tmp_path / "b", steps=1).steps == 1
+    card = (run / "recovered" / "README.md").read_text()
+    assert "It was trained to predict as the dense model does" in card
+    assert "It was fine-tuned on" in card
+    with pytest.raises(AdaPrunerError, match="is not the folder of a run, whose training would go on"):
+        adapruner.recover(model_folder)

@@ -1,0 +1,128 @@
+"""The mix of kinds of text that a model writes itself, and windows that keep the names of their kinds."""
+
+import ast
+import re
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import adapruner
+from adapruner.calibration._blend import parse_blend
+from adapruner.calibration._mix import kinds, python_functions, served_kinds, write_kinds
+from adapruner.calibration._text import Text, counts_of, load_texts_by_use, save_texts_by_use
+from adapruner.models._generation import continue_texts
+from run_helpers import QUICK
+
+KINDS = ["prose", "code", "mathematics", "questions", "dialogue", "instructions", "languages"]
+
+
+def test_every_beginning_is_filled():
+    assert [*kinds()] == KINDS
+    for kind in kinds().values():
+        for texts in kind:
+            assert len(texts) == len(set(texts)) > 10
+            assert not any(re.search(r"(?<!\{)\{\w+\}", text) for text in texts)
+    # The first ones are of all templates.
+    assert len({text[:12] for text in kinds()["prose"].openings[:5]}) == 5
+
+
+def test_the_functions_of_the_standard_library_are_whole():
+    functions = python_functions()
+    assert len(functions) > 500
+    for text in functions[::50]:
+        [function] = ast.parse(text).body
+        assert ast.get_docstring(function)
+
+
+@pytest.fixture
+def writing(model, tokenizer):
+    def write(part: str = "calibration", seed: int = 0, count: int = 4) -> dict[str, torch.Tensor]:
+        return write_kinds(model, tokenizer, dict.fromkeys(KINDS, count), 12, part, seed, [2])
+
+    return write
+
+
+def test_a_model_writes_windows_of_every_kind(writing):
+    steps: list[float] = []
+    written = writing()
+    assert [*written] == KINDS
+    assert all(own.shape == (4, 12) and own.dtype == torch.int64 and (own >= 0).all() for own in written.values())
+    again, other, objective = writing(), writing(seed=1), writing("objective")
+    for kind, own in written.items():
+        assert own.equal(again[kind])
+        assert not own.equal(other[kind])
+        assert not own.equal(objective[kind])
+    assert not steps
+
+
+def test_the_texts_begin_with_prompts_and_openings(writing, model, tokenizer, monkeypatch):
+    begun = []
+
+    def note(model, prompts, *rest):
+        begun.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return continue_texts(model, prompts, *rest)
+
+    monkeypatch.setattr("adapruner.calibration._mix.continue_texts", note)
+    writing(count=40)
+    without = len(begun)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w50 {{ m['content'] }} w51{% endfor %}")
+    begun.clear()
+    writing(count=40)
+    chats = sum(text.startswith("w50") and text.endswith("w51") for text in begun)
+    assert without > 7
+    assert chats == pytest.approx(len(begun) / 2, abs=7)
+
+
+def test_a_language_that_the_tokenizer_spells_is_left_out(tokenizer, monkeypatch):
+    def spelled(_, texts, **options):
+        pieces = [[*range(len(text.encode()))] if not text.isascii() else [1] for text in texts]
+        return type("Encoding", (), {"input_ids": pieces})
+
+    monkeypatch.setattr("adapruner.calibration._mix.tokenize", spelled)
+    assert all(text.isascii() for kind in served_kinds(tokenizer).values() for texts in kind for text in texts)
+    assert [*served_kinds(tokenizer)] == KINDS
+
+
+def test_kinds_are_kept_apart_from_the_option_to_the_result(model_folder, text_file, tmp_path):
+    options = QUICK | {"calibration": f"mix:0.5,{text_file}", "compensation_windows": 28}
+    result = adapruner.prune(str(model_folder), output=tmp_path, **options)
+    texts = load_texts_by_use(tmp_path / "windows.safetensors")
+    assert set(texts["compensation"].kinds) == {*KINDS, str(text_file)}
+    assert result.result.windows["compensation"] == {**dict.fromkeys(KINDS, 2), str(text_file): 14}
+    assert result.result.search.by_kind.keys() == set(texts["objective"].kinds)
+    mean = sum(
+        loss * texts["objective"].kinds.count(kind) for kind, loss in result.result.search.by_kind.items()
+    ) / len(texts["objective"])
+    assert mean == pytest.approx(result.result.search.best_loss)
+    # The pool is part of what the compensation is fitted on.
+    compensation = texts["compensation"].by_kind
+    for kind, own in texts["pool"].by_kind.items():
+        if kind in KINDS:
+            assert all((compensation[kind] == window).all(1).any() for window in own)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any))
+def test_windows_of_all_kinds_are_evenly_mixed(tmp_path_factory, numbers):
+    by_kind = {f"k/{kind}": torch.arange(count)[:, None] + 10 * kind for kind, count in enumerate(numbers)}
+    text = Text.mixed(by_kind)
+    assert {kind: len(own) for kind, own in text.by_kind.items()} == {
+        kind: len(own) for kind, own in by_kind.items() if len(own)
+    }
+    for kind, own in text.by_kind.items():
+        assert own.equal(by_kind[kind])
+    for end in range(1, len(text) + 1):
+        for kind, own in by_kind.items():
+            assert abs(text.kinds[:end].count(kind) - len(own) * end / len(text)) <= 1 + len(by_kind) / 2
+    path = tmp_path_factory.mktemp("texts") / "a.safetensors"
+    save_texts_by_use({"pool": text}, path)
+    assert load_texts_by_use(path)["pool"].windows.equal(text.windows)
+    assert load_texts_by_use(path)["pool"].kinds == text.kinds
+
+
+@given(st.integers(0, 500))
+def test_the_windows_of_the_parts_of_a_blend_add_up(count):
+    blend = parse_blend("mix,c4:0.3")
+    counts = counts_of(blend, count)
+    assert sum(counts.values()) == count
+    assert all(abs(counts[part.name] - part.share * count) < 1 for part in blend)
