@@ -320,10 +320,10 @@ def test_a_source_from_outside_is_calibrated_on(tmp_path, text_file, tokenizer):
     register_sources(path)
     register_sources(path)
     texts = assign_texts(PruneConfig(model="m", calibration="mine", evaluate=("mine",)))
-    assert (str(texts.pool), [*texts.report]) == ("mine:train@calibration", ["mine:test"])
-    assert texts.pool is not None
-    assert draw_windows(texts.pool, tokenizer, 20, 16, seed=0).shape == (20, 16)
-    assert texts.pool.identity == parse_source(f"{tmp_path / 'train.jsonl'}:body").identity
+    [part] = texts.calibration
+    assert (str(part.source), [*texts.report]) == ("mine:train@calibration", ["mine:test"])
+    assert draw_windows(part.source, tokenizer, 20, 16, seed=0).shape == (20, 16)
+    assert part.source.identity == parse_source(f"{tmp_path / 'train.jsonl'}:body").identity
     assert read_documents(texts.report["mine:test"]) == text_file.read_text().split("\n\n")
     with pytest.raises(AdaPrunerError, match=r"there is no file .*mine:other"):
         parse_source("mine:other")

@@ -44,6 +44,7 @@ OPTIONS = {
     "protect_last": 0,
     "head_share": 1.0,
     "round_to": 1,
+    "heal": "2k",
 }
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -175,7 +176,7 @@ def page_of(run: RunFolder) -> Page:
 def test_models_are_those_of_the_result(finished, page):
     result = content_of(finished, "result.json")
     rows = page.rows("model-table")
-    names = ["dense", "best fixed metric", "pruned, scales not tuned", "pruned"]
+    names = ["dense", "best fixed metric", "pruned"]
     assert [name.split(" (")[0] for name in rows] == names
     for model, cells in zip(result["models"], rows.values(), strict=True):
         expected = [f"{model['parameters']:,}"]
@@ -241,7 +242,7 @@ def test_texts_of_the_models_are_shown_side_by_side(finished, page):
 
 
 def test_the_first_screen_is_of_the_result(finished, page):
-    dense, _, _, pruned = content_of(finished, "result.json")["models"]
+    dense, _, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
     assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["repetition"]
     for (text, before), perplexity, bits in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
@@ -283,7 +284,7 @@ def test_the_speed_is_shown_once_it_was_measured(run, finished):
 def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
     """An accuracy of 0.5 with a standard error of 0.04 beside one with 0.03: their difference has 0.05."""
     with edited(run, "result.json") as result:
-        dense, _, _, searched = result["models"]
+        dense, _, searched = result["models"]
         dense["tasks"], searched["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
     html, shown = write_report(run).read_text(), page_of(run)
     assert shown.rows("task-table")["piqa"][4] == f"{change:+.4f} ± 0.0500".replace("-", "−")
@@ -340,18 +341,18 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
     steps = len(search["steps"])
     assert names[0] == f"best fixed metric ({search['best_fixed_name']}), not compensated"
     assert names[1] == "same metric, compensated"
-    assert names[-3:] == ["final compensation", "scales tuned, saved", "dense, to compare with"]
-    assert len(rows) == 1 + steps + len(rounds) + 3
+    assert names[-2:] == ["final compensation, healed, saved", "dense, to compare with"]
+    assert len(rows) == 1 + steps + len(rounds) + 2
     assert [row[2] for row in rows[1 : 1 + steps]] == [f"{step['loss']:.4f}" for step in search["steps"]]
     gains = [(step["gain"], step["standard_error"]) for step in search["steps"][1:]]
     gains += [(one["gain"], one["gain_standard_error"]) for one in rounds]
-    assert [row[3].split() for row in rows[2:-3]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
-    assert ["not taken" in name for name in names[1 + steps : -3]] == [not one["accepted"] for one in rounds]
-    measured = {0: "best_fixed", -3: "compensated", -2: "searched", -1: "dense"}
+    assert [row[3].split() for row in rows[2:-2]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
+    assert ["not taken" in name for name in names[1 + steps : -2]] == [not one["accepted"] for one in rounds]
+    measured = {0: "best_fixed", -2: "searched", -1: "dense"}
     for row, role in ((rows[number], role) for number, role in measured.items()):
         first = next(iter(models[role]["perplexity"].values()))
         assert row[5].split()[0] == f"{first['bits_per_byte']:.4f}"
-    assert all(not row[5].strip() for row in rows[1:-3])
+    assert all(not row[5].strip() for row in rows[1:-2])
 
 
 def test_the_ladder_shows_attention_that_was_tried_again(run):
