@@ -22,7 +22,7 @@ from adapruner.run.nodes import models as nodes
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 REMOVE_FILES = RunFolder.remove_files
-# Of a smaller cut, compensation leaves nothing to bring back. A step has 1,024 tokens.
+# Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
 OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name != "trials"}
 OPTIONS |= {"heal": "6k", "ratio": 0.3}
 
@@ -63,7 +63,7 @@ def test_the_record_says_which_rate_was_best(healed):
     best = min(healing.losses_by_rate, key=healing.losses_by_rate.get)
     assert healing.record.config["learning_rate"] == best
     assert healing.record.loss_after < healing.record.loss_before == pytest.approx(healing.loss_before)
-    assert (healing.record.steps, healing.record.tokens) == (6, 6 * 1024)
+    assert (healing.record.steps, healing.record.tokens) == (12, 12 * 512)
     page, card = (healed.report.read_text(), (healed.model_folder / "README.md").read_text())
     assert "final compensation, healed, saved" in page
     assert f"at a learning rate of {best:g}, the best of 3 tried" in page
@@ -114,8 +114,8 @@ def test_a_killed_training_goes_on_and_fits_nothing_twice(healed, model_folder, 
     """A run of its own: what another run has made would be taken over."""
     run = tmp_path / "run"
     arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
-    # Two calls a step, after a step at each of three rates.
-    run_killed("transformers.Trainer", "training_step", 12, arguments, tmp_path)
+    # After four steps at each of three rates.
+    run_killed("transformers.Trainer", "training_step", 18, arguments, tmp_path)
     compensated = (run / "compensated" / "model.safetensors").stat()
     assert list((run / "unfinished").rglob("checkpoint-*/trainer_state.json"))
     assert list((run / "unfinished").rglob("rates.json"))

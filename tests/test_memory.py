@@ -32,7 +32,7 @@ from adapruner.structure._build import build_structure
 from run_helpers import RUN_OPTIONS, flags
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
-TINY = SMALL | {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
+TINY = SMALL | {"heal": "none", "ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
 
 
 def memory_of(
@@ -45,7 +45,7 @@ def memory_of(
 ) -> Memory:
     model = empty_model(model_config)
     structure = build_structure(model)
-    config = PruneConfig.from_options(**{"model": "x", "heal": "none"} | options)
+    config = PruneConfig.from_options(**{"model": "x", "calibration": "c4", "heal": "none"} | options)
     budget = reference_budget(config, structure, config.ratio)
     return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer, stated)
 
@@ -83,10 +83,10 @@ PARAMETERS, LAYER, OUTSIDE = 6_738_415_616, 202_383_360, 6_738_415_616 - 32 * 20
 def test_a_7b_model_needs_what_its_shapes_say():
     """In bfloat16, the dense and the pruned model, of which a fifth is removed, and the states of the text."""
     llama = LlamaConfig(dtype="bfloat16")
-    whole = memory_of(llama, False, "cuda")
+    windows = 2 * PruneOptions().compensation_windows
+    whole = memory_of(llama, False, "cuda", compensation_windows=windows)
     assert whole.weights == pytest.approx(2 * 1.8 * PARAMETERS, rel=1e-3)
     assert whole.largest == "compensation_windows"
-    windows = PruneOptions().compensation_windows
     assert whole.term == windows * 128 * (2 * 4096 + 11_008) * 2
     assert memory_of(llama, False, "cuda", compensation_windows=2 * windows).term == 2 * whole.term
     # All statistics of 64 samples: three for each vector (four attention and three feed-forward matrices) and two for
@@ -121,12 +121,12 @@ def test_the_training_takes_what_the_memory_allows(tmp_path):
             (None, {}),
             (200 * GIB, {"heal": "1M"}),
             (80 * GIB, {"heal": "1M"}),
-            (36 * GIB, {"heal": "1M"}),
+            (31 * GIB, {"heal": "1M"}),
         )
     )
-    assert (full.largest, lora.largest, scales.largest) == ("heal",) * 3
+    assert (full.largest, lora.largest) == ("heal", "heal")
     assert full.term > 16 * 0.8 * PARAMETERS
-    assert alone.device < scales.device < lora.device < full.device
+    assert alone.device <= scales.device < lora.device < full.device
     llama.save_pretrained(tmp_path)
     fitting = estimate(tmp_path, "48GB", device="auto", heal="1M")
     assert fitting.fits
@@ -207,7 +207,7 @@ def test_layers_are_on_as_few_devices_as_hold_them(model_folder, monkeypatch):
 def test_spread_weights_are_estimated_for_the_device_that_has_most():
     """The share of the dense and of the pruned model, and a layer of each beyond it; or what is outside of layers."""
     llama = LlamaConfig(dtype="bfloat16")
-    one, two, many = (memory_of(llama, False, "cuda", count).weights for count in (1, 2, 100))
+    one, two, many = (memory_of(llama, False, "cuda", count, compensation_windows=768).weights for count in (1, 2, 100))
     assert two == pytest.approx(one / 2 + 2 * 2 * LAYER, rel=1e-6)
     assert many == 2 * 2 * (OUTSIDE + LAYER)
 
@@ -248,9 +248,9 @@ def test_a_limit_of_the_process_bounds_memory(kind, field):
 
 
 def test_inspect_prints_memory(model_folder, capsys):
-    def printed(*more: str) -> str:
+    def printed(*more: str, **changes: str) -> str:
         with contextlib.suppress(SystemExit):
-            main(["inspect", str(model_folder), "--cost", *flags(TINY | {"level_rounds": 0}), *more])
+            main(["inspect", str(model_folder), "--cost", *flags(TINY | {"level_rounds": 0} | changes), *more])
         return capsys.readouterr().out
 
     needed = json.loads(printed("--json"))
@@ -259,9 +259,7 @@ def test_inspect_prints_memory(model_folder, capsys):
     first, second = printed().splitlines()
     assert re.fullmatch(r"memory: \d\S+ GiB of weights \+ .* GiB of .* = .* GiB on cpu", first)
     assert second == f"{model_folder} fits this machine: yes, all layers in memory"
-    assert json.loads(printed("--json", "--recover", "c4", "--recovery.seq-len", "60"))["largest"] == (
-        "recovery.micro_batch_size"
-    )
+    assert json.loads(printed("--json", heal="2k"))["largest"] == "heal"
     with pytest.raises(SystemExit):
         main(["inspect", str(model_folder), "--pool", "6"])
 

@@ -171,7 +171,7 @@ def test_free_memory_decides_no_number(again, tmp_path, monkeypatch):
 def test_a_run_resumes_without_its_text_and_notices_another(finished, model_folder, text, tmp_path):
     """Once its windows are drawn."""
     options = RUN_OPTIONS | {"calibration": str(text)}
-    interrupt_before("writing text", model_folder, tmp_path / "run", **options)
+    interrupt_before("reading activations", model_folder, tmp_path / "run", **options)
     content = text.read_text()
     text.unlink()
     resumed = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)

@@ -272,7 +272,7 @@ class PruneOptions(_Options):
         " if no bias is added and the family allows it.",
     )
     heal: Literal["none"] | Tokens = Field(
-        default="100k",
+        default="50k",
         description="Tokens on which the pruned model is trained to predict as the dense model does; or none.",
     )
     tasks: Names = Field(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapruner.calibration._blend import parse_blend
 from adapruner.config import Dtype, PruneConfig, RecoveryOptions, TrainedWeights
 from adapruner.errors import AdaPrunerError
 from adapruner.importance._terms import needs_moments
@@ -119,7 +120,8 @@ def estimate_memory(
     shares = [count / block.groups for count, block in zip(counts, blocks, strict=True)]
     # Of its inputs, the largest that a pruned block keeps.
     share = 1.0 if config.levels_widths else max((share for share in shares if share < 1), default=0.0)
-    written = max(config.pool, config.compensation_windows)
+    is_written = any(part.is_written for part in parse_blend(config.calibration, missing_ok=True))
+    written = max(config.pool, config.compensation_windows) * is_written
     has_moments = needs_moments(config.compensation, config.space, config.terms)
     texts = texts_at_once(max(1, written), length, devices[0])
     if by_layer:

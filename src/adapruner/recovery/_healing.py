@@ -23,7 +23,7 @@ HEALING = "healing.json"
 # Learning rates that are tried, by what is trained, and the share of all steps that each trial takes
 # (research/experiments/healing.md).
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
-    "layers": (1e-5, 4e-5, 1.6e-4),
+    "layers": (2e-6, 1e-5, 4e-5),
     "lora": (1e-4, 3e-4, 1e-3),
     "ia3": (1e-3, 3e-3, 1e-2),
 }

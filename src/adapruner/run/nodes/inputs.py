@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,12 +80,13 @@ def content_of_text(source: Source) -> dict[str, str | None]:
     return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
 
 
-def content_of_blend(blend: tuple[BlendPart, ...]) -> list[Any]:
+def content_of_blend(blend: tuple[BlendPart, ...]) -> dict[str, str | None]:
     """The content of a leaf for a blend; of text that the model writes, what that begins with."""
-    return [
-        [part.name, part.share, content_of_text(part.source) if part.source else kinds()[part.name].fingerprint]
-        for part in blend
-    ]
+    if len(blend) == 1 and blend[0].source:
+        return content_of_text(blend[0].source)
+    contents = [content_of_text(part.source) if part.source else kinds()[part.name].fingerprint for part in blend]
+    named = ", ".join(f"{part.source or part.name}:{part.share:.3g}" for part in blend)
+    return {"text": named, "content": json.dumps([contents, [part.share for part in blend]])}
 
 
 @GRAPH.leaf()

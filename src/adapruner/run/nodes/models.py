@@ -53,7 +53,7 @@ def fits_sequentially(sequential: bool | None, compensation: str, family: Archit
     return possible and (compensation == "least-squares" if sequential is None else sequential)
 
 
-@GRAPH.leaf(lambda options: options and options.model_dump(mode="json"))
+@GRAPH.leaf(lambda options: options and options.model_dump_json())
 def healing(
     config: PruneConfig,
     placement: Placement,
