@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import adapruner
@@ -47,10 +48,15 @@ def divergence(model: PreTrainedModel, dense: PreTrainedModel, rows: torch.Tenso
         return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
 
 
-def test_the_layers_learn_what_the_dense_model_predicts(healed, model_folder):
+def test_every_input_of_a_linear_layer_is_scaled(healed, model_folder):
     before, after = (adapruner.load(healed.output / name) for name in ("compensated", "model"))
+    linear = {name for name, module in before.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     for name, weight in after.named_parameters():
-        assert weight.equal(before.get_parameter(name)) != name.startswith("model.layers."), name
+        was = before.get_parameter(name)
+        assert weight.equal(was) != (name.removesuffix(".weight") in linear), name
+        if not weight.equal(was):
+            ratios = (weight / was).detach()
+            torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-4, atol=1e-4)
     rows = torch.randint(4, 60, (32, 16), generator=torch.Generator().manual_seed(0))
     dense = adapruner.load(model_folder)
     assert divergence(after, dense, rows) < divergence(before, dense, rows)
@@ -59,7 +65,7 @@ def test_the_layers_learn_what_the_dense_model_predicts(healed, model_folder):
 def test_the_record_says_which_rate_was_best(healed):
     healing = healed.result.healing
     assert healing == read_healing(healed.model_folder)
-    assert healing.trained == "layers"
+    assert healing.trained == "ia3"
     best = min(healing.losses_by_rate, key=healing.losses_by_rate.get)
     assert healing.record.config["learning_rate"] == best
     assert healing.record.loss_after < healing.record.loss_before == pytest.approx(healing.loss_before)
@@ -128,7 +134,7 @@ def test_a_killed_training_goes_on_and_fits_nothing_twice(healed, model_folder, 
 def test_a_training_that_does_not_help_ends_after_a_few_steps(
     rates, healed, model_folder, text_file, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(_healing._RATES, "layers", rates)
+    monkeypatch.setitem(_healing._RATES, "ia3", rates)
     monkeypatch.setattr(_healing, "train", lambda *_, **__: pytest.fail("trained"))
     # All but the last step, and what was measured of it, is taken from the run in which it helps.
     output = Path(shutil.copytree(healed.output, tmp_path / "run"))
@@ -163,7 +169,7 @@ def test_where_it_is_impossible_it_is_said(model_folder, text_file, tmp_path, mo
 
 
 def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):
-    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", heal="1k")
+    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", heal="1M")
     empty, device = empty_model(make_model().config), torch.device("cpu")
     weights = sum(weight.numel() for weight in empty.parameters())
 
@@ -177,6 +183,10 @@ def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):
     assert trained(1) == "ia3"
     sizes = sorted({trained(size): size for size in range(10**6, 10**8, 10**5)}.items(), key=lambda pair: pair[1])
     assert [name for name, _ in sizes][-1] == "layers"
+    few = config.model_copy(update={"heal": "1000"})
+    options = healing_within(few, empty, weights, [device], False, 2**40)
+    assert options is not None
+    assert options.train == "ia3"
     spread = [torch.device("cpu"), torch.device("cpu", 1)]
     assert healing_within(config, empty, weights, spread, False, 2**40) is None
 
@@ -186,7 +196,7 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     record = adapruner.recover(run)
     assert record == read_record(run / "recovered")
     config = record.config
-    of_run = {"train": "layers", "tokens": "6000", "label_weight": 0.0, "data": str(text_file)}
+    of_run = {"train": "ia3", "tokens": "6000", "label_weight": 0.0, "data": str(text_file)}
     assert config.items() >= of_run.items()
     assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
     assert config["teacher"] == str(model_folder)
@@ -196,3 +206,16 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     assert "It was fine-tuned on" in card
     with pytest.raises(AdaPrunerError, match="is not the folder of a run, whose training would go on"):
         adapruner.recover(model_folder)
+
+
+def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(
+    healed, model_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("adapruner.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
+    run = Path(shutil.copytree(healed.output, tmp_path / "run"))
+    options = OPTIONS | {"overwrite": True}
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
+    assert result.result.healing.trained == "layers"
+    before, after = (adapruner.load(run / name) for name in ("compensated", "model"))
+    for name, weight in after.named_parameters():
+        assert weight.equal(before.get_parameter(name)) != name.startswith("model.layers."), name

@@ -26,7 +26,7 @@ from adapruner.models._layers import decoder_layers
 from adapruner.option_rules import MEASURED_AT_ONCE, healed_tokens, scoring_bounds
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
-from adapruner.recovery._healing import healing_options
+from adapruner.recovery._healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
 from adapruner.recovery._loss import PREDICTIONS_AT_ONCE
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._space import reused_layers
@@ -177,9 +177,9 @@ def healing_within(
     by_layer: bool,
     stated: int | None = None,
 ) -> RecoveryOptions | None:
-    """The options of the training after the cut: of all weights of the layers if the memory of the machine, free or
-    not, holds that, else of LoRA, else of a scale for each input of a linear layer; None without a training, as where
-    the layers are spread over devices.
+    """The options of the training after the cut: with few tokens, of a scale for each input of a linear layer; with
+    many, of all weights of the layers if the memory of the machine, free or not, holds that, else of LoRA, else of
+    scales; None without a training, as where the layers are spread over devices.
 
     Args:
         model: on the meta device.
@@ -189,7 +189,9 @@ def healing_within(
     if not (tokens := healed_tokens(config.heal)) or len(devices) > 1:
         return None
     total, dtype = stated or _total(devices[0]), dtype_of_weights(model, config.dtype)
-    kinds: tuple[TrainedWeights, ...] = ("ia3",) if by_layer else ("layers", "lora", "ia3")
+    kinds: tuple[TrainedWeights, ...] = ("layers", "lora", "ia3")
+    if by_layer or tokens < TOKENS_FOR_ALL_WEIGHTS:
+        kinds = ("ia3",)
     for trained in kinds:
         options = healing_options(trained, tokens, config.seq_len, config.seed, devices[0], by_layer)
         models = _count(model) * trial_dtype(dtype, devices[0]).itemsize + weights * dtype.itemsize

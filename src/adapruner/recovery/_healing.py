@@ -23,12 +23,16 @@ HEALING = "healing.json"
 # Learning rates that are tried, by what is trained, and the share of all steps that each trial takes
 # (research/experiments/healing.md).
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
-    "layers": (2e-6, 1e-5, 4e-5),
-    "lora": (1e-4, 3e-4, 1e-3),
-    "ia3": (1e-3, 3e-3, 1e-2),
+    "layers": (5e-6, 3e-5, 1.5e-4),
+    "lora": (3e-5, 1e-4, 5e-4),
+    "ia3": (3e-4, 1.5e-3, 6e-3),
 }
 _TRIED, _FEWEST_STEPS = 0.03, 4
-_TOKENS_PER_STEP = 512
+# Of many weights, few tokens give a gradient that is mostly noise.
+_TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia3": 512}
+_TOKENS_AT_ONCE = 512
+# With fewer tokens, scales bring as much as all weights in the same time (research/experiments/healing.md).
+TOKENS_FOR_ALL_WEIGHTS = 200_000
 _LORA_RANK = 32
 _HELD_OUT = 14
 # A kind of fewer windows has none to hold out.
@@ -74,13 +78,13 @@ def healing_options(
         device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
         layer_wise: the layers of both models are streamed, which checkpoints by itself.
     """
-    batch_size = max(1, _TOKENS_PER_STEP // seq_len)
+    batch_size = max(1, _TOKENS_PER_STEP[weights] // seq_len)
     return RecoveryOptions(
         train=weights,
         steps=max(1, round(tokens / (batch_size * seq_len))),
         seq_len=seq_len,
         batch_size=batch_size,
-        micro_batch_size=batch_size,
+        micro_batch_size=min(batch_size, max(1, _TOKENS_AT_ONCE // seq_len)),
         gradient_checkpointing=device.type != "cpu" and not layer_wise,
         warmup_steps=20,
         lora_rank=_LORA_RANK,
