@@ -24,7 +24,7 @@ from adapruner.option_rules import (
     level_rounds_of,
     searches_widths,
 )
-from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens
+from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens, TokensOrNone
 from adapruner.plain_yaml import parse_options
 
 Alignment = Literal["data", "paper"]
@@ -271,7 +271,7 @@ class PruneOptions(_Options):
         description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
         " if no bias is added and the family allows it.",
     )
-    heal: Literal["none"] | Tokens = Field(
+    heal: TokensOrNone = Field(
         default="50k",
         description="Tokens on which the pruned model is trained to predict as the dense model does; or none.",
     )

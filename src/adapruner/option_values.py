@@ -46,6 +46,7 @@ _THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[str, BeforeValidator(_check_tokens)]
+TokensOrNone = Annotated[str, BeforeValidator(lambda value: value if value == "none" else _check_tokens(value))]
 Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
 # One value stands for a tuple of one.

@@ -7,6 +7,7 @@ trained on the same documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -82,10 +83,15 @@ def assign_texts(config: PruneConfig) -> Texts:
     _refuse_overlaps(texts, reports)
     if not reports:
         # By default, the report parts of the datasets for calibration or the objective, unless another use takes them.
-        taken = {(source.identity, source.part) for _, source in texts.used}
         sources = [source for _, source in sources_of(calibration) or sources_of(objective)]
-        reports = [replace(source, part="report") for source in sources if (source.identity, "report") not in taken]
+        reports = [replace(source, part="report") for source in sources if not _is_taken(source, texts.used)]
     return replace(texts, report={str(source): source for source in reports})
+
+
+def _is_taken(source: Source, used: Sequence[tuple[str, Source]]) -> bool:
+    """True if another use may read documents of the report part of a dataset."""
+    others = [other for _, other in used if other.identity == source.identity]
+    return any(other.part == "report" or other.columns != source.columns for other in others)
 
 
 def _of_part(blend: tuple[BlendPart, ...], part: Part) -> tuple[BlendPart, ...]:

@@ -54,8 +54,8 @@ def test_an_unexpected_failure(error, run_cli, monkeypatch, tmp_path):
     assert "Traceback" in Path(path[1]).read_text()
 
 
-FIELDS = "`round_to`, `recovery.batch_size`, `gguf_type` and `evaluate_bos`, not `config.json`, `model` or `a b`"
-OPTIONS = "--round-to, --recovery.batch-size, --gguf-type and --evaluate-bos, not `config.json`, `model` or `a b`"
+FIELDS = "`round_to`, `micro_batch_size`, `gguf_type` and `evaluate_bos`, not `config.json`, `model` or `a b`"
+OPTIONS = "--round-to, --micro-batch-size, --gguf-type and --evaluate-bos, not `config.json`, `model` or `a b`"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def flag(name: str) -> str:
     return f"--{name.strip('_').replace('_', '-')}"
 
 
-def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:
+def out_of_range(options: Any) -> list[list[str]]:
     """For every number, what lies just beyond its bounds, far beyond them, and what is no number: as options of one
     command after the other, each with a value for as many as a message names."""
     values_of: dict[str, list[str]] = {}
@@ -39,7 +39,7 @@ def out_of_range(options: Any, prefix: str = "") -> list[list[str]]:
                     values += [str(bound.lt)]
         if int in kinds or any(isinstance(bound, Le | Lt) for bound in field.metadata):
             values += ["9" * 5000]
-        values_of[flag(prefix + name)] = values
+        values_of[flag(name)] = values
     commands = []
     for values in itertools.zip_longest(*values_of.values()):
         given = [[option, value] for option, value in zip(values_of, values, strict=True) if value is not None]
@@ -59,13 +59,12 @@ COUNTS = {
     ("verb", "arguments"),
     [
         *(("prune", arguments) for arguments in (*RATIOS, *out_of_range(PruneOptions))),
-        *(("prune", ["--recover", "c4", *arguments]) for arguments in out_of_range(RecoveryOptions, "recovery.")),
         *(("recover", arguments) for arguments in out_of_range(RecoveryOptions)),
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(part)[:40],
 )
 def test_numbers_of_options(verb, arguments, refused, command, tmp_path):
-    wrong = [part for part in arguments if part.startswith("--") and part != "--recover"]
+    wrong = [part for part in arguments if part.startswith("--")]
     refused(command(verb, *arguments), *(f"{option} " for option in wrong))
     assert not (tmp_path / "output").exists()
 
@@ -80,17 +79,16 @@ def test_all_errors_at_once(refused, model_folder, tmp_path):
     """Those of single options; then those of options that conflict, which a recipe may hold too."""
     command = ["prune", str(model_folder), "-o", str(tmp_path / "run")]
     refused(
-        [*command, "--ratio", "20", "--pool", "0", "--layout", "perlayer", "--recovery.epochs", "x"],
+        [*command, "--ratio", "20", "--pool", "0", "--layout", "perlayer", "--round-to", "x"],
         "--ratio 20 is not a fraction between 0 and 1: 0.2 removes 20 %; ",
         "--pool 0 must be at least 1; ",
         "--layout perlayer is not one of per-layer, uniform: did you mean 'per-layer'?; ",
-        "--recovery.epochs x is not a whole number",
+        "--round-to x is not a whole number",
     )
     refused(
-        [*command, "--ratio", "0.1", "--alignment", "paper", "--ratio-of", "groups", "--recovery.epochs", "3"],
+        [*command, "--ratio", "0.1", "--alignment", "paper", "--ratio-of", "groups"],
         "--alignment paper only supports the Taylor terms: set --space paper; ",
-        "--ratio-of groups leaves no allocation to search: set --space paper; ",
-        "options of the recovery need a dataset to fine-tune on: add --recover",
+        "--ratio-of groups leaves no allocation to search: set --space paper",
     )
 
 

@@ -52,13 +52,11 @@ def test_texts_that_are_none(case, verb, command, refused, tmp_path):
 
 
 NO_SUCH_TEXT = {
-    "": "unknown text source ''",
     "@": "unknown part ''",
     "wikitext": "Did you mean 'wikitext2'",
     "c5": "unknown text source 'c5'",
     "nowhere.txt": "there is no file … nowhere.txt",
     "nowhere.parquet": "there is no file … nowhere.parquet",
-    "self@report": "can only be used to calibrate",
     "wikitext2@training": "unknown part 'training'",
     "wikitext2:nosplit": "wikitext2:nosplit",
     "hf": "hf:owner/name",
@@ -73,6 +71,8 @@ NO_SUCH_TEXT = {
     "~nobody-of-this-name/a.txt": "invalid path",
     "x" * 5000 + ".txt": "invalid path",
     "a\x1b[2J\n.txt": "there is no file",
+    "mix@report": "is text that the model writes",
+    "": "",
 }
 
 

@@ -82,7 +82,7 @@ def test_the_report_shows_all_models(finished):
 
 def test_a_killed_run_resumes(finished, model_folder, text_file, data, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    arguments = prune_command(model_folder, run, text_file, OPTIONS)
+    arguments = prune_command(model_folder, run, text_file, OPTIONS | {"tasks": "boolq"})
     environment = {"ADAPRUNER_DATA": str(data)}
     run_killed_before_writing(f"{run}/evaluation/tasks-searched.json", arguments, tmp_path, **environment)
     assert (run / "evaluation/tasks-dense.json").is_file()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -28,6 +27,7 @@ from adapruner.calibration._reading import is_of_part
 from adapruner.calibration._sources import Part
 from adapruner.calibration._tokenizing import tokenize
 from adapruner.models._generation import NO_TOKEN, continue_texts
+from adapruner.plain_yaml import parse_yaml
 
 # The most tokens of a text, after its prompt, and how many it has in the mean, for the number of texts.
 _NEW_TOKENS, _MEAN_TOKENS = 192, 150
@@ -55,7 +55,7 @@ def kinds() -> dict[str, Kind]:
     text = (resources.files("adapruner.calibration") / "mix.yaml").read_text(encoding="utf-8")
     return {
         name: Kind(*([*_filled(kind[part], kind["words"])] for part in ("prompts", "openings")))
-        for name, kind in yaml.safe_load(text).items()
+        for name, kind in parse_yaml(text).items()
     }
 
 

@@ -214,10 +214,10 @@ def choose(
     first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
     best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("guarded_loss"))
-    kinds = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
+    tried = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
     return SearchResult(
         points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
-        ranges={name: _ends(kind) for name, kind in kinds},
+        ranges={name: _ends(kind) for name, kind in tried},
         importance=importance_of(finished),
         ratio=space.budget.ratio,
         trials=trials,
