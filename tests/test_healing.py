@@ -84,11 +84,9 @@ def test_the_step_before_is_removed_from_a_finished_run(healed, model_folder, te
     assert not (run / "compensated").exists()
     assert result.result == healed.result
     assert stages_done(run) == stages_done(healed.output)
-    # The numbers of a finished run need it as little.
     (run / "result.json").unlink()
     again = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
     assert again.result.healing == healed.result.healing
-    assert stages_done(run) == stages_done(healed.output)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +211,7 @@ def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(
 ):
     monkeypatch.setattr("adapruner.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
-    options = OPTIONS | {"overwrite": True}
-    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS, overwrite=True)
     assert result.result.healing.trained == "layers"
     before, after = (adapruner.load(run / name) for name in ("compensated", "model"))
     for name, weight in after.named_parameters():

@@ -128,9 +128,7 @@ def test_the_training_takes_what_the_memory_allows(tmp_path):
     assert full.term > 16 * 0.8 * PARAMETERS
     assert alone.device <= scales.device < lora.device < full.device
     llama.save_pretrained(tmp_path)
-    fitting = estimate(tmp_path, "48GB", device="auto", heal="1M")
-    assert fitting.fits
-    assert fitting.memory.largest == "heal"
+    assert estimate(tmp_path, "48GB", device="auto", heal="1M").fits
 
 
 @pytest.fixture

@@ -44,7 +44,6 @@ def writing(model, tokenizer):
 
 
 def test_a_model_writes_windows_of_every_kind(writing):
-    steps: list[float] = []
     written = writing()
     assert [*written] == KINDS
     assert all(own.shape == (4, 12) and own.dtype == torch.int64 and (own >= 0).all() for own in written.values())
@@ -53,7 +52,6 @@ def test_a_model_writes_windows_of_every_kind(writing):
         assert own.equal(again[kind])
         assert not own.equal(other[kind])
         assert not own.equal(objective[kind])
-    assert not steps
 
 
 def test_the_texts_begin_with_prompts_and_openings(writing, model, tokenizer, monkeypatch):
@@ -91,10 +89,9 @@ def test_kinds_are_kept_apart_from_the_option_to_the_result(model_folder, text_f
     assert set(texts["compensation"].kinds) == {*KINDS, str(text_file)}
     assert result.result.windows["compensation"] == {**dict.fromkeys(KINDS, 2), str(text_file): 14}
     assert result.result.search.by_kind.keys() == set(texts["objective"].kinds)
-    mean = sum(
-        loss * texts["objective"].kinds.count(kind) for kind, loss in result.result.search.by_kind.items()
-    ) / len(texts["objective"])
-    assert mean == pytest.approx(result.result.search.best_loss)
+    kinds, search = texts["objective"].kinds, result.result.search
+    mean = sum(loss * kinds.count(kind) for kind, loss in search.by_kind.items()) / len(kinds)
+    assert mean == pytest.approx(search.best_loss)
     # The pool is part of what the compensation is fitted on.
     compensation = texts["compensation"].by_kind
     for kind, own in texts["pool"].by_kind.items():
