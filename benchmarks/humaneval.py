@@ -5,7 +5,8 @@
 
 Every model continues each problem greedily. What it wrote is run against the tests of the problem, in a process of its
 own without network (`unshare`), in an empty folder that is removed afterwards, with limits of time, memory and files.
-The first model is the original, against which the others are compared, problem by problem.
+That code can read and write what the user can: use a container. The first model is the original, against which the
+others are compared, problem by problem.
 """
 
 import gzip
@@ -13,6 +14,7 @@ import json
 import math
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,6 @@ def write_answers(model_name: str, problems: list[dict[str, str]], new_tokens: i
     tokenizer = load_tokenizer(location)
     model = in_fastest_dtype(load_model(location, "auto", "cpu"))
     prompts = [tokenizer(problem["prompt"].rstrip("\n")).input_ids for problem in problems]
-    answers = []
     # Prompts of like length together; few at a time, whose cache stays small.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = dict[int, str]()
@@ -58,9 +59,7 @@ def write_answers(model_name: str, problems: list[dict[str, str]], new_tokens: i
         )
         for number, row in zip(batch, written[:, max(map(len, asked)) :], strict=True):
             texts[number] = str(tokenizer.decode(row[row != NO_TOKEN], skip_special_tokens=True))
-    for number in range(len(prompts)):
-        answers.append(_AFTER.split(texts[number], maxsplit=1)[0])
-    return answers
+    return [_AFTER.split(texts[number], maxsplit=1)[0] for number in range(len(prompts))]
 
 
 def _limit() -> None:
@@ -95,8 +94,8 @@ def is_solved(problem: dict[str, str], answer: str) -> bool:
 def compared(before: list[bool], after: list[bool]) -> dict[str, Any]:
     """The share of the original, and its standard error from the differences problem by problem."""
     count, solved = len(before), sum(before)
-    differences = torch.tensor([float(now) - float(then) for then, now in zip(before, after, strict=True)])
-    error = float(differences.std()) * math.sqrt(count) / max(1, solved)
+    differences = [int(now) - int(then) for then, now in zip(before, after, strict=True)]
+    error = statistics.stdev(differences) * math.sqrt(count) / max(1, solved)
     return {"retention": round(sum(after) / max(1, solved), 3), "error": round(error, 3)}
 
 

@@ -180,7 +180,8 @@ def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):
     assert trained(2**40, by_layer=True) == "ia3"
     assert trained(1) == "ia3"
     sizes = sorted({trained(size): size for size in range(10**6, 10**8, 10**5)}.items(), key=lambda pair: pair[1])
-    assert [name for name, _ in sizes][-1] == "layers"
+    # LoRA of rank 32 has more weights than a layer of this width.
+    assert [name for name, _ in sizes] == ["ia3", "layers"]
     few = config.model_copy(update={"heal": "1000"})
     options = healing_within(few, empty, weights, [device], False, 2**40)
     assert options is not None
@@ -202,7 +203,7 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     card = (run / "recovered" / "README.md").read_text()
     assert "It was trained to predict as the dense model does" in card
     assert "It was fine-tuned on" in card
-    with pytest.raises(AdaPrunerError, match="is not the folder of a run, whose training would go on"):
+    with pytest.raises(AdaPrunerError, match=r"name `data`: .* is not the folder of a run"):
         adapruner.recover(model_folder)
 
 

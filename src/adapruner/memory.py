@@ -139,7 +139,7 @@ def estimate_memory(
     is_fitted = config.compensation == "least-squares" and config.sequential is not False
     measuring = {
         "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], config.pool) * length, by_layer),
-        "calibration": cached * trial.itemsize,
+        "written text": cached * trial.itemsize,
         "compensation_windows": states * hidden * has_moments,
         # Twice the size in float32: some blocks need float64.
         "second moments": (8 * moments + 4 * projection) * has_moments,
@@ -155,7 +155,9 @@ def estimate_memory(
     phases = [(dense, measuring), (dense + pruned, pruning)]
     healing = healing_within(config, model, left, devices, by_layer, stated)
     if healing:
-        phases.append((dense + held(left) * size, {"heal": _training(model, healing, dtype, left, by_layer)}))
+        phases.append(
+            (dense + held(left) * size, {"training after the cut": _training(model, healing, trial, left, by_layer)})
+        )
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
     return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + pool)
 

@@ -157,7 +157,7 @@ def write_kinds(
 
     Args:
         counts: the number of windows of each kind.
-        part: the texts of each are others.
+        part: each part has its own functions of the standard library and its own random numbers.
         ends: the tokens that end a text.
         advance: called with fractions of the number of all windows.
 
@@ -197,13 +197,12 @@ def write_kinds(
 
 def _beginnings(tokenizer: Tokenizer, kind: Kind, seed: str) -> Iterator[list[int]]:
     """The tokens of prompts in the chat template and of openings in turn, in a random order, again and again."""
-    order = random.Random(seed)
+    order, has_chat = random.Random(seed), bool(kind.prompts and as_chat(tokenizer, kind.prompts[0]))
     while True:
-        prompts = [chat for prompt in kind.prompts if (chat := as_chat(tokenizer, prompt))]
-        sources = [[*prompts], [*kind.openings]] if prompts else [[*kind.openings]]
+        sources = [[*kind.prompts], [*kind.openings]] if has_chat else [[*kind.openings]]
         for source in sources:
             order.shuffle(source)
-        for texts in zip(*sources, strict=False):
-            for number, text in enumerate(texts):
-                is_chat = number < len(texts) - 1
-                yield list(tokenize(tokenizer, text, add_special_tokens=not is_chat).input_ids)
+        for *prompts, opening in zip(*sources, strict=False):
+            for chat in filter(None, (as_chat(tokenizer, prompt) for prompt in prompts)):
+                yield list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
+            yield list(tokenize(tokenizer, opening).input_ids)

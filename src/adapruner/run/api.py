@@ -46,8 +46,8 @@ def prune(
         model: Hub id, model folder, `.gguf` file, `smollm2`, or a model in memory with its `tokenizer`, which is not
             changed, and written to the run folder first; None takes the model of the recipe, the config or the earlier
             run.
-        calibration: the calibration dataset: a name; documents, as an iterable of strings or the rows of a
-            `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64.
+        calibration: the calibration text, by default `mix`: names with shares; documents, as an iterable of strings or
+            the rows of a `datasets.Dataset` with a column of text; or windows of tokens, [windows, tokens], int64.
         output: the run folder; the pruned model is in its `model/`. By default a temporary one that is
             removed with the result: save the model elsewhere if you want to keep it.
         tokenizer: of a model in memory.

@@ -51,8 +51,8 @@ def recover(
     resumes from its last saved step.
 
     Args:
-        model: as for `load`; or the folder of a run, whose training goes on: the teacher, the text, what is trained and
-            how long are those of the run, where no other is given.
+        model: as for `load`; or the folder of a run, to continue its training. The teacher, the text, the trained
+            weights and the number of tokens are then those of the run, unless others are given.
         data: instructions with answers, any text, `mix` (which the teacher writes), or `answers:DATASET`
             (the teacher answers these instructions); several with their shares, as `mix:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model; of a run, by default `recovered` in its folder.
@@ -72,7 +72,7 @@ def recover(
             del of_run["tokens"]
         given = of_run | given | {"model": str(given_path(model) / "model")}
     if missing := [name for name in ("data", "output") if name not in given]:
-        raise AdaPrunerError(f"name `{missing[0]}`: {model} is not the folder of a run, whose training would go on")
+        raise AdaPrunerError(f"name `{missing[0]}`: {model} is not the folder of a run")
     folder = output_path(str(given.pop("output")))
     config = RecoverConfig.from_options(dtype=dtype, **given)
     teacher, blend = config.teacher, parse_blend(config.data)
@@ -132,7 +132,7 @@ def recover(
 
 
 def _of_run(run: RunFolder) -> dict[str, Any]:
-    """The options with which the training of a run goes on."""
+    """The options that continue the training of a run."""
     config, healing = run.read_config(), read_healing(run.model)
     options: dict[str, Any] = {"tokens": PruneOptions().heal if config.heal == "none" else config.heal}
     if healing and healing.record:
