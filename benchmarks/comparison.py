@@ -233,7 +233,7 @@ def ours(comparison: Comparison, seed: int, ratio: float) -> None:
             dense, structure, plan = comparison.dense, comparison.structure, plans["extended"]
             pruned = prune_model(dense, structure, plan, compensation)
             text = found.texts["compensation"].windows
-            refit_sequentially(in_fastest_dtype(dense), pruned, structure, plan, compensation, text)
+            refit_sequentially(in_fastest_dtype(dense), pruned, structure, plan, text)
             return pruned
 
         comparison.report(seed, ratio, "extended, sequential", refitted)

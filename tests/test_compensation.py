@@ -17,7 +17,7 @@ from adapruner.planning._plan import PruningPlan, make_plan
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import compensate, prune_model
-from adapruner.surgery._sequential import CARRIED_SHARE, refit_sequentially
+from adapruner.surgery._sequential import _DAMPINGS, CARRIED_SHARE, _change, _Products, refit_sequentially
 from tiny_families import tiny_config
 
 KEPT = torch.tensor([0, 2, 3, 6])
@@ -91,12 +91,6 @@ def cut(model: PreTrainedModel, ratio: float = 0.15, head_share: float = 1) -> t
     )
 
 
-def damped(structure: Structure, damping: float) -> dict[int, InputMoments]:
-    """With nothing but the damping of every block."""
-    nothing = InputMoments(torch.empty(0), damping)
-    return dict.fromkeys(range(len(structure.blocks)), nothing)
-
-
 def test_a_compensated_model_is_nearer_to_the_dense_one(make_model, windows):
     model = make_model("qwen3")
     structure, plan = cut(model)
@@ -112,7 +106,7 @@ def test_nothing_removed_nothing_changed(model, windows):
     structure = build_structure(model)
     plan = make_plan(structure, torch.ones(structure.group_offsets[-1]), [b.groups for b in structure.blocks])
     pruned = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
-    refit_sequentially(model, pruned, structure, plan, damped(structure, 0.1), windows)
+    refit_sequentially(model, pruned, structure, plan, windows)
     with torch.no_grad():
         assert torch.equal(pruned(windows).logits, model(windows).logits)
 
@@ -124,15 +118,19 @@ def test_nothing_removed_nothing_changed(model, windows):
         ("bitnet", 0),  # where a norm is over the channels
     ],
 )
-def test_sequential_is_the_least_squares_of_what_layers_really_get(family, head_share, make_model, windows):
+def test_sequential_is_the_least_squares_of_what_layers_really_get(
+    family, head_share, make_model, windows, monkeypatch
+):
     """Of every cut projection: its input in the finished model, and its target, by hooks in whole forward passes."""
-    share, damping = CARRIED_SHARE, 1e-3
+    share, relative = CARRIED_SHARE, 0.1
+    windows = windows.repeat(4, 1)  # what is held out is like what is fitted
+    monkeypatch.setattr("adapruner.surgery._sequential._DAMPINGS", (relative,))
     model = make_model(family) if family != "bitnet" else AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     learn(model.config)
     structure, plan = cut(model, 0.05 if head_share == 0 else 0.15, head_share)
     start = prune_model(model, structure, plan)
     pruned = prune_model(model, structure, plan)
-    refit_sequentially(model, pruned, structure, plan, damped(structure, damping), windows, batch_size=3)
+    refit_sequentially(model, pruned, structure, plan, windows, batch_size=3)
     before = dict(start.named_parameters())
     refitted = {name: weight for name, weight in pruned.named_parameters() if not weight.equal(before[name])}
     assert len(refitted) == (4 if head_share else 2)
@@ -181,6 +179,7 @@ def test_sequential_is_the_least_squares_of_what_layers_really_get(family, head_
         target = (1 - share) * seen["uncut"]["behind"] + share * seen["dense"]["behind"] - seen["pruned"]["beside"]
         target -= 0.0 if bias is None else bias.detach()
         original, weight = before[name].detach().double(), weight.detach()
+        damping = relative * x.square().mean()
         if family == "gpt2":
             original, weight = original.T, weight.T
         design = torch.cat([x / len(x) ** 0.5, damping**0.5 * torch.eye(x.shape[1]).double()])
@@ -198,7 +197,7 @@ def test_sequential_in_another_dtype_is_that_of_a_copy(head_share, model, window
     pruned = prune_model(model, structure, plan)
     copied = copy_in_dtype(pruned, torch.bfloat16)
     for each in (pruned, copied):
-        refit_sequentially(fast, each, structure, plan, damped(structure, 1e-3), windows)
+        refit_sequentially(fast, each, structure, plan, windows)
     assert {weight.dtype for weight in pruned.parameters()} == {torch.float32}
     for name, weight in copied.named_parameters():
         assert pruned.get_parameter(name).bfloat16().equal(weight), name
@@ -209,7 +208,34 @@ def test_sequential_brings_the_model_nearer_to_the_dense_one(make_model, windows
     structure, plan = cut(model)
     one_shot = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
     refitted = prune_model(model, structure, plan, dict(measure_moments(model, structure, windows)))
-    refit_sequentially(model, refitted, structure, plan, damped(structure, 1e-3), windows)
+    refit_sequentially(model, refitted, structure, plan, windows)
     with torch.no_grad():
         dense, before, after = (each.model(windows).last_hidden_state for each in (model, one_shot, refitted))
     assert (after - dense).norm() < (before - dense).norm()
+
+
+def test_the_damping_of_a_refit_is_chosen_on_held_out_tokens():
+    """What is fitted must help there too: brute force over the dampings, and nothing where every change harms."""
+    numbers = torch.Generator().manual_seed(0)
+    weight = torch.zeros(5, 8)
+    truth = torch.randn(5, 8, generator=numbers)
+    for sign, noise in ((1, 0.1), (1, 8.0), (-1, 0.1)):
+        sums, tokens = [_Products(weight), _Products(weight)], []
+        for products, count, direction in zip(sums, (24, 400), (1, sign), strict=True):
+            x = torch.randn(count, 8, generator=numbers)
+            missing = direction * x @ truth.T + noise * torch.randn(count, 5, generator=numbers)
+            products.add(x, missing)
+            tokens.append((x, missing))
+        (x, missing), (x_held_out, missing_held_out) = tokens
+
+        def ridge(x, missing, relative):
+            diagonal = relative * x.square().sum() / 8
+            return torch.linalg.solve(x.T @ x + diagonal * torch.eye(8), x.T @ missing).T
+
+        errors = {r: (missing_held_out - x_held_out @ ridge(x, missing, r).T).square().sum() for r in _DAMPINGS}
+        best = min(errors, key=errors.get)
+        expected = ridge(torch.cat([x, x_held_out]), torch.cat([missing, missing_held_out]), best)
+        if errors[best] >= missing_held_out.square().sum():
+            expected = torch.zeros(5, 8)
+        assert (sign < 0) == bool((expected == 0).all())
+        torch.testing.assert_close(_change(*sums), expected, rtol=1e-3, atol=1e-3)

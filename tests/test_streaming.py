@@ -122,7 +122,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     for dense in (model, streamed):
         compensation = dict(measure_moments(dense, structure, windows))
         pruned = prune_model(dense, structure, plan, compensation)
-        refit_sequentially(dense, pruned, structure, plan, compensation, windows)
+        refit_sequentially(dense, pruned, structure, plan, windows)
         folder = tmp_path / f"pruned{len(saved)}"
         save_checkpoint(pruned, tokenizer, folder)
         saved.append(load_model(find_model(str(folder))))

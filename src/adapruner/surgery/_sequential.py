@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.measurement._moments import InputMoments, add_products, solve_damped, symmetric
+from adapruner.measurement._moments import add_products, solve_damped, symmetric
 from adapruner.models._layers import LayerCall, enter_layers, loaded_layer, overwrite_weight
 from adapruner.planning._plan import PruningPlan
 from adapruner.structure._blocks import Block, Structure
 from adapruner.surgery._cut import kept_indices
 
+# One batch of so many is held out to choose the damping.
+_BATCHES_PER_HELD_OUT = 4
+# Tried as multiples of the mean of the diagonal.
+_DAMPINGS = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 # Share of the error of earlier layers that a layer makes up for (research/experiments/sequential-fit.md). With 1, a
 # layer overfits to errors that it cannot correct and is worse on other text; with 0, errors add up.
 CARRIED_SHARE = 0.5
@@ -28,7 +32,6 @@ def refit_sequentially(
     pruned: PreTrainedModel,
     structure: Structure,
     plan: PruningPlan,
-    moments: Mapping[int, InputMoments],
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
@@ -38,7 +41,8 @@ def refit_sequentially(
     With d the hidden state after a block in the dense model, u the output of the dense layer for the state that the
     pruned layers before produce, x' the input of the pruned projection W' and r' the hidden state that its output is
     added to, W' minimises, around its value W₀ before,
-    E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖², where s is `CARRIED_SHARE`.
+    E‖(1 - s) u + s d - r' - W' x'‖² + damping · ‖W' - W₀‖², where s is `CARRIED_SHARE`, and the damping is that of the
+    smallest error on held-out windows; if none is smaller than that of W₀, W₀ stays.
 
     Fitting x' to d alone would shrink the weights, because the errors of the pruned layers before are noise in x'; u
     has the same noise. The error of a cut attention is corrected by the feed-forward of its layer in full, because
@@ -52,8 +56,7 @@ def refit_sequentially(
         dense: of a family with a plain residual (`Architecture.has_plain_residual`), in the dtype in which the layers
             of both models are run.
         pruned: the result of `prune_model` for `plan`, in any dtype; its weights change.
-        moments: by number of the block; their damping is used.
-        windows: [windows, tokens], int64.
+        windows: [windows, tokens], int64; at least two.
         progress: called with 1 after every layer.
     """
     cut = {
@@ -61,8 +64,9 @@ def refit_sequentially(
         for number, (block, kept) in enumerate(zip(structure.blocks, plan.blocks, strict=True))
         if 0 < len(kept.kept) < kept.groups and block.is_projected and not block.experts
     }
+    batches = windows.split(min(batch_size, max(1, len(windows) // _BATCHES_PER_HELD_OUT)))
     with torch.inference_mode():
-        dense_states, all_calls = map(list, zip(*enter_layers(dense, windows.split(batch_size)), strict=True))
+        dense_states, all_calls = map(list, zip(*enter_layers(dense, batches), strict=True))
         pruned_states = list(dense_states)
 
         def fit(index: int) -> None:
@@ -75,8 +79,7 @@ def refit_sequentially(
                 after = _Layer(layer, calls, pruned_states)
                 blocks = {number: block for number, block in cut.items() if block.layer == index}
                 for number, block in blocks.items():
-                    damping = moments[number].damping
-                    weight = _refit(before, after, block, damping, _kept_inputs(structure, plan, number))
+                    weight = _refit(before, after, block, _kept_inputs(structure, plan, number))
                     # The layer may be a copy, or a streamed one on another device.
                     overwrite_weight(pruned, block.row_wise.parameter, weight)
                 if not any(block.kind == "channels" for block in blocks.values()):
@@ -166,17 +169,30 @@ class _Layer:
         return _Seen(inputs, output, residual)
 
 
-def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, kept: Tensor | None) -> Tensor:
+class _Products:
+    """Sums over tokens: of the products of the inputs x of a projection, [inputs, inputs], and of these with what its
+    outputs lack, [outputs, inputs]; float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+        self.missing = torch.zeros(weight.shape, device=weight.device)
+
+    def add(self, inputs: Tensor, missing: Tensor) -> None:
+        """Adds [tokens, inputs] and [tokens, outputs], float32."""
+        add_products(self.second, inputs)
+        self.missing.addmm_(missing.T, inputs)
+
+
+def _refit(dense: _Layer, pruned: _Layer, block: Block, kept: Tensor | None) -> Tensor:
     """Sets the weight of the pruned projection to the least-squares solution; returns it as it is stored, in float32.
     The feed-forward comes last in a layer: only its output then changes, so the hidden states are also replaced by
     those after the layer. For `kept`, see `_kept_inputs`."""
     projection = pruned.projection(block)
     weight: Tensor = block.row_wise.as_projection(projection.weight)
     kept = None if kept is None else kept.to(weight.device)
-    second = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    products = torch.zeros(weight.shape, device=weight.device)
+    fitted, held_out = _Products(weight), _Products(weight)
     uncut = replace(dense, states=pruned.states)
-    inputs_of_pruned, tokens = [], 0
+    inputs_of_pruned, last = [], len(dense.states) - 1
     for number, state in enumerate(dense.states):
         wanted, possible = dense.watch(number, block), uncut.watch(number, block)
         if kept is None:
@@ -184,18 +200,34 @@ def _refit(dense: _Layer, pruned: _Layer, block: Block, damping: float, kept: Te
         else:  # the pruned layer differs only in this narrower projection
             narrowed = possible.inputs.index_select(-1, kept)
             given = _Seen(narrowed, projection(narrowed), possible.residual)
-        inputs = given.inputs.float()
         missing = torch.lerp(possible.state_after, wanted.state_after, CARRIED_SHARE) - given.state_after
-        add_products(second, inputs)
-        products.addmm_(missing.T, inputs)
-        tokens += len(inputs)
+        is_held_out = number % _BATCHES_PER_HELD_OUT == min(last, _BATCHES_PER_HELD_OUT - 1)
+        (held_out if is_held_out else fitted).add(given.inputs.float(), missing)
         if block.kind == "channels":
             dense.states[number] = (wanted.residual + wanted.output).view_as(state)
             pruned.states[number] = given.residual.view_as(state)
             inputs_of_pruned.append(given.inputs)
-    change = solve_damped(symmetric(second) / tokens, damping, (products / tokens).T).T
-    refitted = (weight + change).float()
+    refitted = (weight + _change(fitted, held_out)).float()
     weight.copy_(refitted)
     for number, inputs in enumerate(inputs_of_pruned):
         pruned.states[number] = pruned.states[number] + projection(inputs).view_as(pruned.states[number])
     return block.row_wise.as_projection(refitted)
+
+
+def _change(fitted: _Products, held_out: _Products) -> Tensor:
+    """[outputs, inputs], float32: the least-squares change of a weight on all tokens, with the damping whose change on
+    most of them leaves the smallest error on those held out; nothing if each of these errors is larger than before."""
+    second, second_held_out = symmetric(fitted.second), symmetric(held_out.second)
+    scale = float(second.diagonal().mean())
+    best, chosen = 0.0, None
+    for relative in _DAMPINGS:
+        change = solve_damped(second, relative * scale, fitted.missing.T)
+        # The change of the error.
+        error = float((change * (second_held_out @ change - 2 * held_out.missing.T)).sum(dtype=torch.float64))
+        if error < best:
+            best, chosen = error, relative
+    if chosen is None:
+        return torch.zeros_like(fitted.missing)
+    # More tokens, and the same share of the damping in their sum.
+    together, missing = second + second_held_out, fitted.missing + held_out.missing
+    return solve_damped(together, chosen * float(together.diagonal().mean()), missing.T).T

@@ -94,5 +94,5 @@ def compensate(
     moments = dict(measure_moments(fast, structure, windows))
     pruned = prune_model(model, structure, plan, moments)
     if sequential and architecture_of(model.config).has_plain_residual(model.config):
-        refit_sequentially(fast, pruned, structure, plan, moments, windows)
+        refit_sequentially(fast, pruned, structure, plan, windows)
     return pruned

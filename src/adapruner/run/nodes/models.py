@@ -108,7 +108,7 @@ def compensated(
         assert text_to_fit is not None
         dense_fast = dense_fast_later()
         with reporter.stage("compensating", structure.layers) as advance:
-            refit_sequentially(dense_fast, pruned, structure, plan, moments_to_correct, text_to_fit.windows, advance)
+            refit_sequentially(dense_fast, pruned, structure, plan, text_to_fit.windows, advance)
     with reporter.stage("saving"):
         save_checkpoint(pruned, tokenizer, work / "model", record=origin | {"plan": plan.hash})
     return work / "model"
