@@ -25,9 +25,8 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 
-from adapruner.evaluation._writing import end_tokens
 from adapruner.models._device import in_fastest_dtype
-from adapruner.models._generation import NO_TOKEN, continue_texts
+from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.models._loading import load_model, load_tokenizer
 from adapruner.models._places import find_model
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import adapruner
 from adapruner.models._architecture import known_architectures
-from run_helpers import CONTINUED, RUN_OPTIONS
+from run_helpers import FEW_ABILITIES, RUN_OPTIONS
 
 VOCABULARY = 96
 
@@ -119,10 +119,11 @@ def _nothing_waits_for_the_disk():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _continuations_are_short():
-    """A token takes as long to generate as a batch of windows to judge, and every run generates them twice."""
+def _few_abilities():
+    """A token takes as long to generate as a batch of windows to judge, and every run generates them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*CONTINUED)
+        for setting in FEW_ABILITIES:
+            patch.setattr(*setting)
         yield
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner.cli import main
-from adapruner.evaluation import _writing
+from adapruner.evaluation import _abilities, _choices
 from adapruner.progress import Advance, Reporter
 
 # Files that say how long something took, or show it.
@@ -46,8 +46,13 @@ RUN_OPTIONS: dict[str, Any] = {
 # Less of everything that no test of a whole run is about.
 QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "compensation_windows": 32, "final_windows": 0}
 
-# How far models of tests continue the prompts that breakage is looked for in: target, name and tokens in place of 128.
-CONTINUED = (_writing, "_CONTINUED", 8)
+# Fewer abilities to measure: target, name and value.
+FEW_ABILITIES = (
+    (_abilities, "ANSWER_WINDOWS", 1),
+    (_abilities, "ANSWER_TOKENS", 16),
+    (_abilities, "_SHOWN_TOKENS", 8),
+    (_choices, "_ITEMS", 6),
+)
 
 # Imported once, by the server that starts the processes of tests; what is not installed is left out.
 _PRELOADED = [
@@ -161,7 +166,8 @@ def _run_main(
         os.dup2(file, stream)
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    setattr(*CONTINUED)
+    for setting in FEW_ABILITIES:
+        setattr(*setting)
     before(*settings)
     main(arguments)
 

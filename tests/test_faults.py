@@ -79,7 +79,7 @@ FILES = {
     "evaluation/perplexity-dense.json": "evaluation/perplexity-dense.json",
     "evaluation/perplexity-best_fixed.json": "evaluation/perplexity-best_fixed.json",
     "evaluation/perplexity-searched.json": "evaluation/perplexity-searched.json",
-    "evaluation/breakage-searched.json": "evaluation/breakage-searched.json",
+    "evaluation/abilities-searched.json": "evaluation/abilities-searched.json",
     "result.json": "result.json",
     "report.html": "report.html",
 }

@@ -196,7 +196,7 @@ def test_terminal_page_and_card_show_the_same_cells(finished, page):
     console.print(*finished.tables(), sep="\n")
     printed, card = console.export_text(), (finished.model_folder / "README.md").read_text()
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line]
-    assert lines == [row for name in ("model-table", "breakage-table") for row in page.cells(name)[1:]]
+    assert lines == [row for name in ("model-table", "ability-table") for row in page.cells(name)[1:]]
     for before, after in zip(*(page.cells("model-table")[place][2:] for place in (1, -1)), strict=True):
         assert f"| {before} | {after} |" in card
 
@@ -208,43 +208,39 @@ def test_rows_that_differ_in_their_names_alone_are_merged():
     assert table.merged().markdown(lambda text: text.replace("|", "/")) == expected
 
 
-def test_signs_of_breakage_are_those_of_the_result(finished, page):
-    models = [model for model in content_of(finished, "result.json")["models"] if model["breakage"]]
+def test_abilities_are_those_of_the_result(finished, page):
+    models = [model for model in content_of(finished, "result.json")["models"] if model["abilities"]]
     assert [model["role"] for model in models] == ["dense", "searched"]
-    signs = [model["breakage"] for model in models]
-    expected = [["agreement", "openings, greedy", *(f"{sign['agreement']:.2f}" for sign in signs)]]
-    metrics = ("repetition", "distinct", "ended", "loss_of_dense")
-    for way in ("openings, greedy", "openings, sampled"):
-        for metric, shown in zip(metrics, ("repetition", "distinct pieces", "ended", "loss of dense"), strict=True):
-            values = [sign["writing"][way][metric] for sign in signs]
-            expected += [] if None in values else [[shown, way, *(f"{value:.2f}" for value in values)]]
-    for text in ("arithmetic", "code", "prose", "dialogue", "instructions"):
-        expected.append(["bits per byte", text, *(f"{sign['texts'][text]['bits_per_byte']:.4f}" for sign in signs)])
-    expected.append(["answered", "questions with choices", *(f"{sign['answered']:.2f}" for sign in signs)])
+    abilities = [model["abilities"] for model in models]
+    expected = [
+        [kind, "agreement", *(f"{each['reads'][kind]['agreement']:.2f}" for each in abilities)]
+        for kind in abilities[0]["reads"]
+    ]
+    items = ["".join(each["solved"].values()) for each in abilities]
+    expected.append(["built-in tasks", "solved", *(f"{own.count('1') / len(own):.2f}" for own in items)])
+    assert len(expected) == 8
     verdict = models[-1]["verdict"]
     expected.append(["verdict", "", "", verdict])
-    assert page.cells("breakage-table") == [["sign", "text", "dense", "pruned"], *expected]
+    assert page.cells("ability-table") == [["ability", "measured", "dense", "pruned"], *expected]
     assert f"Verdict: {verdict}" in page.text
     assert verdict in get_args(Verdict)
 
 
 def test_texts_of_the_models_are_shown_side_by_side(finished, page):
-    models = [model["breakage"] for model in content_of(finished, "result.json")["models"] if model["breakage"]]
-    written = [model["writing"]["openings, greedy"]["texts"] for model in models]
-    assert all(len(texts) == 16 for texts in written)
+    models = [model["abilities"] for model in content_of(finished, "result.json")["models"] if model["abilities"]]
     header, *rows = page.cells("text-table")
     assert header == ["prompt", "dense", "pruned"]
-    assert len(rows) == 5
+    assert len(rows) == 8
     assert rows == [
-        [" ".join(opening.split()), *(" ".join(texts[opening].split()) for texts in written)]
-        for opening in [*written[0]][:5]
+        [" ".join(text.split()) for text in (prompt, *(model["writes"][prompt] for model in models))]
+        for prompt in models[0]["writes"]
     ]
 
 
 def test_the_first_screen_is_of_the_result(finished, page):
     dense, _, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
-    assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["repetition"]
+    assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["solved"]
     for (text, before), perplexity, bits in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
         after = pruned["perplexity"][text]
         assert bits[3].split()[0].replace("−", "-") == f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}"

@@ -107,7 +107,7 @@ def test_a_change_rebuilds_what_depends_on_it_and_nothing_else(finished, again, 
     assert other.plan.ratio < 0.06
     assert other.result.search.ratio == 0.05
     after, new = written(run), stages_done(run)[len(stages) :]
-    dense = (*(f"evaluation/{what}-d" for what in ("perplexity", "written", "writing", "breakage")),)
+    dense = (*(f"evaluation/{what}-d" for what in ("perplexity", "abilities")),)
     kept = {name for name in before if name.startswith(("windows", "moments", "statistics", "attention", *dense))}
     assert len(kept) > 10
     assert all(after[name] == before[name] for name in kept)
@@ -281,7 +281,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     stages = [line for line in completed.err.splitlines() if not line.startswith(("advice: ", "about "))]
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0].partition(" (")[0] for line in stages)
-    assert list(named) == ["loading", "looking for breakage", "evaluating"]
+    assert list(named) == ["loading", "comparing abilities", "evaluating"]
 
 
 def test_a_part_that_was_cut_off_is_measured_again(finished, model_folder, text_file, tmp_path):

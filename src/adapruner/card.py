@@ -66,7 +66,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         [
             _as_metadata(number)
             for number in model.numbers.values()
-            if number.kind in ("text", "sign") or (number.kind == "task" and (number.items or 0) >= _FEWEST_ITEMS)
+            if number.kind in ("text", "ability") or (number.kind == "task" and (number.items or 0) >= _FEWEST_ITEMS)
         ],
         base=base,
         removed=dense.parameters - result.model("searched").parameters,
@@ -75,8 +75,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         trained=healed_sentence(result.healing) if result.healing and result.healing.record else _NOT_TRAINED,
         plan=plan,
         verdict=model.verdict,
-        writes=bool(model.breakage and model.breakage.writing),
-        cost=measured_table(numbers, "text", "sign", "task"),
+        cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,
         search=result.search,
         terms=[(name, weight) for name, weight in terms if weight],

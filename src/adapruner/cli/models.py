@@ -103,7 +103,7 @@ def evaluate(
             generative is GSM8K and IFEval.
         limit: Maximum number of windows of each dataset and of items of each task, evenly spaced.
         layer_wise: Keep one decoder layer in memory at a time; by default if the model does not fit.
-        against: The dense model, to compare with what both write; gives signs of breakage and the verdict.
+        against: The dense model, to compare with: what the model can still do, and the verdict.
     """
     with starting():
         from adapruner.verbs._evaluate import evaluate as evaluate_one, evaluate_each
@@ -240,7 +240,7 @@ def vocabulary(
 
 
 def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
-    from adapruner.numbers import breakage_table, measured_table, model_table, numbers_of, task_table
+    from adapruner.numbers import ability_table, measured_table, model_table, numbers_of, task_table
 
     if len(results) > 1:
         rows = {}
@@ -258,9 +258,9 @@ def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterato
             for perplexity in result.perplexity:
                 yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
     if judged := {model: result for model, result in results.items() if result.verdict}:
-        signs = {dense: numbers_of({}, next(iter(judged.values())).dense)}
-        signs |= {model: numbers_of({}, result.breakage) for model, result in judged.items()}
-        yield breakage_table(signs, {model: str(result.verdict) for model, result in judged.items()})
+        known = {dense: numbers_of({}, next(iter(judged.values())).dense)}
+        known |= {model: numbers_of({}, result.abilities) for model, result in judged.items()}
+        yield ability_table(known, {model: str(result.verdict) for model, result in judged.items()})
     scores = {model: numbers_of({}, None, {score.task: score for score in r.tasks}) for model, r in results.items()}
     if any(scores.values()):
         yield task_table(scores)

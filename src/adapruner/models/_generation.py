@@ -19,6 +19,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
 )
 
 from adapruner.models._architecture import architecture_of
@@ -35,6 +36,14 @@ _MOST_CACHED = 8 * 2**30
 _CHECKED_EVERY = 16
 # The most queries of a head for which matrix products are used: those of a token, and not those of a prompt.
 _FEW_QUERIES = 16
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text, for the tokenizer or in the generation settings of the model."""
+    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    # Configs of small models may name one that their vocabulary does not have.
+    return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
 
 
 def continue_texts(

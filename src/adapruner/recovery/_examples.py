@@ -21,9 +21,8 @@ from adapruner.calibration._reading import read_records
 from adapruner.calibration._tokenizing import tokenize
 from adapruner.config import RecoveryOptions
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._writing import end_tokens
 from adapruner.models._deferred import StoredWeight
-from adapruner.models._generation import NO_TOKEN, continue_texts
+from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
 
 IGNORED = -100
 # The default number of examples that a model writes for fine-tuning: for each dataset that it answers, and of a whole

@@ -14,9 +14,6 @@ from adapruner.result import ModelNumbers, Role, RunResult
 from adapruner.search._levelling import KeptAttention, MovedChannels
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
-# Prompts whose continuations are shown.
-_SHOWN_TEXTS = 5
-
 
 def losses(dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
     """The losses of quality against the dense model, as far as they were measured."""
@@ -31,8 +28,8 @@ def losses(dense: ModelNumbers, final: ModelNumbers, final_name: str) -> Table:
         elif after.kind == "mean":
             about = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
             label = f"mean {label}" if len(tasks) > 1 else label
-        elif (after.metric, after.dataset) == ("repetition", "openings, greedy"):
-            about = "of greedy text"
+        elif after.metric == "solved":
+            about = "of built-in tasks"
         elif after.kind != "text":
             continue
         rows.append(_change(label, about, before.cell, after.cell, change, noise))
@@ -117,20 +114,15 @@ def ladder(result: RunResult) -> Table:
 
 
 def texts(models: Mapping[str, ModelNumbers]) -> Table:
-    """What the models wrote greedily after the first few prompts, side by side: their answers to questions if they were
-    asked, otherwise continuations of openings.
+    """What the models wrote greedily after the same prompts, side by side.
 
     Args:
         models: by the name that is shown.
     """
-    writing = {name: model.breakage.writing for name, model in models.items() if model.breakage}
-    way = next(
-        (way for way in ("questions, greedy", "openings, greedy") if all(way in w for w in writing.values())), ""
-    )
-    written = {name: by_way[way].texts for name, by_way in writing.items()} if way else {}
-    shown = [*dict.fromkeys(prompt for texts in written.values() for prompt in texts)][:_SHOWN_TEXTS]
+    written = {name: model.abilities.writes for name, model in models.items() if model.abilities}
     columns = [Column(title, is_number=False, style="written") for title in ("prompt", *written)]
-    rows = [[prompt, *(texts.get(prompt, "") for texts in written.values())] for prompt in shown]
+    prompts = dict.fromkeys(prompt for texts in written.values() for prompt in texts)
+    rows = [[prompt, *(texts.get(prompt, "") for texts in written.values())] for prompt in prompts]
     return Table("text-table", "What the models write", columns, rows)
 
 

@@ -11,17 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import evaluation_text
-from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
 from adapruner.calibration._sources import Source, parse_source
 from adapruner.checkpoint._folder import read_origin
 from adapruner.config import Dtype
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._breakage import Breakage, judge_writing, measure_breakage
+from adapruner.evaluation._abilities import Abilities, measure_abilities, write_answers
 from adapruner.evaluation._perplexity import PROTOCOLS, Perplexity, measure_perplexity
 from adapruner.evaluation._speed import SPEED_TOKENS, Speed, measure_speed
 from adapruner.evaluation._tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
 from adapruner.evaluation._verdict import Verdict, judge
-from adapruner.evaluation._writing import end_tokens, write
 from adapruner.memory import Placement, place_weights
 from adapruner.models._architecture import check_length, check_tokens, family_named
 from adapruner.models._device import in_fastest_dtype, resolve_devices, usable_devices
@@ -38,7 +36,7 @@ class Evaluation:
 
     Attributes:
         overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
-        dense, breakage: signs of breakage of the model to compare with, and of the model; None without `against`.
+        dense, abilities: what the model to compare with can do, and the model; None without `against`.
         verdict: on these signs.
         speed: size and speed, one sequence at a time; None if not requested, and layer by layer.
     """
@@ -46,8 +44,8 @@ class Evaluation:
     perplexity: list[Perplexity]
     tasks: list[TaskScore]
     overlaps: list[str] = field(default_factory=list)
-    dense: Breakage | None = None
-    breakage: Breakage | None = None
+    dense: Abilities | None = None
+    abilities: Abilities | None = None
     verdict: Verdict | None = None
     speed: Speed | None = None
 
@@ -73,8 +71,8 @@ def evaluate(
     against: ModelGiven | None = None,
     speed: bool = False,
 ) -> Evaluation:
-    """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, signs of
-    breakage and the verdict.
+    """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, what it
+    can still do and the verdict.
 
     Args:
         model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
@@ -90,8 +88,8 @@ def evaluate(
         device: `auto` uses as many GPUs as the weights need.
         layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
             reads the weights a few times, tasks once for every batch.
-        against: the dense model, as for `model`. Both models write text, layer by layer neither does. What compares
-            tokens is not measured if the two have different ones.
+        against: the dense model, as for `model`. It writes text that both read; layer by layer they read built-in
+            text. Where the two have different tokens, their predictions are not compared.
         speed: also measure size and tokens per second, one sequence at a time; not layer by layer.
 
     Raises:
@@ -124,7 +122,7 @@ def evaluate(
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     scores, measured_speed = [], None
-    signs: tuple[Breakage | None, Breakage | None, Verdict | None] = (None, None, None)
+    compared: tuple[Abilities | None, Abilities | None, Verdict | None] = (None, None, None)
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
@@ -148,9 +146,9 @@ def evaluate(
             of_dense = dense.tokenizer(None) if dense.location else tokenizer
             with reporter.stage("loading"):
                 dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
-            with reporter.stage("looking for breakage"):
-                signs = _compare((dense_loaded, of_dense), (loaded, tokenizer), placement.layer_wise)
-    return Evaluation(perplexities, scores, known_uses, *signs, measured_speed)
+            with reporter.stage("comparing abilities"):
+                compared = _compare((dense_loaded, of_dense), (loaded, tokenizer))
+    return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
 
 
 def evaluate_each(models: Sequence[str], against: str | None = None, **options: Any) -> dict[str, Evaluation]:
@@ -180,22 +178,17 @@ def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit
 
 
 def _compare(
-    dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer], layer_wise: bool
-) -> tuple[Breakage, Breakage, Verdict]:
-    """Signs of breakage of two models with their tokenizers, and the verdict on the second."""
-    models = [(in_fastest_dtype(model), tokenizer) for model, tokenizer in (dense, pruned)]
-    rooms = (getattr(model.config, "max_position_embeddings", None) for model, _ in models)
-    positions = min(filter(None, rooms), default=PROBED_TOKENS)
-    written = [{} if layer_wise else write(*model, positions=positions) for model in models]
-    (reader, vocabulary), (_, tokenizer) = models
-    has_same_tokens = tokenizer.get_vocab() == vocabulary.get_vocab()
-    signs = []
-    for (model, own), texts in zip(models, written, strict=True):
-        is_read = model is reader or has_same_tokens
-        writing = judge_writing(own, texts, end_tokens(model, own), reader if is_read else None)
-        by_dense = None if model is reader else written[0] if has_same_tokens else {}
-        signs.append(measure_breakage(model, own, probe_texts(own, min(PROBED_TOKENS, positions)), writing, by_dense))
-    return signs[0], signs[1], judge(*signs)
+    dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer]
+) -> tuple[Abilities, Abilities, Verdict]:
+    """What two models with their tokenizers can do, and the verdict on the second."""
+    (original, vocabulary), (model, tokenizer) = ((in_fastest_dtype(model), own) for model, own in (dense, pruned))
+    answers = write_answers(original, vocabulary, positions=getattr(model.config, "max_position_embeddings", None))
+    other = None if tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
+    both = (
+        measure_abilities(original, vocabulary, answers),
+        measure_abilities(model, tokenizer, answers, tokenizer_of_answers=other),
+    )
+    return *both, judge(*both)
 
 
 def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:

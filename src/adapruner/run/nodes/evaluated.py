@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._pool import EvaluationText
-from adapruner.calibration._probes import PROBED_TOKENS, probe_texts
 from adapruner.calibration._text import Text
 from adapruner.card import model_card
 from adapruner.checkpoint._folder import write_card
 from adapruner.config import PruneConfig
-from adapruner.evaluation._breakage import Breakage, Writing, judge_writing, measure_breakage
+from adapruner.evaluation._abilities import Abilities, measure_abilities, number_of_answers, windows_of, write_answers
 from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
 from adapruner.evaluation._tasks import Tasks, TaskScore, load_tasks, measure_tasks
-from adapruner.evaluation._writing import Written, end_tokens, number_of_texts, write
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Form
 from adapruner.measurement._statistics import Statistics
-from adapruner.memory import Placement
 from adapruner.models._config import load_config
 from adapruner.models._device import describe_device, in_fastest_dtype
 from adapruner.models._loading import empty_model
@@ -48,8 +44,8 @@ PAGE: Form[str] = Form(
 )
 # The models that are evaluated: by role, the node of the model.
 _MODELS: dict[Role, str] = {"dense": "dense", "best_fixed": "best_fixed_model", "searched": "pruned_model"}
-# The same in the dtype of trials, in which text is written and tasks are run; of the best fixed metric nothing but the
-# perplexity is measured.
+# The same in the dtype of trials, in which abilities are measured and tasks are run; of the best fixed metric nothing
+# but the perplexity is measured.
 _FAST_MODELS: dict[Role, str] = {"dense": "dense_fast", "searched": "pruned_fast"}
 
 
@@ -78,40 +74,22 @@ def measured_perplexity(
         }
 
 
-# What the models write
+# What the models can do
 
 
-def written_text(model: PreTrainedModel, tokenizer: Tokenizer, placement: Placement, reporter: Reporter) -> Written:
-    """What a model writes after the built-in prompts; nothing layer by layer, where every
-    generated token would read all weights."""
-    if placement.layer_wise:
-        return {}
-    with reporter.stage("looking for breakage", number_of_texts(tokenizer)) as advance:
-        return write(model, tokenizer, advance)
+@GRAPH.kept("evaluation/answers.safetensors", TENSORS)
+def answers(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, torch.Tensor]:
+    """What the dense model writes for both models to read, and predicts in it."""
+    with reporter.stage("writing answers", number_of_answers()) as advance:
+        return write_answers(dense_fast, tokenizer, advance)
 
 
-def judged_writing(
-    dense_fast: PreTrainedModel, tokenizer: Tokenizer, written: Written, reporter: Reporter
-) -> dict[str, Writing]:
-    """Signs of what a model wrote, by the way of writing; the dense model reads it."""
-    with reporter.stage("looking for breakage"):
-        return judge_writing(tokenizer, written, end_tokens(dense_fast, tokenizer), dense_fast)
-
-
-def measured_breakage(
-    role: Role,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    written_dense: Written,
-    writing: dict[str, Writing],
-    seq_len: int,
-    reporter: Reporter,
-) -> Breakage:
-    """Signs that a model is broken."""
-    texts = probe_texts(tokenizer, min(seq_len, PROBED_TOKENS))
-    by_dense = None if role == "dense" else written_dense
-    with reporter.stage("looking for breakage", sum(len(text.windows) for text in texts.values())) as advance:
-        return measure_breakage(model, tokenizer, texts, writing, by_dense, advance)
+def measured_abilities(
+    model: PreTrainedModel, tokenizer: Tokenizer, answers: dict[str, torch.Tensor], reporter: Reporter
+) -> Abilities:
+    """What a model can do."""
+    with reporter.stage("comparing abilities", sum(map(len, windows_of(answers).values()))) as advance:
+        return measure_abilities(model, tokenizer, answers, advance=advance)
 
 
 # Tasks
@@ -152,9 +130,6 @@ def _keep(
     GRAPH.kept(path, form, name=f"{what}_{role}", needs=needs, **{"is_wanted": IS_WANTED[role]} | options)(make)
 
 
-for _role, _model in _FAST_MODELS.items():
-    _keep("written", _role, TENSORS, written_text, {"model": _model}, version=2)
-    _keep("writing", _role, json_form(dict[str, Writing]), judged_writing, {"written": f"written_{_role}"})
 for _role, _model in _MODELS.items():
     _needs = {"model": _model, "texts": "report_texts"}
     _keep("perplexity", _role, json_form(dict[str, Perplexity]), measured_perplexity, _needs, version=2)
@@ -162,13 +137,12 @@ for _role, _model in _FAST_MODELS.items():
     _needs, _wanted = {"model": _model}, {"is_wanted": lambda tasks: tasks}
     _keep("tasks", _role, json_form(dict[str, TaskScore]), measured_tasks, _needs, version=2, **_wanted)
 for _role, _model in _FAST_MODELS.items():
-    _needs = {"model": _model, "writing": f"writing_{_role}"}
-    _keep("breakage", _role, json_form(Breakage), partial(measured_breakage, _role), _needs, version=6)
+    _keep("abilities", _role, json_form(Abilities), measured_abilities, {"model": _model})
 
 
 # The result
 
-Measured = tuple[dict[str, Perplexity] | None, dict[str, TaskScore] | None, Breakage | None]
+Measured = tuple[dict[str, Perplexity] | None, dict[str, TaskScore] | None, Abilities | None]
 
 
 @GRAPH.in_memory
@@ -178,18 +152,18 @@ def measured(
     perplexity_searched: dict[str, Perplexity],
     tasks_dense: dict[str, TaskScore] | None,
     tasks_searched: dict[str, TaskScore] | None,
-    breakage_dense: Breakage,
-    breakage_searched: Breakage,
+    abilities_dense: Abilities,
+    abilities_searched: Abilities,
 ) -> dict[Role, Measured]:
-    """Perplexity, scores in tasks and signs of breakage, as far as they were measured."""
+    """Perplexity, scores in tasks and abilities, as far as they were measured."""
     return {
-        "dense": (perplexity_dense, tasks_dense, breakage_dense),
+        "dense": (perplexity_dense, tasks_dense, abilities_dense),
         "best_fixed": (perplexity_best_fixed, None, None),
-        "searched": (perplexity_searched, tasks_searched, breakage_searched),
+        "searched": (perplexity_searched, tasks_searched, abilities_searched),
     }
 
 
-@GRAPH.kept("result.json", json_form(RunResult), version=5, is_result=True, is_record=True, beside=("model/README.md",))
+@GRAPH.kept("result.json", json_form(RunResult), version=6, is_result=True, is_record=True, beside=("model/README.md",))
 def result(
     config: PruneConfig,
     location: ModelLocation,
@@ -206,15 +180,15 @@ def result(
     """All numbers of a run; the model card is written too, which shows them."""
     config_after = load_config(find_model(str(pruned)))
     after = build_structure(empty_model(config_after)).total_parameters
-    breakages = {role: breakage for role, (_, _, breakage) in measured.items()}
+    abilities = {role: known for role, (_, _, known) in measured.items()}
     numbers = [
         ModelNumbers(
             role=role,
             parameters=plan.total_parameters if role == "dense" else after,
             perplexity=measured[role][0] or {},
             tasks=measured[role][1] or {},
-            breakage=breakages[role],
-            verdict=verdict_of(role, breakages),
+            abilities=abilities[role],
+            verdict=verdict_of(role, abilities),
         )
         for role in roles_of(config)
     ]

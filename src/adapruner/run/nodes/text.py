@@ -20,10 +20,10 @@ from adapruner.calibration._text import Text, counts_of, load_texts_by_use, save
 from adapruner.config import Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation._losses import finite_windows
-from adapruner.evaluation._writing import end_tokens
 from adapruner.graph.records import Form
 from adapruner.importance._terms import needs_moments
 from adapruner.models._architecture import check_length, check_tokens
+from adapruner.models._generation import end_tokens
 from adapruner.option_rules import scoring_bounds
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH, Windows
