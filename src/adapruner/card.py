@@ -75,6 +75,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         trained=healed_sentence(result.healing) if result.healing and result.healing.record else _NOT_TRAINED,
         plan=plan,
         verdict=model.verdict,
+        solves=bool(model.abilities and model.abilities.solved),
         cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,
         search=result.search,

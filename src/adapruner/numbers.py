@@ -167,7 +167,10 @@ def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) ->
     if verdicts:
         rows.append(["verdict", "", *(verdicts.get(name, "") for name in known)])
     captions = {number.metric: f"{number.metric.capitalize()}: {number.protocol}." for number in shown.values()}
-    return Table("ability-table", "What it can still do", columns, rows, [" ".join(captions.values())] if rows else [])
+    lines = [*captions.values()]
+    if verdicts and "solved" not in captions:
+        lines.append("Layer by layer, the models read built-in texts, and solve no tasks.")
+    return Table("ability-table", "What it can still do", columns, rows, [" ".join(lines)] if rows else [])
 
 
 def task_table(models: Mapping[str, Numbers]) -> Table:
