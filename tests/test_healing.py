@@ -25,7 +25,7 @@ from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_
 REMOVE_FILES = RunFolder.remove_files
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
 OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name != "trials"}
-OPTIONS |= {"heal": "6k", "ratio": 0.3}
+OPTIONS |= {"heal": "20k", "ratio": 0.3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,11 +69,11 @@ def test_the_record_says_which_rate_was_best(healed):
     best = min(healing.losses_by_rate, key=healing.losses_by_rate.get)
     assert healing.record.config["learning_rate"] == best
     assert healing.record.loss_after < healing.record.loss_before == pytest.approx(healing.loss_before)
-    assert (healing.record.steps, healing.record.tokens) == (12, 12 * 512)
+    assert (healing.record.steps, healing.record.tokens) == (39, 39 * 512)
     page, card = (healed.report.read_text(), (healed.model_folder / "README.md").read_text())
     assert "final compensation, healed, saved" in page
     assert f"at a learning rate of {best:g}, the best of 3 tried" in page
-    assert "It was trained to predict as the dense model does, on 6,144 tokens of" in card
+    assert "It was trained to predict as the dense model does, on 19,968 tokens of" in card
 
 
 def test_the_step_before_is_removed_from_a_finished_run(healed, model_folder, text_file, tmp_path, monkeypatch):
@@ -118,8 +118,8 @@ def test_a_killed_training_goes_on_and_fits_nothing_twice(healed, model_folder, 
     """A run of its own: what another run has made would be taken over."""
     run = tmp_path / "run"
     arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
-    # After four steps at each of three rates.
-    run_killed("transformers.Trainer", "training_step", 18, arguments, tmp_path)
+    # After three steps at each of three rates.
+    run_killed("transformers.Trainer", "training_step", 25, arguments, tmp_path)
     compensated = (run / "compensated" / "model.safetensors").stat()
     assert list((run / "unfinished").rglob("checkpoint-*/trainer_state.json"))
     assert list((run / "unfinished").rglob("rates.json"))
@@ -195,7 +195,7 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     record = adapruner.recover(run)
     assert record == read_record(run / "recovered")
     config = record.config
-    of_run = {"train": "ia3", "tokens": "6000", "label_weight": 0.0, "data": str(text_file)}
+    of_run = {"train": "ia3", "tokens": "20000", "label_weight": 0.0, "data": str(text_file)}
     assert config.items() >= of_run.items()
     assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
     assert config["teacher"] == str(model_folder)
@@ -212,7 +212,8 @@ def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(
 ):
     monkeypatch.setattr("adapruner.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
-    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS, overwrite=True)
+    options = OPTIONS | {"heal": "80k", "overwrite": True}
+    result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
     assert result.result.healing.trained == "layers"
     before, after = (adapruner.load(run / name) for name in ("compensated", "model"))
     for name, weight in after.named_parameters():

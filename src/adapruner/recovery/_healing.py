@@ -20,8 +20,9 @@ from adapruner.recovery._training import RecoveryRecord, train, try_training
 
 # The record of healing, in the folder of the model.
 HEALING = "healing.json"
-# Learning rates that are tried, by what is trained, and the share of all steps that each trial takes
-# (research/experiments/healing.md).
+# Learning rates that are tried, by what is trained, from the lowest until one is no better than that before, and the
+# share of all steps that each trial takes, at least so many, but never more than a tenth: a training that does not help
+# ends after the first (research/experiments/healing.md).
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
     "layers": (5e-6, 3e-5, 1.5e-4),
     "lora": (3e-5, 1e-4, 5e-4),
@@ -143,14 +144,19 @@ def _try_rates(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Healing:
-    """The losses after a few steps at each rate."""
-    losses, before = dict[float, float](), None
+    """The losses after a few steps at each rate, up to the first that is no better than the one before."""
+    losses, before, least = dict[float, float](), None, math.inf
     for rate in _RATES[options.train]:
         settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
         try:
             before, losses[rate] = try_training(load, blend, settings, folder / "trial", teacher, progress, before)
+            least = min(least, before)
         except NonFiniteError:
             losses[rate] = math.inf
+        if not losses[rate] < least:
+            break
+        least = losses[rate]
+    progress((len(_RATES[options.train]) - len(losses)) * _steps_of_a_trial(options))
     return Healing(trained=options.train, losses_by_rate=losses, loss_before=math.inf if before is None else before)
 
 
@@ -173,7 +179,8 @@ def steps_of_healing(options: RecoveryOptions) -> int:
 
 
 def _steps_of_a_trial(options: RecoveryOptions) -> int:
-    return max(_FEWEST_STEPS, round(_TRIED * (options.steps or 0)))
+    steps = options.steps or 0
+    return max(1, min(_FEWEST_STEPS, steps // 10), round(_TRIED * steps))
 
 
 def _examples(text: Text, options: RecoveryOptions) -> list[Examples]:
