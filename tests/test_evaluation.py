@@ -26,12 +26,12 @@ from adapruner.cli import app
 from adapruner.cli._output import print_output
 from adapruner.config import PruneConfig
 from adapruner.evaluation import _abilities, _choices, _losses
-from adapruner.evaluation._abilities import measure_abilities, write_answers
+from adapruner.evaluation._abilities import Abilities, Reading, measure_abilities, write_answers
 from adapruner.evaluation._choices import Choice
 from adapruner.evaluation._losses import finite_windows, may_overflow, window_losses
 from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
 from adapruner.evaluation._speed import count_macs, measure_speed
-from adapruner.evaluation._verdict import Verdict
+from adapruner.evaluation._verdict import Verdict, damaged, judge
 from adapruner.memory import Placement
 from adapruner.models._layers import is_streamed
 from adapruner.models._loading import load_model
@@ -183,6 +183,47 @@ def test_the_texts_fit_a_model_with_fewer_positions(is_dense, model, model_folde
     models = (model_folder, tmp_path) if is_dense else (tmp_path, model_folder)
     result = adapruner.evaluate(models[0], against=models[1])
     assert result.abilities.reads == result.dense.reads
+
+
+def able(programs: str, solved: int, **losses: float) -> Abilities:
+    reads = {kind: Reading(loss=loss, agreement=0.1) for kind, loss in losses.items()}
+    return Abilities(reads=reads, solved={"programs": programs, "facts": "1" * solved + "0" * (10 - solved)}, writes={})
+
+
+@pytest.mark.parametrize(
+    ("programs", "code", "prose", "solved", "expected"),
+    [
+        ("1100", 1.011, 2.2, 10, "usable"),  # exp(-9 * 0.0117) and exp(-0.5 * 0.21) are 0.9
+        ("1100", 1.012, 2.0, 10, "recover first"),
+        ("1000", 1.012, 2.0, 10, "usable"),  # nothing is expected of code by a model that solves a quarter
+        ("1100", 2.021, 2.0, 10, "recover first"),  # exp(-0.5 * 1.02) is 0.6: code alone does not break a model earlier
+        ("1100", 2.023, 2.0, 10, "broken"),
+        ("1000", 1.0, 2.22, 10, "recover first"),
+        ("1000", 1.0, 3.03, 10, "broken"),
+        ("1000", 0.5, 1.0, 8, "recover first"),
+        ("1000", 1.0, 2.0, 5, "broken"),
+        ("1100", math.nan, 2.0, 10, "broken"),
+        ("1100", 1.0, math.inf, 10, "broken"),
+    ],
+)
+def test_verdict_at_its_limits(programs, code, prose, solved, expected):
+    dense = able(programs, 10, code=1.0, prose=2.0)
+    pruned = able(programs, solved, code=code, prose=prose)
+    assert judge(dense, pruned) == expected
+    assert judge(dense, dense) == "usable"
+    lost = {name.split(" (")[0] for name in damaged(dense, pruned)}
+    assert bool(lost) == (expected != "usable")
+    assert lost <= {"code", "prose", "built-in tasks"}
+
+
+def test_without_tasks_the_losses_decide():
+    """As layer by layer; what a model could not do before is no loss."""
+    dense, pruned = (
+        Abilities(reads={"code": Reading(loss=loss, agreement=None)}, solved={}, writes={}) for loss in (1, 1.2)
+    )
+    assert (judge(dense, pruned), damaged(dense, pruned)) == ("usable", [])
+    nothing = able("0000", 0, code=1.0)
+    assert judge(nothing, able("0000", 0, code=1.0)) == "usable"
 
 
 def test_built_in_texts_are_the_same_everywhere(tokenizer):

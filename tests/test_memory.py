@@ -116,7 +116,7 @@ def test_the_training_takes_what_the_memory_allows(tmp_path):
     """All weights and their gradients in float32, and two moments of each; or those of adapters."""
     llama = LlamaConfig(dtype="bfloat16")
     alone, full, lora, scales = (
-        memory_of(llama, False, "cuda", stated=stated, **options)
+        memory_of(llama, False, "cuda", stated=stated, compensation_windows=64, **options)
         for stated, options in (
             (None, {}),
             (200 * GIB, {"heal": "1M"}),

@@ -264,7 +264,7 @@ class PruneOptions(_Options):
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(
-        default=256, ge=2, description="Maximum number of calibration windows to fit the compensation on."
+        default=384, ge=2, description="Maximum number of calibration windows to fit the compensation on."
     )
     sequential: bool | None = Field(
         default=None,

@@ -12,9 +12,9 @@ Conflict = tuple[Callable[..., Any], str]
 
 # Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 128, "heal": "20000"},
+    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 192, "heal": "20000"},
     "standard": {},
-    "thorough": {"trials": 96, "compensation_windows": 512, "heal": "400000"},
+    "thorough": {"trials": 96, "compensation_windows": 768, "heal": "400000"},
 }
 
 # Minimum and maximum number of windows that score a trial: results on few do not carry over
