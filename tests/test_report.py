@@ -44,7 +44,7 @@ OPTIONS = {
     "protect_last": 0,
     "head_share": 1.0,
     "round_to": 1,
-    "heal": "2k",
+    "heal": "20k",
 }
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

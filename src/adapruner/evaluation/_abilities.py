@@ -18,7 +18,7 @@ from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.models._layers import is_streamed
 
 # Of each kind that the original writes.
-ANSWER_WINDOWS, ANSWER_TOKENS = 8, 128
+ANSWER_WINDOWS, ANSWER_TOKENS = 6, 128
 # Tokens of each text that is shown.
 _SHOWN_TOKENS = 128
 
