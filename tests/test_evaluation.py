@@ -81,7 +81,7 @@ def test_a_model_with_a_chat_template_is_asked(tokenizer):
         "{% for m in messages %}w7 {{ m.content }} w8{% endfor %}{% if add_generation_prompt %} w9{% endif %}"
     )
     questions = prompts_to_show(chat)
-    assert (len(openings), len(questions)) == (8, 8)
+    assert (len(openings), len(questions)) == (5, 5)
     assert all((tokens[0], *tokens[-2:]) == (11, 12, 13) for tokens in questions.values())
     assert all(question[-1] in "?." for question in questions)
     chat.chat_template = "{{ raise_exception('a system prompt is needed') }}"

@@ -14,22 +14,16 @@ from adapruner.calibration._tokenizing import tokenize
 _OPENINGS = (
     "The old bridge over the river was built",
     "To bake a loaf of bread, first",
-    "My sister called yesterday and told me that",
     "Plants turn sunlight into",
-    "In the year 1850, the town",
     "Question: Why is the sky blue?\nAnswer:",
-    "Here is a list of things to pack for a journey:\n1.",
     "def mean(numbers):\n    ",
 )
 _QUESTIONS = (
     "Why is the sky blue?",
-    "How do I boil an egg?",
     "Write a polite email to say that I will be late tomorrow.",
     "What is the difference between a frog and a toad?",
     "What is 12 plus 30?",
-    "Name five countries in Africa.",
     "Write a Python function that returns the largest number of a list.",
-    "Tell me a story about a dog who lost his way.",
 )
 # Tokens per window of the built-in texts, of which there is little.
 PROBED_TOKENS = 128

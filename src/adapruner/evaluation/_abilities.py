@@ -18,9 +18,9 @@ from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.models._layers import is_streamed
 
 # Of each kind that the original writes.
-ANSWER_WINDOWS, ANSWER_TOKENS = 6, 128
+ANSWER_WINDOWS, ANSWER_TOKENS = 5, 128
 # Tokens of each text that is shown.
-_SHOWN_TOKENS = 128
+_SHOWN_TOKENS = 96
 
 # By kind of text, the windows that models read, [windows, tokens], int64; and under the name of a kind and `/predicted`
 # the tokens that the original predicts in them, [windows, tokens - 1].

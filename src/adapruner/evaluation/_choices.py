@@ -16,7 +16,7 @@ from adapruner.calibration._tokenizing import tokenize
 from adapruner.evaluation._continuations import Text, read
 
 # Items of each task whose items are made up.
-_ITEMS = 40
+_ITEMS = 30
 
 
 class Choice(NamedTuple):
