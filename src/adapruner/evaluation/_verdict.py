@@ -11,16 +11,15 @@ Verdict = Literal["usable", "recover first", "broken"]
 
 # What must be left of every ability of a usable model, and of each by which a model is broken.
 _USABLE, _NOT_BROKEN = 0.9, 0.6
-# A rise of the loss by r nats per token leaves about exp(-c r) of a score. Of the likelihood of short answers, c is
-# small; programs must be right to the last token (research/experiments/verdict.md).
+# A rise of the loss by r nats per token leaves about exp(-c r) of an ability: of code, as HumanEval shows it, because
+# programs must be right to the last token; of the others, as readers see it (research/experiments/verdict.md).
 _LOST_PER_NAT, _LOST_PER_NAT_OF_CODE = 0.5, 9.0
 # A model that solves fewer of the built-in programs cannot program, and has nothing to lose.
 _CAN_PROGRAM = 0.5
 
 
 def kept_of(dense: Abilities, pruned: Abilities) -> dict[str, float]:
-    """What is left of every ability, as an estimate of the share of a score in a benchmark of its kind; of the built-in
-    tasks, the share itself."""
+    """What is left of every ability, as an estimate; of the built-in tasks, the share of the solved items."""
     programs = dense.solved.get("programs", "0")
     can_program = programs.count("1") >= _CAN_PROGRAM * len(programs)
     kept = {
