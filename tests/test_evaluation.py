@@ -107,6 +107,12 @@ def test_loss_and_agreement_are_those_of_reading_token_by_token(make_model, mode
         assert reading.agreement == pytest.approx(statistics.fmean(equal))
 
 
+def test_a_kind_that_the_tokenizer_does_not_serve_is_left_out(model, tokenizer, monkeypatch):
+    written = {"prose": torch.randint(4, 96, (2, 16)), "languages": torch.empty(0, 16, dtype=torch.int64)}
+    monkeypatch.setattr(_abilities, "write_kinds", lambda *_: written)
+    assert [*measure_abilities(model, tokenizer, write_answers(model, tokenizer)).reads] == ["prose"]
+
+
 def test_items_are_solved_by_the_likelihood_of_each_answer(model, tokenizer, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     draw = lambda count: " ".join(f"w{word}" for word in torch.randint(92, (count,), generator=generator).tolist())  # noqa: E731
