@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 import adapruner
 from adapruner import PruneConfig, PruneOptions
+from adapruner.calibration._mix import kinds
 from adapruner.cli import _known_options, app, main
 from adapruner.importance._terms import TERMS
 from adapruner.models._architecture import Architecture, known_architectures
@@ -356,6 +357,7 @@ def test_printed_rows_are_those_of_the_code():
     """Names of stages, of rows and of signs in the page that shows a run."""
     text = (ROOT / "docs" / "first-run.md").read_text()
     source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))
+    source += "".join(f'"{kind}"' for kind in kinds())
     stages = re.findall(r"^([a-z ]+): done in", text, re.MULTILINE)
     cells = [row.strip("│┃ ").split("│")[0].strip() for row in text.splitlines() if row.startswith("│")]
     signs = [cell for cell in cells if cell and cell != "…" and not cell.endswith("compensated") and "(" not in cell]

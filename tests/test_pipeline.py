@@ -337,7 +337,7 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     assert said == "the model should be trained further before use"
     assert re.fullmatch(r"what it lost most: code \(\d+% left\)", lost)
     assert remedy == "more tokens of `heal`, or a lower `ratio`, helps"
-    assert damaged(9.0, "broken").startswith("the model is broken | what it lost most: code (0% left)")
+    assert damaged(99.0, "broken").startswith("the model is broken | what it lost most: code (0% left)")
     assert advice() == ""
     assert "rose from 20.0 to 50.0 | more tokens of `heal`, or a lower `ratio`, helps" in advice(final=50)
     assert "rose from 20.0 to nan" in advice(final=float("nan"))

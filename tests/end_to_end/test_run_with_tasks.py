@@ -11,7 +11,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from run_helpers import QUICK, assert_same_artifacts, exit_code, prune_command, run_killed_before_writing
 
-OPTIONS = QUICK | {"heal": "4k", "ratio": 0.3, "tasks": ("boolq",)}
+OPTIONS = QUICK | {"heal": "20k", "ratio": 0.3, "tasks": ("boolq",)}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_report_shows_all_models(finished):
             assert f"{one.perplexity:.2f}" in page, model.role
         for score in model.tasks.values():
             assert f'{score.metrics["acc"]:.4f} <span class="error">± {score.standard_errors["acc"]:.4f}' in page
-    assert "8 steps, 4,096 tokens" in page
+    assert "39 steps, 19,968 tokens" in page
     assert 'id="task-table"' in page
 
 
