@@ -72,8 +72,8 @@ def write_answers(
     advance: Callable[[float], None] | None = None,
     positions: int | None = None,
 ) -> Answers:
-    """Text of every kind of `mix` that the original writes, from prompts and random numbers that calibration does not
-    use; layer by layer, where every token would read all weights, the built-in texts.
+    """Text of every kind of `mix` that the original writes, with random numbers and functions of the standard library
+    that calibration does not use; layer by layer, where every token would read all weights, the built-in texts.
 
     Args:
         advance: called with fractions of the number of windows.
