@@ -48,8 +48,8 @@ QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "compensa
 
 # Fewer abilities to measure: target, name and value.
 FEW_ABILITIES = (
-    (_abilities, "ANSWER_WINDOWS", 1),
-    (_abilities, "ANSWER_TOKENS", 16),
+    (_abilities, "_ANSWER_WINDOWS", 1),
+    (_abilities, "_ANSWER_TOKENS", 16),
     (_abilities, "_SHOWN_TOKENS", 8),
     (_choices, "_ITEMS", 6),
 )

@@ -25,8 +25,7 @@ _QUESTIONS = (
     "What is 12 plus 30?",
     "Write a Python function that returns the largest number of a list.",
 )
-# Tokens per window of the built-in texts, of which there is little.
-PROBED_TOKENS = 128
+# The most windows of each built-in text.
 _WINDOWS = 24
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.calibration._mix import kinds, write_kinds
 from adapruner.calibration._probes import probe_texts, prompts_to_show
+from adapruner.calibration._tokenizing import tokenize
 from adapruner.evaluation._choices import solve
 from adapruner.evaluation._continuations import Text, read
 from adapruner.evaluation._losses import window_losses
@@ -18,7 +19,7 @@ from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.models._layers import is_streamed
 
 # Of each kind that the original writes.
-ANSWER_WINDOWS, ANSWER_TOKENS = 5, 128
+_ANSWER_WINDOWS, _ANSWER_TOKENS = 5, 128
 # Tokens of each text that is shown.
 _SHOWN_TOKENS = 96
 
@@ -63,7 +64,7 @@ class Abilities(BaseModel, extra="forbid", frozen=True):
 
 def number_of_answers() -> int:
     """The number of windows that a model writes."""
-    return len(kinds()) * ANSWER_WINDOWS
+    return len(kinds()) * _ANSWER_WINDOWS
 
 
 def write_answers(
@@ -79,10 +80,10 @@ def write_answers(
         advance: called with fractions of the number of windows.
         positions: of the model that also reads the text, if it may have fewer.
     """
-    tokens = min(filter(None, (ANSWER_TOKENS, positions, getattr(original.config, "max_position_embeddings", None))))
+    tokens = min(filter(None, (_ANSWER_TOKENS, positions, getattr(original.config, "max_position_embeddings", None))))
     if is_streamed(original):
         return {name: text.windows for name, text in probe_texts(tokenizer, tokens).items()}
-    counts = dict.fromkeys(kinds(), ANSWER_WINDOWS)
+    counts = dict.fromkeys(kinds(), _ANSWER_WINDOWS)
     written = write_kinds(original, tokenizer, counts, tokens, "report", 0, end_tokens(original, tokenizer), advance)
     # The tokenizer may not serve a kind.
     answers = {kind: windows for kind, windows in written.items() if len(windows)}
@@ -137,7 +138,7 @@ def measure_abilities(
 
 
 def _as_text(tokenizer: Tokenizer, text: str) -> Text:
-    first, *others = tokenizer(text, add_special_tokens=False).input_ids
+    first, *others = tokenize(tokenizer, text, add_special_tokens=False).input_ids
     return Text([first], others)
 
 

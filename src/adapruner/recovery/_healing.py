@@ -106,8 +106,8 @@ def heal(
     folder: Path,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[PreTrainedModel | None, Healing]:
-    """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first;
-    then the model is trained at the best of them, from the beginning.
+    """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first,
+    from the lowest until one is no better; then the model is trained at the best of them, from the beginning.
 
     Args:
         load: gives the model to train.
