@@ -117,6 +117,17 @@ def test_windows_of_all_kinds_are_evenly_mixed(tmp_path_factory, numbers):
     assert load_texts_by_use(path)["pool"].kinds == text.kinds
 
 
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(any), st.integers(1, 20))
+def test_the_last_windows_of_every_kind_are_held_out(numbers, count):
+    text = Text.mixed({str(kind): torch.arange(own)[:, None] + 100 * kind for kind, own in enumerate(numbers)})
+    rest, held_out = (part.by_kind for part in text.held_out(count))
+    for kind, own in text.by_kind.items():
+        last = held_out.get(kind, own[:0])
+        assert torch.cat([rest[kind], last]).equal(own)
+        assert (len(last) > 0) == (len(own) > 2)
+        assert len(last) <= max(1, len(own) / 10, count * len(own) / len(text) + 0.5)
+
+
 @given(st.integers(0, 500))
 def test_the_windows_of_the_parts_of_a_blend_add_up(count):
     blend = parse_blend("mix,c4:0.3")

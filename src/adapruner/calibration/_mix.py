@@ -170,9 +170,14 @@ def write_kinds(
     drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts if name in served}
     pieces = {name: _known(name, tokenizer, count // 2 * seq_len, part, stream) for name, count in counts.items()}
     lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
-    rounds, left = 0, sum(lacking.values())
+    rounds, asked = 0, list[tuple[str, list[int]]]()
     # A model with few positions has room for its own words too.
     room = (getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST_BEGINNING) // 2
+
+    def step(texts: float) -> None:
+        if advance and not rounds:  # in which most is written
+            advance(texts * sum(counts.values()) / len(asked))
+
     while lacking:
         numbers = {name: math.ceil(tokens / _MEAN_TOKENS) for name, tokens in lacking.items()}
         asked = [(name, next(drawn[name])[-room:]) for name, number in numbers.items() for _ in range(number)]
@@ -184,14 +189,12 @@ def write_kinds(
             torch.full((len(asked),), _TEMPERATURE),
             random.Random(f"{stream} {rounds}").getrandbits(62),
             ends,
+            step,
         )
         for (name, _), row in zip(asked, texts, strict=True):
             pieces[name] += row[row != NO_TOKEN].tolist()
         rounds += 1
         lacking = {name: rest for name in lacking if (rest := counts[name] * seq_len - len(pieces[name])) > 0}
-        if advance:
-            advance((left - sum(lacking.values())) / seq_len)
-        left = sum(lacking.values())
     return {
         name: torch.tensor(pieces[name][: count * seq_len], dtype=torch.int64).view(-1, seq_len)
         for name, count in counts.items()

@@ -42,6 +42,15 @@ class Text:
         """The windows of each kind, in their order."""
         return {kind: self.windows[places] for kind, places in places_of(self.kinds).items()}
 
+    def held_out(self, count: int) -> tuple[Text, Text]:
+        """All windows but the last of every kind, and these: about `count`, in the shares of the kinds, at most a tenth
+        of a kind but one of every kind that has three."""
+        last = set[int]()
+        for places in places_of(self.kinds).values():
+            most = min(len(places) // 10, round(count * len(places) / len(self)))
+            last.update(places[len(places) - max(1, most) :] if len(places) > 2 else ())
+        return self.part(sorted({*range(len(self))} - last)), self.part(sorted(last))
+
     def part(self, places: Iterable[int]) -> Text:
         """The windows at some places."""
         chosen = [*places]

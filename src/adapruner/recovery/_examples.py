@@ -194,7 +194,12 @@ def window_examples(windows: Tensor, part: BlendPart, options: RecoveryOptions, 
         windows: [windows, tokens], int64.
     """
     windows = evenly_spaced(windows, options.records)
-    return _split([_example(window, 1, label_weight) for window in windows.tolist()], part, options)
+    return _split(examples_of_windows(windows, label_weight), part, options)
+
+
+def examples_of_windows(windows: Tensor, label_weight: float) -> list[Example]:
+    """Windows of running text, [windows, tokens], int64, with every token learnt."""
+    return [_example(window, 1, label_weight) for window in windows.tolist()]
 
 
 def instruction_examples(

@@ -10,12 +10,11 @@ import torch
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel
 
-from adapruner.calibration._blend import BlendPart
 from adapruner.calibration._text import Text
 from adapruner.config import RecoveryOptions, TrainedWeights
 from adapruner.errors import AdaPrunerError, NonFiniteError, reason
 from adapruner.files import write_text
-from adapruner.recovery._examples import Examples, window_examples
+from adapruner.recovery._examples import Examples, examples_of_windows
 from adapruner.recovery._training import RecoveryRecord, train, try_training
 
 # The record of healing, in the folder of the model.
@@ -36,9 +35,6 @@ _TOKENS_AT_ONCE = 512
 # (research/experiments/scales.md). From where on all weights pay was not measured.
 TOKENS_FOR_ALL_WEIGHTS = 200_000
 _LORA_RANK = 32
-_HELD_OUT = 14
-# A kind of fewer windows has none to hold out.
-_FEWEST_WINDOWS = 2
 
 
 class Healing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
@@ -93,7 +89,6 @@ def healing_options(
         lora_alpha=2 * _LORA_RANK,
         lora_dropout=0.0,
         label_weight=0.0,
-        validation=_HELD_OUT,
         seed=seed,
     )
 
@@ -101,6 +96,7 @@ def healing_options(
 def heal(
     load: Callable[[], PreTrainedModel],
     text: Text,
+    held_out: Text,
     teacher: PreTrainedModel,
     options: RecoveryOptions,
     folder: Path,
@@ -111,6 +107,8 @@ def heal(
 
     Args:
         load: gives the model to train.
+        text: to train on.
+        held_out: text of the same kinds, on which the learning rate is chosen and the result judged.
         teacher: the dense model.
         folder: for the checkpoints of a training that resumes.
         progress: called with the number of steps done, those of the trials included; see `steps_of_healing`.
@@ -118,7 +116,7 @@ def heal(
     Returns:
         The trained model and the record; None if it comes no nearer to the dense model.
     """
-    blend, tried = _examples(text, options), folder / "rates.json"
+    blend, tried = _examples(text, held_out), folder / "rates.json"
     if tried.is_file():
         record = Healing.model_validate_json(tried.read_bytes())
         progress(steps_of_healing(options) - (options.steps or 0))
@@ -183,11 +181,11 @@ def _steps_of_a_trial(options: RecoveryOptions) -> int:
     return max(1, min(_FEWEST_STEPS, steps // 10), round(_TRIED * steps))
 
 
-def _examples(text: Text, options: RecoveryOptions) -> list[Examples]:
-    """The windows of every kind in their shares; the last of each are held out."""
-    by_kind = {kind: own for kind, own in text.by_kind.items() if len(own) >= _FEWEST_WINDOWS}
-    count = sum(map(len, by_kind.values()))
+def _examples(text: Text, held_out: Text) -> list[Examples]:
+    """The windows of every kind that has held-out ones, in their shares."""
+    learnt, validation = text.by_kind, held_out.by_kind
+    count = sum(len(learnt[kind]) for kind in validation)
     return [
-        window_examples(own, BlendPart(kind, len(own) / count, None), options, label_weight=0.0)
-        for kind, own in by_kind.items()
+        Examples(kind, examples_of_windows(learnt[kind], 0.0), examples_of_windows(own, 0.0), len(learnt[kind]) / count)
+        for kind, own in validation.items()
     ]

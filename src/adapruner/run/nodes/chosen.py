@@ -60,19 +60,17 @@ PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 # Measurements
 
 
-@GRAPH.kept("moments", MOMENTS, is_wanted=needs_moments)
+@GRAPH.kept("moments", MOMENTS, version=2, is_wanted=needs_moments)
 def moments(
-    dense_fast: PreTrainedModel, structure: Structure, text_to_fit: Text | None, reporter: Reporter, work: Path
+    dense_fast: PreTrainedModel, structure: Structure, text_to_learn: tuple[Text, Text], reporter: Reporter, work: Path
 ) -> StoredMoments:
     """Second moments of all blocks; those of finished blocks are kept."""
     moments = StoredMoments(work)
     missing = [index for index in projected_blocks(structure) if not is_whole(moments.path(index))]
     if missing:
-        assert text_to_fit is not None
+        text, _ = text_to_learn
         with reporter.stage("reading activations", structure.layers) as advance:
-            for index, of_block in measure_moments(
-                dense_fast, structure, text_to_fit.windows, missing, progress=advance
-            ):
+            for index, of_block in measure_moments(dense_fast, structure, text.windows, missing, progress=advance):
                 write_atomically(moments.path(index), of_block.save)
     return moments
 

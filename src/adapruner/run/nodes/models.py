@@ -61,6 +61,7 @@ def healing(
     empty: PreTrainedModel,
     structure: Structure,
     starting_budget: Budget,
+    window_counts: dict[str, dict[str, int]],
     reporter: Reporter,
 ) -> RecoveryOptions | None:
     """The options of the training after the cut; None without one."""
@@ -71,6 +72,8 @@ def healing(
     try:
         if options is None:
             raise AdaPrunerError("its layers are spread over devices")
+        if max(window_counts.get("compensation", window_counts["pool"]).values()) < 3:
+            raise AdaPrunerError("no kind of text has three windows, one of which is held out")
         check_device(main_device)
         if options.train != "layers":
             check_adapters(empty_model(empty.config), options)
@@ -87,14 +90,14 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.kept("compensated", FOLDER, version=4, is_step=True)
+@GRAPH.kept("compensated", FOLDER, version=5, is_step=True)
 def compensated(
     dense: PreTrainedModel,
     dense_fast_later: Callable[[], PreTrainedModel],
     structure: Structure,
     plan: PruningPlan,
     moments_to_correct: StoredMoments | None,
-    text_to_fit: Text | None,
+    text_to_learn: tuple[Text, Text],
     fits_sequentially: bool,
     tokenizer: Tokenizer,
     origin: dict[str, Any],
@@ -105,16 +108,15 @@ def compensated(
     with reporter.stage("cutting"):
         pruned = prune_model(dense, structure, plan, moments_to_correct)
     if moments_to_correct is not None and fits_sequentially:
-        assert text_to_fit is not None
         dense_fast = dense_fast_later()
         with reporter.stage("compensating", structure.layers) as advance:
-            refit_sequentially(dense_fast, pruned, structure, plan, text_to_fit.windows, advance)
+            refit_sequentially(dense_fast, pruned, structure, plan, text_to_learn[0].windows, advance)
     with reporter.stage("saving"):
         save_checkpoint(pruned, tokenizer, work / "model", record=origin | {"plan": plan.hash})
     return work / "model"
 
 
-@GRAPH.kept("model", FOLDER, version=9, is_result=True)
+@GRAPH.kept("model", FOLDER, version=10, is_result=True)
 def pruned(
     compensated: Path,
     healing: RecoveryOptions | None,
@@ -122,7 +124,7 @@ def pruned(
     plan: PruningPlan,
     tokenizer: Tokenizer,
     origin: dict[str, Any],
-    windows: dict[str, Text],
+    text_to_learn: tuple[Text, Text],
     main_device: torch.device,
     placement: Placement,
     reporter: Reporter,
@@ -133,9 +135,8 @@ def pruned(
     model, record = None, None
     if healing:
         read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
-        text = windows.get("compensation", windows["pool"])
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
-            model, record = heal(read, text, dense_fast_later(), healing, work / "training", advance)
+            model, record = heal(read, *text_to_learn, dense_fast_later(), healing, work / "training", advance)
         if model is None:
             reporter.note(f"The weights are left as they were: {record.reason}")
     if model is None:

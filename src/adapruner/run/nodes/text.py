@@ -29,6 +29,9 @@ from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
 
+# On which healing is judged.
+HELD_OUT_TO_HEAL = 14
+
 TEXTS: Form[dict[str, Text]] = Form(save_texts_by_use, load_texts_by_use)
 
 
@@ -155,6 +158,7 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
 
 
 @GRAPH.in_memory
-def text_to_fit(windows: dict[str, Text]) -> Text | None:
-    """The text that compensation is fitted on; None where nothing is fitted."""
-    return windows.get("compensation")
+def text_to_learn(windows: dict[str, Text]) -> tuple[Text, Text]:
+    """The text that the pruned model is fitted and trained on, and the text on which the training is judged, which is
+    not fitted either."""
+    return windows.get("compensation", windows["pool"]).held_out(HELD_OUT_TO_HEAL)
