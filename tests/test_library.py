@@ -15,6 +15,7 @@ from adapruner import AdaPrunerError, PruneOptions
 from adapruner.calibration._text import load_texts_by_use
 from adapruner.measurement._statistics import Statistics
 from adapruner.run.nodes.chosen import _name_of_code
+from adapruner.run.nodes.text import HELD_OUT_TO_HEAL
 from run_helpers import QUICK, RUN_OPTIONS
 
 Prune = Callable[..., adapruner.PruneResult]
@@ -184,7 +185,7 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
     with pytest.raises(AdaPrunerError, match="these groups make no plan"):
         adapruner.PruningPlan.of(structure, [[99], *kept[1:]])
 
-    text = texts["compensation"].windows
+    text = texts["compensation"].held_out(HELD_OUT_TO_HEAL)[0].windows
     compensated = adapruner.compensate(loaded, structure, finished.plan, text).state_dict()
     for name, tensor in finished.model.state_dict().items():
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)

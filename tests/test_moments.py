@@ -12,6 +12,7 @@ from adapruner.measurement._removal import _eliminate, _with_inverse, removal_er
 from adapruner.models._device import in_fastest_dtype
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
+from adapruner.run.nodes.text import HELD_OUT_TO_HEAL
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import compensate
@@ -217,7 +218,8 @@ def test_stored_moments_are_read_once_where_there_is_room(tmp_path):
 
 
 def test_a_run_sums_them_over_its_text(finished, model_folder):
-    text = load_texts_by_use(finished.output / "windows.safetensors")["compensation"].windows
+    drawn = load_texts_by_use(finished.output / "windows.safetensors")["compensation"]
+    text = drawn.held_out(HELD_OUT_TO_HEAL)[0].windows
     model = load_model(find_model(str(model_folder)))
     both = activations(in_fastest_dtype(model), build_structure(model), text)
     for index, moments in StoredMoments(finished.output / "moments").items():
