@@ -74,6 +74,13 @@ def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_p
     assert not fitted & judged
 
 
+def test_nothing_is_trained_where_nothing_can_be_held_out(model_folder, text_file, tmp_path, capsys):
+    options = OPTIONS | {"calibration": str(text_file), "compensation_windows": 2}
+    result = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    assert result.result.healing is None
+    assert "no kind of text has three windows" in capsys.readouterr().err
+
+
 def test_the_record_says_which_rate_was_best(healed):
     healing = healed.result.healing
     assert healing == read_healing(healed.model_folder)

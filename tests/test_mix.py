@@ -37,8 +37,8 @@ def test_the_functions_of_the_standard_library_are_whole():
 
 @pytest.fixture
 def writing(model, tokenizer):
-    def write(part: str = "calibration", seed: int = 0, count: int = 4) -> dict[str, torch.Tensor]:
-        return write_kinds(model, tokenizer, dict.fromkeys(KINDS, count), 12, part, seed, [2])
+    def write(part: str = "calibration", seed: int = 0, count: int = 4, advance=None) -> dict[str, torch.Tensor]:
+        return write_kinds(model, tokenizer, dict.fromkeys(KINDS, count), 12, part, seed, [2], advance)
 
     return write
 
@@ -52,6 +52,13 @@ def test_a_model_writes_windows_of_every_kind(writing):
         assert own.equal(again[kind])
         assert not own.equal(other[kind])
         assert not own.equal(objective[kind])
+
+
+def test_progress_is_told_for_every_token_and_adds_up_to_all_windows(writing):
+    told: list[float] = []
+    writing(advance=told.append)
+    assert sum(told) == pytest.approx(4 * len(KINDS))
+    assert max(told) < 2
 
 
 def test_the_texts_begin_with_prompts_and_openings(writing, model, tokenizer, monkeypatch):

@@ -61,7 +61,6 @@ def healing(
     empty: PreTrainedModel,
     structure: Structure,
     starting_budget: Budget,
-    window_counts: dict[str, dict[str, int]],
     reporter: Reporter,
 ) -> RecoveryOptions | None:
     """The options of the training after the cut; None without one."""
@@ -72,8 +71,6 @@ def healing(
     try:
         if options is None:
             raise AdaPrunerError("its layers are spread over devices")
-        if max(window_counts.get("compensation", window_counts["pool"]).values()) < 3:
-            raise AdaPrunerError("no kind of text has three windows, one of which is held out")
         check_device(main_device)
         if options.train != "layers":
             check_adapters(empty_model(empty.config), options)
@@ -133,10 +130,13 @@ def pruned(
     """The saved model, trained to predict as the dense model does, with the record of that; as it was compensated if
     training it brings it no nearer to the dense model on windows that are held out."""
     model, record = None, None
-    if healing:
+    learnt, held_out = text_to_learn
+    if healing and not len(held_out):
+        reporter.note("The weights are left as they were: no kind of text has three windows, one of which is held out")
+    elif healing:
         read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
-            model, record = heal(read, *text_to_learn, dense_fast_later(), healing, work / "training", advance)
+            model, record = heal(read, learnt, held_out, dense_fast_later(), healing, work / "training", advance)
         if model is None:
             reporter.note(f"The weights are left as they were: {record.reason}")
     if model is None:
