@@ -15,7 +15,7 @@ from cyclopts import run
 from adapruner.evaluation._speed import measure_speed
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, Profile, kept_counts
+from adapruner.planning._budget import Budget, kept_counts
 from adapruner.planning._plan import make_plan
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
@@ -35,16 +35,19 @@ def main(*, model: str = "smollm2", ratio: float = 0.2, repetitions: int = 5) ->
     dense = load_model(find_model(model), "bfloat16")
     structure = build_structure(dense)
     scores = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
-    budgets = {
-        "channels, layers differ": Budget(ratio, Profile(bend=0.8), round_to=32),
-        "channels, all layers equal": Budget(ratio, "uniform", round_to=32),
-        f"{len(ATTENTION_LAYERS)} attention layers, the rest channels": Budget(
-            ratio, round_to=32, without_attention=ATTENTION_LAYERS
-        ),
+    attention = sum(structure.attention_parameters[layer] for layer in ATTENTION_LAYERS) / structure.total_parameters
+    rest = kept_counts(structure, Budget(ratio - attention, round_to=32))
+    gone = [block.kind == "heads" and block.layer in ATTENTION_LAYERS for block in structure.blocks]
+    counts = {
+        "channels, layers differ": kept_counts(structure, Budget(ratio, round_to=32)),
+        "channels, all layers equal": kept_counts(structure, Budget(ratio, "uniform", round_to=32)),
+        f"{len(ATTENTION_LAYERS)} attention layers, the rest channels": [
+            0 if whole else count for whole, count in zip(gone, rest, strict=True)
+        ],
     }
     models = {"dense": dense}
-    for name, budget in budgets.items():
-        models[name] = prune_model(dense, structure, make_plan(structure, scores, kept_counts(structure, budget)))
+    for name, kept in counts.items():
+        models[name] = prune_model(dense, structure, make_plan(structure, scores, kept))
     for name, speed in measure_speed(models, repetitions=repetitions).items():
         rates = [("prompt", batch, rate) for batch, rate in speed.prefill.items()]
         rates += [("new", batch, rate) for batch, rate in speed.decode.items()]

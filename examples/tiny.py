@@ -19,7 +19,6 @@ OPTIONS = {
     "evaluate_windows": 4,
     "seq_len": 16,
     "trials": 5,
-    "level_rounds": 0,
     "round_to": 1,
     "heal": "none",
 }

@@ -59,17 +59,13 @@ class Column(Strict):
 
 
 class Table(Strict):
-    """Rows hold cells by the key of their column, and "digits" if it has other decimal places. Cells without a column
-    are kept in the file alone."""
+    """Rows hold cells by the key of their column. Cells without a column are kept in the file alone."""
 
     columns: list[Column]
     rows: list[dict[str, Any]]
 
     def markdown(self) -> str:
-        cells = [
-            [cell(row.get(column.key), row.get("digits", column.digits)) for column in self.columns]
-            for row in self.rows
-        ]
+        cells = [[cell(row.get(column.key), column.digits) for column in self.columns] for row in self.rows]
         titles, *lines = (f"| {' | '.join(line)} |\n" for line in [[column.title for column in self.columns], *cells])
         return "".join([titles, "|", "---|" * len(self.columns), "\n", *lines])
 
@@ -86,8 +82,7 @@ class Results(Strict):
 
 
 def cell(value: Any, digits: int | None) -> str:
-    """A cell: text, a number, one number for each dataset, the mean and range of several seeds, or a gain with its
-    standard error and the number that it leads to."""
+    """A cell: text, a number, one number for each dataset, or the mean and range of several measurements."""
     match value:
         case None:
             return ""
@@ -101,9 +96,6 @@ def cell(value: Any, digits: int | None) -> str:
             return " / ".join(cell(number, digits) for number in value)
         case {"mean": mean, "least": least, "greatest": greatest}:
             return f"{cell(mean, digits)} ({cell(least, digits)}–{cell(greatest, digits)})"
-        case {"gain": gain, "error": error}:
-            change = f"{gain:+.3f} ± {error:.3f}".replace("-", "−")
-            return f"{cell(value['value'], digits)} ({change})" if "value" in value else change
     raise TypeError(f"a table has no cells like {value!r}")
 
 

@@ -35,7 +35,6 @@ RUN_OPTIONS: dict[str, Any] = {
     "objective_windows": 6,
     "seq_len": 16,
     "trials": 9,
-    "level_rounds": 2,
     "protect_first": 1,
     "protect_last": 1,
     "round_to": 1,
@@ -44,7 +43,7 @@ RUN_OPTIONS: dict[str, Any] = {
 }
 
 # Less of everything that no test of a whole run is about.
-QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "level_rounds": 0, "compensation_windows": 32, "final_windows": 0}
+QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "compensation_windows": 32, "final_windows": 0}
 
 # Fewer abilities to measure: target, name and value.
 FEW_ABILITIES = (

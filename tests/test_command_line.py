@@ -240,7 +240,7 @@ def test_a_misspelled_alias_is_named_before_the_hub_is_asked(capsys):
 def test_bars_stand_below_each_other():
     """Whatever the name of the stage and its number of steps, within 80 columns."""
     places = set()
-    for name, total in (("cutting", 1), ("ranking attention layers", 48), ("comparing abilities", 1024)):
+    for name, total in (("cutting", 1), ("measuring", 48), ("comparing abilities", 1024)):
         terminal = io.StringIO()
         reporter = Reporter()
         reporter.console = Console(file=terminal, force_terminal=True, width=80, color_system=None)

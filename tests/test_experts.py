@@ -19,6 +19,7 @@ from adapruner.measurement._moments import InputMoments, measure_moments
 from adapruner.measurement._samples import measure
 from adapruner.measurement._statistics import Statistics
 from adapruner.models._architecture import Architecture, remember_family, using_architecture
+from adapruner.option_rules import EXPERT_TRIALS
 from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import make_plan
 from adapruner.structure._blocks import Structure
@@ -281,3 +282,14 @@ def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole():
     experts = infer_architecture(tiny_config("jetmoe")).experts
     assert experts is not None
     assert experts.channels is None
+
+
+def test_experts_are_searched_by_default(mixtral, tokenizer, text_file, tmp_path):
+    mixtral.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    result = adapruner.prune(
+        str(tmp_path / "model"), str(text_file), output=run, **QUICK | {"ratio": 0.2, "trials": None}
+    )
+    assert result.result.config.trials == EXPERT_TRIALS == len(result.result.search.points)
+    assert result.result.costs.by_block == {}

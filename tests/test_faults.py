@@ -71,7 +71,9 @@ FILES = {
     "windows.safetensors": "windows.safetensors",
     "evaluation/texts.safetensors": "evaluation/texts.safetensors",
     "moments/0003.safetensors": "moments",
+    "removals.safetensors": "removals.safetensors",
     "statistics.safetensors": "statistics.safetensors",
+    "costs.json": "costs.json",
     "search.json": "search.json",
     "plan.json": "plan.json",
     "model/model.safetensors": "model",
@@ -200,7 +202,7 @@ def measured(run):
     """A copy of the finished run in which nothing after the measuring was made."""
     for name in ("evaluation", "model"):
         shutil.rmtree(run / name)
-    for name in ("study.jsonl", "search.json", "levelled.json", "plan.json", "result.json", "report.html"):
+    for name in ("study.jsonl", "search.json", "plan.json", "result.json", "report.html"):
         (run / name).unlink()
     return run
 

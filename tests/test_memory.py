@@ -119,8 +119,8 @@ def test_the_training_takes_what_the_memory_allows(tmp_path):
         memory_of(llama, False, "cuda", stated=stated, compensation_windows=64, **options)
         for stated, options in (
             (None, {}),
-            (200 * GIB, {"heal": "1M"}),
-            (80 * GIB, {"heal": "1M"}),
+            (200 * GIB, {"heal": "1M", "layout": "uniform"}),
+            (80 * GIB, {"heal": "1M", "layout": "uniform"}),
             (31 * GIB, {"heal": "1M"}),
         )
     )
@@ -248,7 +248,7 @@ def test_a_limit_of_the_process_bounds_memory(kind, field):
 def test_inspect_prints_memory(model_folder, capsys):
     def printed(*more: str, **changes: str) -> str:
         with contextlib.suppress(SystemExit):
-            main(["inspect", str(model_folder), "--cost", *flags(TINY | {"level_rounds": 0} | changes), *more])
+            main(["inspect", str(model_folder), "--cost", *flags(TINY | changes), *more])
         return capsys.readouterr().out
 
     needed = json.loads(printed("--json"))

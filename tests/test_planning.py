@@ -1,8 +1,6 @@
 """Budgets and plans against exhaustive counting on small structures."""
 
 import itertools
-import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.models._architecture import remember_family
 from adapruner.models._loading import empty_model
-from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts, weigh_channels
+from adapruner.planning._budget import Budget, BudgetError, ByCost, Profile, UnreachableRatioError, kept_counts
 from adapruner.planning._plan import PruningPlan, make_plan
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
@@ -160,11 +158,11 @@ def test_what_cannot_be_met_is_refused(budget, message, model):
         kept_counts(structure, budget)
 
 
-def test_a_budget_survives_json(llama_7b):
+def test_a_budget_survives_json():
     """As part of the candidates in the files of a run."""
-    adapter, profile = TypeAdapter(Budget), Budget(0.2, Profile(2, 1, 0.5), heads=0.5)
-    weighed = weigh_channels(llama_7b, replace(profile, heads=(3,) * 32, without_attention=(1,)), (1.0,) * 32)
-    for budget in (profile, weighed, Budget(0.2, "uniform", round_to=32)):
+    adapter = TypeAdapter(Budget)
+    for allocation in (Profile(2, 1), "uniform", ByCost(), ByCost(1, 2, heads=False, whole_attention=False)):
+        budget = Budget(0.2, allocation, heads=0.5, round_to=32)
         assert adapter.validate_json(adapter.dump_json(budget)) == budget
 
 
@@ -175,18 +173,65 @@ def test_a_plan_fits_only_its_model(model, llama_7b):
         plan.check_fits(llama_7b)
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.4])
-@pytest.mark.parametrize(("tilt", "bend"), [(0.5, 0.0), (-0.5, 0.0), (0.0, 1.0), (0.3, -0.5)])
-def test_a_depth_profile_says_how_shares_compare(llama_7b, ratio, tilt, bend):
-    counts = kept_counts(llama_7b, Budget(ratio, Profile(4, 3, tilt=tilt, bend=bend), heads=0.5))
-    assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - ratio) <= 0.001
-    shares = [1 - count / 11008 for b, count in zip(llama_7b.blocks, counts, strict=True) if b.kind == "channels"]
-    assert not any(shares[:4] + shares[29:])
-    profile = [math.exp(tilt * z - bend * z * z) for z in (i / 12 - 1 for i in range(25))]
-    for layer in range(4, 29):
-        if shares[layer] < 0.99:
-            relative = shares[layer] / shares[16]
-            assert math.isclose(relative, profile[layer - 4] / profile[12], rel_tol=0.01)
+COSTS = torch.rand(4 * (3 + 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Four layers of three KV groups and twelve channels."""
+    sizes = {"vocab_size": 16, "hidden_size": 24, "num_hidden_layers": 4, "intermediate_size": 12}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+    return build_structure(empty_model(LlamaConfig(**sizes, **heads)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_channels_that_cost_least_are_removed_wherever_they_are(small, seed):
+    """Against sorting: of each layer, at least a fifth stays."""
+    costs = torch.rand(4 * (3 + 12), generator=torch.Generator().manual_seed(seed))
+    parts = dict(enumerate(costs.split([block.groups for block in small.blocks])))
+    layers = {number: block for number, block in enumerate(small.blocks) if block.kind == "channels"}
+    cheapest = sorted((float(cost), number) for number in layers for cost in parts[number].sort().values[:9])
+    for ratio in (0.05, 0.1, 0.15):
+        counts = kept_counts(small, Budget(ratio, ByCost(heads=False)), costs)
+        removed = round(ratio * small.total_parameters / small.blocks[1].parameters_per_group)
+        gone = [number for _, number in cheapest[:removed]]
+        assert counts == [
+            block.groups - gone.count(number) if number in layers else 3 for number, block in enumerate(small.blocks)
+        ]
+
+
+def test_attention_goes_whole_where_that_costs_least(small):
+    """Its last heads take the rest of the attention with them."""
+    costs = torch.ones(4, 15)
+    costs[2, :3] = 0.01
+    costs[1, :2] = 0.02
+    counts = kept_counts(small, Budget(0.3, ByCost()), costs.flatten())
+    of_heads = [count for block, count in zip(small.blocks, counts, strict=True) if block.kind == "heads"]
+    assert of_heads == [3, 1, 0, 3]
+
+
+def test_costs_keep_what_is_protected_and_what_options_keep(small):
+    def kept(allocation: ByCost, ratio: float = 0.1) -> dict[tuple[int, str], int]:
+        counts = kept_counts(small, Budget(ratio, allocation), COSTS)
+        return {(block.layer, block.kind): count for block, count in zip(small.blocks, counts, strict=True)}
+
+    for (layer, _), count in kept(ByCost(1, 2)).items():
+        assert layer == 1 or count in (3, 12)
+    assert {count for (_, kind), count in kept(ByCost(heads=False)).items() if kind == "heads"} == {3}
+    assert 0 in kept(ByCost(), 0.5).values()
+    assert 0 not in kept(ByCost(whole_attention=False), 0.4).values()
+    with pytest.raises(UnreachableRatioError, match=r"a ratio of 0\.5 cannot be reached: at most 0\.\d+ of the"):
+        kept(ByCost(heads=False), 0.5)
+
+
+@pytest.mark.parametrize("round_to", [32, 512])
+def test_widths_by_cost_are_rounded(llama_7b, round_to):
+    costs = torch.rand(llama_7b.group_offsets[-1], generator=torch.Generator().manual_seed(1))
+    counts = kept_counts(llama_7b, Budget(0.3, ByCost(), round_to=round_to), costs)
+    widths = [count for block, count in zip(llama_7b.blocks, counts, strict=True) if block.kind == "channels"]
+    assert all(width % round_to == 0 or width == 11_008 for width in widths)
+    assert min(widths) >= 0.2 * 11_008
+    assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
 
 
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
@@ -213,67 +258,8 @@ def test_layers_that_differ_cannot_be_cut_alike(model):
         kept_counts(build_structure(prune_model(model, structure, plan)), Budget(0.05, "uniform"))
 
 
-def test_heads_that_are_given_stay_and_channels_make_up_for_them(llama_7b):
-    heads = tuple(32 if layer < 30 else 8 for layer in range(32))
-    counts = kept_counts(llama_7b, Budget(0.2, Profile(4, 3), heads=heads, without_attention=(5,)))
-    of_heads = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "heads"]
-    assert of_heads == [0 if layer == 5 else kept for layer, kept in enumerate(heads)]
-    assert llama_7b.removed_parameters(counts) == pytest.approx(0.2 * llama_7b.total_parameters, rel=1e-3)
-    of_channels = [count for count, block in zip(counts, llama_7b.blocks, strict=True) if block.kind == "channels"]
-    assert {*of_channels[:4], *of_channels[-3:]} == {11_008}
-    assert max(of_channels[4:-3]) < 11_008
-    with pytest.raises(BudgetError, match=r"a ratio of 0.01 is not met: .* come to 0\.02"):
-        kept_counts(llama_7b, Budget(0.01, heads=heads, without_attention=(5,)))
-
-
-def test_shares_take_the_place_of_the_profile(llama_7b):
-    budget = Budget(0.2, Profile(4, 3, bend=0.8), heads=0.5)
-    counts = kept_counts(llama_7b, budget)
-    channels = {number: block for number, block in enumerate(llama_7b.blocks) if block.kind == "channels"}
-    same = tuple(1 - counts[number] / block.groups for number, block in channels.items())
-    by_shares = kept_counts(llama_7b, weigh_channels(llama_7b, budget, same))
-    for number, (before, after) in enumerate(zip(counts, by_shares, strict=True)):
-        # As whole channels are what was rounded to shares.
-        assert abs(before - after) <= (2 if number in channels else 0)
-    # Twice the share of a layer takes twice as many of its channels as of the others, protected or not.
-    twice = kept_counts(llama_7b, weigh_channels(llama_7b, Budget(0.1), (2.0, *[1.0] * 30, 0.0)))
-    gone = [block.groups - twice[number] for number, block in channels.items()]
-    assert gone[0] == pytest.approx(2 * gone[1], abs=2)
-    assert gone[-1] == 0
-    assert abs(llama_7b.removed_parameters(twice) / llama_7b.total_parameters - 0.1) <= 0.005
-
-
-@pytest.mark.parametrize("ratio", [0.1, 0.3])
-@pytest.mark.parametrize("head_share", [0.0, 1.0])
-def test_layers_without_a_share_stay_whole(ratio, head_share):
-    """Also where their width is no multiple of what widths are rounded to."""
-    sizes = {"vocab_size": 96, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 1100}
-    structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=8, **sizes)))
-    shares = (0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0)
-    budget = Budget(ratio, Profile(2, 1), heads=head_share, round_to=64)
-    counts = kept_counts(structure, weigh_channels(structure, budget, shares))
-    widths = [count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "channels"]
-    assert {*widths[:2], widths[7]} == {1100}
-    assert max(widths[2:7]) < 1100
-    assert {width % 64 for width in widths[2:7]} == {0}
-    assert abs(structure.removed_parameters(counts) / structure.total_parameters - ratio) <= 0.005
-
-
-def test_heads_give_up_as_many_whichever_layers_share_the_channels():
-    sizes = {"vocab_size": 96, "hidden_size": 512, "num_attention_heads": 16, "intermediate_size": 1536}
-    structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=12, **sizes)))
-    left = []
-    for last in (6, 9, 10):
-        shares = tuple(0.3 if 2 <= layer < last else 0.0 for layer in range(12))
-        counts = kept_counts(structure, weigh_channels(structure, Budget(0.15, Profile(2, 2), heads=0.5), shares))
-        left.append([count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"])
-    assert sum(left[0]) < 12 * 16
-    assert left[0] == left[1] == left[2]
-
-
 @pytest.mark.parametrize("ratio", [0.04, 0.14, 0.23])
 def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio):
-    """As well where it is given how many heads stay."""
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = Qwen3MoeConfig(
@@ -282,10 +268,10 @@ def test_more_can_be_reached_than_a_ratio_between_whole_experts(ratio):
     remember_family("qwen3_moe", infer_architecture(config))
     structure = build_structure(empty_model(config))
     with pytest.raises(BudgetError, match="whole experts, the same number in every layer") as refusal:
-        kept_counts(structure, Budget(ratio, Profile(0, 0), heads=(2,) * 6))
+        kept_counts(structure, Budget(ratio, Profile(0, 0)))
     assert refusal.type is BudgetError
     # An expert has three matrices and a row of the router, in five layers.
     three = 3 * 5 * (3 * 48 * 64 + 64) / structure.total_parameters
     assert three > ratio
-    counts = kept_counts(structure, Budget(three, Profile(0, 0), heads=(2,) * 6))
+    counts = kept_counts(structure, Budget(three, Profile(0, 0)))
     assert {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "experts"} == {5}

@@ -231,7 +231,7 @@ STRUCTURE = build_structure(
     st.builds(
         Budget,
         ratio=st.floats(0.001, 0.999),
-        allocation=st.just("uniform") | st.builds(Profile, *[st.integers(0, 9)] * 2, *[st.floats(-3, 3)] * 2),
+        allocation=st.just("uniform") | st.builds(Profile, *[st.integers(0, 9)] * 2),
         heads=st.floats(0, 1),
         round_to=st.integers(1, 200),
     )

@@ -156,7 +156,7 @@ def test_an_effort_sets_options_that_are_not_given(tmp_path, resolved):
     plain = ["prune", "a/b", "-o", str(tmp_path / "run")]
     assert resolved(plain).trials == resolved([*plain, "--effort", "standard"]).trials
     quick = resolved([*plain, "--effort", "quick", "--trials", "30"])
-    assert (quick.trials, quick.level_rounds, quick.pool) == (30, 0, 32)
+    assert (quick.trials, quick.compensation_windows) == (30, 192)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: a/b\neffort: quick\npool: 20\n")
     of_recipe = resolved(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])

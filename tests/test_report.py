@@ -39,7 +39,6 @@ OPTIONS = {
     "final_windows": 6,
     "seq_len": 16,
     "trials": 26,
-    "level_rounds": 2,
     "protect_first": 1,
     "protect_last": 0,
     "head_share": 1.0,
@@ -329,8 +328,6 @@ def test_attention_that_is_removed_whole_stands_out(run):
 
 def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
     search = content_of(finished, "search.json")
-    levelled = content_of(finished, "levelled.json")
-    rounds = levelled["kept"] + levelled["moves"]
     models = {one["role"]: one for one in content_of(finished, "result.json")["models"]}
     rows = page.tables["ladder-table"][1:]
     names = [row[0] for row in rows]
@@ -338,26 +335,15 @@ def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
     assert names[0] == f"best fixed metric ({search['best_fixed_name']}), not compensated"
     assert names[1] == "same metric, compensated"
     assert names[-2:] == ["final compensation, healed, saved", "dense, to compare with"]
-    assert len(rows) == 1 + steps + len(rounds) + 2
+    assert len(rows) == 1 + steps + 2
     assert [row[2] for row in rows[1 : 1 + steps]] == [f"{step['loss']:.4f}" for step in search["steps"]]
     gains = [(step["gain"], step["standard_error"]) for step in search["steps"][1:]]
-    gains += [(one["gain"], one["gain_standard_error"]) for one in rounds]
     assert [row[3].split() for row in rows[2:-2]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
-    assert ["not taken" in name for name in names[1 + steps : -2]] == [not one["accepted"] for one in rounds]
     measured = {0: "best_fixed", -2: "searched", -1: "dense"}
     for row, role in ((rows[number], role) for number, role in measured.items()):
         first = next(iter(models[role]["perplexity"].values()))
         assert row[5].split()[0] == f"{first['bits_per_byte']:.4f}"
     assert all(not row[5].strip() for row in rows[1:-2])
-
-
-def test_the_ladder_shows_attention_that_was_tried_again(run):
-    tried = {"gain": 0.02, "gain_standard_error": 0.005}
-    with edited(run, "result.json") as result:
-        result["levelled"]["kept"] = [{"layer": 3, "accepted": True, **tried}, {"layer": 1, "accepted": False, **tried}]
-    names = [row[0] for row in page_of(run).tables["ladder-table"]]
-    assert "attention of layer 3 kept" in names
-    assert names.index("attention of layer 1 kept, not taken") == names.index("attention of layer 3 kept") + 1
 
 
 def test_the_search_is_that_of_its_files(finished, page):
@@ -390,11 +376,11 @@ def test_the_search_is_that_of_its_files(finished, page):
 
 def test_importance_is_shown_once_it_is_known(run):
     with edited_search(run) as search:
-        search["importance"] = {name: 0.5 if name.endswith("tilt") else 0.0 for name in sorted(search["ranges"])}
+        search["importance"] = {name: 0.5 if name == "metric.fine" else 0.0 for name in sorted(search["ranges"])}
     shown = page_of(run)
     assert shown.tables["parameter-table"][0][-1] == "importance"
-    [tilt] = [cells for name, cells in shown.rows("parameter-table").items() if "tilt −0.8" in name]
-    assert tilt[-1] == "50 %"
+    [fine] = [cells for name, cells in shown.rows("parameter-table").items() if "metric: fine 0" in name]
+    assert fine[-1] == "50 %"
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-6, 2e-6], [2.0, 7.5, 30.0], [-5.0, 1e6]])
@@ -521,7 +507,7 @@ def test_a_run_that_is_not_finished_is_refused(run, capsys):
 
 
 def test_what_was_needed_on_the_way_may_be_removed(run):
-    (run.path / "keys" / "attention.json.json").unlink()
+    (run.path / "keys" / "moments.json").unlink()
     (run.path / "windows.safetensors").unlink()
     (run.path / "log.jsonl").unlink()
     shown = page_of(run)
@@ -556,7 +542,7 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
 
 
 def test_a_report_that_fails_does_not_lose_the_run(model_folder, text_file, tmp_path, monkeypatch):
-    options = OPTIONS | {"calibration": str(text_file), "trials": 1, "level_rounds": 0}
+    options = OPTIONS | {"calibration": str(text_file), "trials": 1}
     with monkeypatch.context() as patch:
         patch.setattr("adapruner.run.nodes.evaluated.render_report", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):

@@ -35,7 +35,7 @@ from run_helpers import (
 
 Prune = Callable[..., adapruner.PruneResult]
 # What another ratio of a finished run does not do again.
-MEASURING = {"writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"}
+MEASURING = {"writing text", "reading activations", "measuring", "comparing removals", "measuring costs"}
 
 
 @pytest.fixture
@@ -62,10 +62,8 @@ def change_weights(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trials": 11}, r"\(trials 9 → 11\): search.json, levelled.json, plan.json, .*report.html would be rebuilt"),
+        ({"trials": 11}, r"\(trials 9 → 11\): search.json, plan.json, .*report.html would be rebuilt"),
         ({"ratio": 0.05}, r"\(ratio 0.1 → 0.05\)"),
-        # What is no longer made is a change too.
-        ({"level_rounds": 0}, r"\(level_rounds 2 → 0.*\): plan.json, "),
         ({"compensation_windows": 8}, r"\(compensation_windows .* → 8\): windows.safetensors, moments, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -200,8 +198,7 @@ def test_relative_paths_mean_the_same_from_another_folder(
 
 
 def test_another_ratio_of_a_run_is_not_measured_or_searched_again(again, run, tmp_path):
-    # Widths are levelled at each ratio: without that, more is removed of the same.
-    earlier = again(level_rounds=0, overwrite=True)
+    earlier = again()
     for start, ratio, name in ((run, 0.05, "b"), (tmp_path / "b", 0.08, "c")):
         arguments = ["prune", "--from", str(start), "--ratio", str(ratio), "-o", str(tmp_path / name)]
         assert exit_code(arguments) == 0

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +13,8 @@ import torch
 from optuna import create_study
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
-from optuna.trial import FixedTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 from torch import Tensor
-from transformers import LlamaConfig
 
 from adapruner.errors import AdaPrunerError
 from adapruner.importance._metric import score_groups
@@ -24,9 +23,7 @@ from adapruner.measurement._moments import measure_moments
 from adapruner.measurement._removal import removal_errors
 from adapruner.measurement._samples import measure
 from adapruner.measurement._statistics import Statistics
-from adapruner.models._loading import empty_model
 from adapruner.option_rules import trials_of
-from adapruner.planning._budget import Budget, BudgetError, Profile, can_meet
 from adapruner.search._objective import plan_candidate
 from adapruner.search._result import SearchResult, importance_of
 from adapruner.search._space import (
@@ -39,7 +36,6 @@ from adapruner.search._space import (
     build_subset_family,
 )
 from adapruner.search._study import Search, StudyFile
-from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 
 
@@ -78,7 +74,7 @@ def a_smooth_objective(candidate: Candidate) -> list[Tensor]:
 
 
 def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets, tmp_path):
-    space = PaperSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0)
     result = search(space, a_smooth_objective, 24, 0, tmp_path / "run")
     assert result.best_loss < result.best_fixed_loss
     assert result.best_loss == a_smooth_loss(result.best)
@@ -91,12 +87,10 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets, tmp_
 @pytest.mark.parametrize("together", [False, True])
 def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(together, subsets, tmp_path):
     """One trial at a time or four; a kill leaves a part of the file."""
-    space, study = ExtendedSpace(subsets, 4, 3, Budget(0.2)), study_in(tmp_path)
+    space, study = ExtendedSpace(subsets, 4, 3), study_in(tmp_path)
     groups: list[list[Candidate]] = []
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
-        if candidate.budget.allocation.protect_first > 3 and candidate.budget.allocation.tilt != 0:
-            raise BudgetError("cannot be reached")
         yield from windowed(candidate, range(16))
 
     def judge_together(candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
@@ -108,7 +102,6 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(tog
     undisturbed, written = asked.result(), study.path.read_bytes()
     states, attributes = zip(*((trial.state, trial.user_attrs) for trial in study.opened().trials), strict=True)
     assert states.count(TrialState.COMPLETE) == 26
-    assert TrialState.PRUNED in states
     if together:
         assert [len(group) for group in groups[:6]] == [4] * 6
         assert sum(map(len, groups)) == len(states)
@@ -123,9 +116,7 @@ def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(tog
 
 def test_a_trial_that_is_not_finite_is_not_the_best(subsets, tmp_path):
     losses = itertools.chain([float("inf"), 3.0, float("inf"), 2.5], itertools.repeat(float("inf")))
-    result = search(
-        PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "run"
-    )
+    result = search(PaperSpace(subsets, 4, 0), lambda _: [torch.tensor([next(losses)])], 12, 0, tmp_path / "run")
     assert result.best_loss == 2.5
 
 
@@ -133,7 +124,7 @@ def test_a_trial_that_is_not_finite_is_not_the_best(subsets, tmp_path):
 def test_only_what_is_searched_changes(alignment, subsets, tmp_path):
     for searched in ("joint", "calibration", "metric"):
         seen: list[Candidate] = []
-        space = PaperSpace(subsets, 4, 0, Budget(0.2), alignment=alignment, searched=searched)
+        space = PaperSpace(subsets, 4, 0, alignment=alignment, searched=searched)
 
         def objective(candidate: Candidate, seen: list[Candidate] = seen) -> list[Tensor]:
             seen.append(candidate)
@@ -206,7 +197,7 @@ def windowed(candidate: Candidate, windows: range, asked: list[int] | None = Non
 
 
 def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets, tmp_path):
-    space = PaperSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0)
     asked: list[int] = []
     result = search(space, lambda candidate: windowed(candidate, range(64), asked), 30, 0, tmp_path / "run")
     assert result.stopped_early > 10
@@ -224,7 +215,7 @@ def test_bad_trials_are_stopped_and_the_best_is_found_all_the_same(subsets, tmp_
 
 def test_batches_of_another_size_stop_the_same_trials(subsets, tmp_path):
     """As on a GPU, which computes more windows at once than a CPU."""
-    space, results = PaperSpace(subsets, 4, 0, Budget(0.2)), []
+    space, results = PaperSpace(subsets, 4, 0), []
 
     def judge(candidate: Candidate, size: int) -> Iterator[Tensor]:
         yield from torch.cat(list(windowed(candidate, range(64)))).split(size)
@@ -237,7 +228,7 @@ def test_batches_of_another_size_stop_the_same_trials(subsets, tmp_path):
 
 def test_the_best_few_are_judged_on_further_windows(subsets, tmp_path):
     """The loss of each is then the mean over all windows; a candidate that does badly on the further ones loses."""
-    space = PaperSpace(subsets, 4, 0, Budget(0.2))
+    space = PaperSpace(subsets, 4, 0)
     plain = search(space, lambda candidate: windowed(candidate, range(16)), 20, 0, tmp_path / "a")
     judged: list[Candidate] = []
 
@@ -255,111 +246,13 @@ def test_the_best_few_are_judged_on_further_windows(subsets, tmp_path):
     assert abs(result.best_loss - float(expected)) < 1e-9
 
 
-def test_budgets_that_cannot_be_met_are_proposed_again_and_do_not_count(subsets, tmp_path):
-    seen: list[Candidate] = []
-
-    def refuse_most(candidate: Candidate) -> list[Tensor]:
-        if candidate.budget.allocation.protect_first > 2 and candidate.budget.allocation.tilt != 0:
-            raise BudgetError("cannot be reached")
-        seen.append(candidate)
-        return a_smooth_objective(candidate)
-
-    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
-    result = search(space, refuse_most, 24, 0, tmp_path / "run")
-    assert len(result.points) == len(seen) == 24
-    assert len({candidate.model_dump_json() for candidate in seen[10:]}) == 14
-    assert result.best_loss == a_smooth_loss(result.best)
-    assert [trial.state for trial in study_in(tmp_path / "run").opened().trials].count(TrialState.PRUNED) > 3
-    again = search(space, refuse_most, 24, 0, tmp_path / "run")
-    assert again == result
-
-
-def test_a_space_that_holds_hardly_anything_feasible_comes_to_an_end(subsets, tmp_path):
-    def refuse_proposals(candidate: Candidate) -> list[Tensor]:
-        if candidate.budget != Budget(0.2):
-            raise BudgetError("cannot be reached")
-        return a_smooth_objective(candidate)
-
-    result = search(ExtendedSpace(subsets, 4, 0, Budget(0.2)), refuse_proposals, 12, 0, tmp_path / "run")
-    assert 4 <= len(result.points) < 12
-
-
-def smollm2_in_shapes() -> Structure:
-    return build_structure(
-        empty_model(
-            LlamaConfig(
-                vocab_size=49152,
-                hidden_size=576,
-                intermediate_size=1536,
-                num_hidden_layers=30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                tie_word_embeddings=True,
-            )
-        )
-    )
-
-
-@pytest.mark.parametrize("ratio", [0.5, 0.2])
-def test_proposals_are_repaired_where_their_budget_cannot_be_met(ratio, subsets):
-    """At 50 %, almost half of the random proposals could not be met."""
-    structure = smollm2_in_shapes()
-
-    def can_be_met(candidate: Candidate) -> bool:
-        return can_meet(structure, candidate.budget)
-
-    plain = ExtendedSpace(subsets, 4, 0, Budget(ratio, Profile(0, 0), heads=1.0, round_to=32))
-    repairing = replace(plain, can_meet=partial(can_meet, structure))
-    pairs = []
-    for seed in range(60):
-        study = create_study(sampler=RandomSampler(seed))
-        pairs.append((plain.suggest(trial := study.ask()), repairing.suggest(study.trials[trial.number])))
-    feasible = sum(can_be_met(before) for before, _ in pairs)
-    assert (feasible < 45) == (ratio == 0.5)
-    for before, after in pairs:
-        assert can_be_met(after)
-        if can_be_met(before):
-            assert after == before
-        else:
-            assert after.budget.allocation.protect_first <= before.budget.allocation.protect_first
-            assert after.budget.allocation.protect_last <= before.budget.allocation.protect_last
-            assert after.budget.head_share >= before.budget.head_share
-    held = replace(repairing, fixed=frozenset({"protect_first", "head_share"}), budget=Budget(0.5, Profile(5, 3)))
-    trial = create_study(sampler=RandomSampler(0)).ask()
-    assert (held.suggest(trial).budget.allocation.protect_first, held.suggest(trial).budget.heads) == (5, 0.0)
-
-
-@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-@pytest.mark.parametrize("fixed", [frozenset(), frozenset({"head_share", "protect_first"})])
-def test_the_extended_space_searches_all_terms_and_the_allocation(layout, fixed, subsets, tmp_path):
-    reference = Budget(0.2, Profile(3, 2) if layout == "per-layer" else "uniform", heads=0.5)
-    space = ExtendedSpace(subsets, 4, 0, reference, fixed=fixed)
-    seen: list[Candidate] = []
-
-    def objective(candidate: Candidate) -> list[Tensor]:
-        seen.append(candidate)
-        return a_smooth_objective(candidate)
-
-    search(space, objective, len(space.starting_points()), 0, tmp_path / "run")
-    assert all(candidate.budget == reference for candidate in seen[:5])
-    study = create_study(sampler=RandomSampler(0))
-    proposed = [space.suggest(study.ask()) for _ in range(20)]
+def test_the_extended_space_searches_all_terms(subsets):
+    space = ExtendedSpace(subsets, 4, 0)
+    proposed = [space.suggest(create_study(sampler=RandomSampler(seed)).ask()) for seed in range(20)]
     of_all_models = {name for name, term in TERMS.items() if "routing" not in term.needs}
     assert {
         name for candidate in proposed for name, weight in candidate.point.weights.items() if weight
     } == of_all_models
-    budgets = [candidate.budget for candidate in proposed]
-    assert {budget.ratio for budget in budgets} == {0.2}
-    if fixed:
-        assert {budget.heads for budget in budgets} == {0.5}
-    else:
-        assert any(budget.head_share == 0 for budget in budgets)
-        assert any(budget.head_share > 0 for budget in budgets)
-    if layout == "uniform":
-        assert {budget.allocation for budget in budgets} == {"uniform"}
-        return
-    searched = {name: len({getattr(budget.allocation, name) for budget in budgets}) > 1 for name in asdict(Profile())}
-    assert searched == {name: not (fixed and name == "protect_first") for name in searched}
 
 
 def test_a_parameter_that_one_trial_has_is_no_reason_to_warn():
@@ -389,41 +282,30 @@ def test_starting_points_have_no_part_in_the_importance():
 
 
 @pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])
-@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_no_starting_point_is_tried_twice(searched, layout, subsets):
+def test_no_starting_point_is_tried_twice(searched, subsets):
     """But for LLM-Pruner's metrics, which are tried whether or not two of them agree."""
-    space = ExtendedSpace(
-        subsets, 4, 0, Budget(0.2, Profile() if layout == "per-layer" else "uniform"), searched=searched
-    )
+    space = ExtendedSpace(subsets, 4, 0, searched=searched)
     points = [point for point in space.starting_points() if "fixed_metric" not in point.attributes]
     assert len({point.model_dump_json() for point in points}) == len(points) >= 1
 
 
-def test_a_point_for_high_ratios_is_tried_only_where_heads_go(subsets):
-    without, with_heads = (
-        ExtendedSpace(subsets, 4, 0, Budget(0.5, Profile(1, 1), heads=heads), attention_order=(2, 1))
-        for heads in (0.0, 0.5)
-    )
-    assert len(with_heads.starting_points()) == len(without.starting_points()) + 1
-    point = with_heads.starting_points()[-1]
-    candidate = with_heads.suggest(FixedTrial(point.parameters | {"metric.coarse_second_order": 0.0}))
-    weights = {name: weight for name, weight in candidate.point.weights.items() if weight}
-    assert weights == pytest.approx({"elimination": 0.8, "conditional_variance": 0.2})
-    assert candidate.budget == Budget(0.5, Profile(2, 0), heads=0.6, without_attention=(2,))
-
-
 def test_a_result_is_the_same_when_read_again(subsets, tmp_path):
-    losses = itertools.chain([float("inf")] * 4, itertools.count(3.0))
-    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
-    result = search(space, lambda _: [torch.tensor([next(losses)])], 24, 0, tmp_path)
+    losses = itertools.count(3.0)
+    space = ExtendedSpace(subsets, 4, 0)
+
+    def judge(candidate: Candidate) -> list[Tensor]:
+        is_fixed = list(candidate.samples) == space.first_draw
+        return [torch.tensor([math.inf if is_fixed else next(losses)])]
+
+    result = search(space, judge, 24, 0, tmp_path)
     assert SearchResult.model_validate_json(result.model_dump_json()) == result
-    assert (result.ratio, result.trials, result.best_loss, result.best_fixed_loss) == (0.2, 24, 3.0, float("inf"))
-    assert [point.loss for point in result.points[:5]] == [None] * 4 + [3.0]
-    assert result.searched == 24 - result.starting_points == 14
+    assert (result.trials, result.best_loss, result.best_fixed_loss) == (24, 3.0, float("inf"))
+    assert [point.loss for point in result.points[3:9]] == [6.0, *[None] * 4, 7.0]
+    assert result.searched == 24 - result.starting_points == 16
 
 
 def test_steps_are_compared_on_further_windows(subsets, tmp_path):
-    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
+    space = ExtendedSpace(subsets, 4, 0)
 
     def further(candidate: Candidate) -> list[Tensor]:
         loss = a_smooth_loss(candidate)
@@ -443,12 +325,13 @@ def test_steps_are_compared_on_further_windows(subsets, tmp_path):
         assert step.gain == pytest.approx(3 * (earlier - own))
         assert step.standard_error == pytest.approx(abs(earlier - own) / math.sqrt(3))
     assert all((step.windows, step.is_held_out) == (3, True) for step in result.steps)
-    alone = search(space, a_smooth_objective, 4, 0, tmp_path / "none").steps[0]
-    assert (alone.loss, alone.is_held_out) == (result.points[fixed.trial].loss, False)
+    few = search(space, a_smooth_objective, 4, 0, tmp_path / "none")
+    assert [(step.name, step.is_held_out) for step in few.steps] == [("starting point", False)]
+    assert (few.best_fixed, few.best_fixed_loss, few.best_fixed_name) == (None, None, "")
 
 
 def test_what_breaks_on_further_windows_is_no_step(subsets, tmp_path):
-    space = ExtendedSpace(subsets, 4, 0, Budget(0.2))
+    space = ExtendedSpace(subsets, 4, 0)
 
     def further(candidate: Candidate) -> list[Tensor]:
         broken = list(candidate.samples) == space.first_draw
@@ -459,19 +342,20 @@ def test_what_breaks_on_further_windows_is_no_step(subsets, tmp_path):
     assert result.best_fixed_loss == math.inf
 
 
-def test_a_space_with_good_starting_points_is_not_searched_by_default(subsets, tmp_path):
-    extended, paper = ExtendedSpace(subsets, 4, 0, Budget(0.2)), PaperSpace(subsets, 4, 0, Budget(0.2))
-    counts = [len(space.starting_points()) for space in (extended, paper)]
-    assert trials_of(None, "extended", "joint", counts[0]) == counts[0]
-    assert trials_of(None, "paper", "joint", counts[1]) == trials_of(None, "extended", "metric", 4) == 48
-    assert trials_of(5, "extended", "joint", counts[0]) == 5
-    result = search(extended, a_smooth_objective, counts[0], 0, tmp_path)
-    assert (len(result.points), result.searched) == (counts[0], 0)
+def test_only_what_is_there_to_compare_with_is_searched_by_default(subsets, tmp_path):
+    assert trials_of(None, "extended", "joint") == 0
+    assert trials_of(None, "paper", "joint") == trials_of(None, "extended", "metric") == 48
+    assert trials_of(5, "extended", "joint") == 5
+    for space in ExtendedSpace(subsets, 4, 0), PaperSpace(subsets, 4, 0):
+        count = len(space.starting_points())
+        result = search(space, a_smooth_objective, count, 0, tmp_path / type(space).__name__)
+        assert (len(result.points), result.searched) == (count, 0)
+        assert result.best_fixed
 
 
 def test_nothing_finite_is_no_result(subsets, tmp_path):
     with pytest.raises(AdaPrunerError, match="none of the 6 trials has a finite loss: lower `ratio`"):
-        search(PaperSpace(subsets, 4, 0, Budget(0.2)), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
+        search(PaperSpace(subsets, 4, 0), lambda _: [torch.tensor([torch.nan])], 6, 0, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["no JSON\n\n", "{}\n", '{"op_code": 4}\n', "[1]\n"])
@@ -508,20 +392,19 @@ def test_trials_of_others_are_refused(attributes, problem, tmp_path):
 def test_optuna_speaks_as_before(subsets, tmp_path):
     optuna.logging.set_verbosity(optuna.logging.DEBUG)
     try:
-        search(PaperSpace(subsets, 4, 0, Budget(0.2)), a_smooth_objective, 5, 0, tmp_path)
+        search(PaperSpace(subsets, 4, 0), a_smooth_objective, 5, 0, tmp_path)
         assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
     finally:
         optuna.logging.set_verbosity(optuna.logging.INFO)
 
 
 def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
-    """One joins a family and has the name of a parameter of the allocation, one begins a family; what was there before
-    is proposed as before."""
+    """One joins a family, one begins a family; what was there before is proposed as before."""
     structure = build_structure(model)
     errors = removal_errors(model, structure, dict(measure_moments(model, structure, windows)))
     statistics = replace(measure(model, structure, windows), **errors)
     family = build_subset_family(statistics, structure, [block.groups - 1 for block in structure.blocks])
-    space = ExtendedSpace(family, 3, 0, Budget(0.05, Profile(0, 0)), can_meet=partial(can_meet, structure))
+    space = ExtendedSpace(family, 3, 0)
     before = space.starting_points()
     monkeypatch.setitem(TERMS, "tilt", None)
     monkeypatch.setitem(TERMS, "size", None)
@@ -540,7 +423,7 @@ def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
     assert [needs_moments(form, "paper", "all") for form in ("none", "least-squares")] == [False, True]
     after = space.starting_points()
     assert all(new.parameters.items() >= old.parameters.items() for old, new in zip(before, after, strict=True))
-    assert {(point.parameters["term.tilt"], point.parameters["family.magnitude"]) for point in after[4:]} == {
+    assert {(point.parameters["term.tilt"], point.parameters["family.magnitude"]) for point in after[:4]} == {
         (0.5, 0.0)
     }
     seen: list[Candidate] = []
@@ -555,11 +438,11 @@ def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
                 statistics.select(candidate.samples), structure, candidate.point.model_copy(update={"weights": others})
             )
             assert torch.equal(scores, without) == (weights["tilt"] == weights["size"] == 0)
-        plan_candidate(structure, statistics, candidate)
+        plan_candidate(structure, statistics, candidate, [block.groups for block in structure.blocks])
         return a_smooth_objective(candidate)
 
     result = search(space, objective, 24, 0, tmp_path)
     proposed = [candidate.point.weights for candidate in seen[10:]]
-    assert {"term.tilt", "family.magnitude", "allocation.tilt"} <= result.ranges.keys()
+    assert {"term.tilt", "family.magnitude"} <= result.ranges.keys()
     for name in ("tilt", "size"):
         assert len({weights[name] for weights in proposed}) > 10

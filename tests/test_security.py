@@ -245,7 +245,7 @@ def pruned(tmp_path_factory, model_folder, text_file):
     )
     shutil.copy(text_file, text)
     options = {"pool": 4, "samples": 2, "objective_windows": 4, "seq_len": 16, "trials": 4, "round_to": 1}
-    options |= {"compensation_windows": 8, "level_rounds": 0, "heal": "2k", "protect_first": 1, "protect_last": 1}
+    options |= {"compensation_windows": 8, "heal": "2k", "protect_first": 1, "protect_last": 1}
     result = adapruner.prune(
         str(model),
         output=place / "run",

@@ -27,7 +27,6 @@ from adapruner.planning._plan import PruningPlan
 from adapruner.recovery._healing import Healing
 from adapruner.recovery._training import RecoveryRecord
 from adapruner.result import RunResult, shown_name
-from adapruner.search._levelling import MovedChannels, MovedHeads
 from adapruner.tokens._selecting import VocabularySummary
 
 # Longer cards, metadata and licences are cut off.
@@ -56,8 +55,11 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
     model, dense = result.final, result.model("dense")
     base = shown_name(result.config.model)
     numbers = {"dense": dense.numbers, "this model": model.numbers}
-    moves = [move for move in result.levelled.moves if move.accepted] if result.levelled else []
-    terms = Counter(result.search.best.point.weights).most_common(3)
+    search = result.search
+    weights = search.best.point.weights if search else {"elimination": 1.0}
+    chosen = f"search: {search.trials} trials, seed {result.config.seed}" if search else "no search"
+    if result.costs:
+        chosen += "; what costs the least divergence is removed first, in whatever layer"
     return _render(
         location,
         config,
@@ -78,10 +80,8 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         solves=bool(model.abilities and model.abilities.solved),
         cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,
-        search=result.search,
-        terms=[(name, weight) for name, weight in terms if weight],
-        rounds=sum(isinstance(move, MovedChannels) for move in moves),
-        moves_heads=any(isinstance(move, MovedHeads) for move in moves),
+        chosen=chosen,
+        terms=[(name, weight) for name, weight in Counter(weights).most_common(3) if weight],
         versions=result.versions,
     )
 

@@ -16,13 +16,11 @@ from adapruner.option_rules import (
     CONFLICTS_OF_RECOVERY,
     CONFLICTS_OF_SIZES,
     CONFLICTS_OF_TRAINING,
-    LEVELLED_FROM,
+    EXPERT_TRIALS,
     SCORING_WINDOWS,
     SEARCH_TRIALS,
     Conflict,
     fields_of,
-    level_rounds_of,
-    searches_widths,
 )
 from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens, TokensOrNone
 from adapruner.plain_yaml import parse_options
@@ -160,8 +158,8 @@ class PruneOptions(_Options):
     )
     effort: Effort = Field(
         default="standard",
-        description="Amount of text and of search: quick uses less text, thorough more, and searches after the starting"
-        " points. Options that are given count.",
+        description="Amount of text and training: quick corrects once, in closed form; standard fits layer by layer and"
+        " trains; thorough does so on more text. Options that are given count.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",
@@ -203,16 +201,10 @@ class PruneOptions(_Options):
     seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
     trials: int | None = Field(
         default=None,
-        ge=1,
-        description="Trials of the search; by default the starting points alone, which are good on most models, and"
-        f" {SEARCH_TRIALS} where space is paper or search is not joint.",
-    )
-    level_rounds: int | None = Field(
-        default=None,
         ge=0,
-        description="Maximum number of rounds after the search that move heads and channels to layers where they are"
-        f" worth more; by default 2 if at least {LEVELLED_FROM:.0%} are removed, otherwise 0,"
-        " as where the allocation is not searched.",
+        description="Trials of the search over samples and metrics; by default none, as groups are ranked by the errors"
+        f" of their removal; {EXPERT_TRIALS} for a model with experts, and {SEARCH_TRIALS} where space is paper or"
+        " search is not joint.",
     )
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."
@@ -226,7 +218,7 @@ class PruneOptions(_Options):
     reduction: Reduction = Field(default="sum", description="How the vectors of a group become one score.")
     space: Space = Field(
         default="extended",
-        description="paper mixes the Taylor terms; extended mixes all terms and searches the allocation.",
+        description="paper mixes the Taylor terms; extended mixes all terms, and removes what costs least anywhere.",
     )
     for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
         default=(),
@@ -238,10 +230,14 @@ class PruneOptions(_Options):
         description="Layers of different widths, or of equal widths, which every loader of the family supports.",
     )
     protect_first: int | None = Field(
-        default=None, ge=0, description="Layers at the input that are not pruned; by default searched, or 4."
+        default=None,
+        ge=0,
+        description="Layers at the input that are not pruned; by default 4, or as many as the ratio allows.",
     )
     protect_last: int | None = Field(
-        default=None, ge=0, description="Layers at the output that are not pruned; by default searched, or 3."
+        default=None,
+        ge=0,
+        description="Layers at the output that are not pruned; by default 3, or as many as the ratio allows.",
     )
     head_granularity: HeadGranularity = Field(
         default="kv-group",
@@ -252,14 +248,15 @@ class PruneOptions(_Options):
     )
     remove_attention: bool | None = Field(
         default=None,
-        description="Remove whole attention layers where the search finds that better; by default with layout"
-        " per-layer.",
+        description="Remove whole attention layers where that costs least; by default where layers would lose more than"
+        " half of their channels otherwise.",
     )
     head_share: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Pruning of heads relative to channels: 0 none, 1 equal; by default searched, or 0.",
+        description="Pruning of heads relative to channels: 0 none, 1 equal; by default 0 up to half of the channels, then"
+        " what costs least.",
     )
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
@@ -302,12 +299,6 @@ class PruneOptions(_Options):
     def objective_dataset(self) -> str:
         """The dataset of the windows of the objective."""
         return self.calibration if self.objective is None else self.objective
-
-    @property
-    def levels_widths(self) -> bool:
-        """True if the widths are levelled after the search."""
-        rounds = level_rounds_of(self.level_rounds, self.ratio)
-        return bool(rounds) and searches_widths(self.ratio_of, self.search, self.space, self.layout)
 
 
 class SizeLimit(_Options):

@@ -23,13 +23,19 @@ from adapruner.models._architecture import architecture_of, is_pruned
 from adapruner.models._device import trial_dtype
 from adapruner.models._generation import batches_together, texts_at_once
 from adapruner.models._layers import decoder_layers
-from adapruner.option_rules import MEASURED_AT_ONCE, healed_tokens, scoring_bounds
+from adapruner.option_rules import (
+    MEASURED_AT_ONCE,
+    TOKENS_FOR_COSTS,
+    allocates_by_cost,
+    healed_tokens,
+    scoring_bounds,
+    searches,
+)
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.recovery._healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
 from adapruner.recovery._loss import PREDICTIONS_AT_ONCE
 from adapruner.search._objective import JUDGED_TOGETHER
-from adapruner.search._space import reused_layers
 from adapruner.structure._blocks import Structure
 
 GIB = 2**30
@@ -116,12 +122,15 @@ def estimate_memory(
     pruned = held(left) * size + waiting * on_host
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
-    length, blocks, hidden = config.seq_len, structure.blocks, model.get_input_embeddings().weight.shape[1]
+    length, blocks, (vocabulary, hidden) = config.seq_len, structure.blocks, model.get_input_embeddings().weight.shape
     shares = [count / block.groups for count, block in zip(counts, blocks, strict=True)]
-    # Of its inputs, the largest that a pruned block keeps.
-    share = 1.0 if config.levels_widths else max((share for share in shares if share < 1), default=0.0)
+    # Of its inputs, the largest that a pruned block keeps: nearly all, where costs decide.
+    chosen = config.space, config.layout, config.ratio_of, config.head_share
+    share = 1.0 if allocates_by_cost(*chosen) else max((share for share in shares if share < 1), default=0.0)
     is_written = any(part.is_written for part in parse_blend(config.calibration, missing_ok=True))
-    written = max(config.pool, config.compensation_windows) * is_written
+    is_searched = structure.cuts_experts or searches(config.trials, config.space, config.search)
+    pool = config.pool * is_searched
+    written = max(pool, config.compensation_windows) * is_written
     has_moments = needs_moments(config.compensation, config.space, config.terms)
     texts = texts_at_once(max(1, written), length, devices[0])
     if by_layer:
@@ -129,28 +138,30 @@ def estimate_memory(
     cached = min(texts, written) * length * architecture_of(model.config).cached(model.config) // len(devices)
     states = config.compensation_windows * length * trial.itemsize  # a number for every token
     judged = (scoring_bounds(config.objective_windows)[1] + config.final_windows) * length * trial.itemsize
-    reused = reused_layers(config.layout, config.protect_first, structure.layers) + by_layer * 2 * JUDGED_TOGETHER
+    together = 2 * JUDGED_TOGETHER * by_layer * is_searched
+    compared = bytes_of_predictions(TOKENS_FOR_COSTS // 4, vocabulary)
     moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
     projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
     projection, widest = max(projected, default=0) * _FLOAT32, max(block.inputs for block in blocks)
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
     statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
-    pool = config.pool * statistics * _FLOAT32
+    of_pool = pool * statistics * _FLOAT32
     is_fitted = config.compensation == "least-squares" and config.sequential is not False
     measuring = {
-        "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], config.pool) * length, by_layer),
+        "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], pool) * length, by_layer),
         "written text": cached * trial.itemsize,
         "compensation_windows": states * hidden * has_moments,
         # Twice the size in float32: some blocks need float64.
         "second moments": (8 * moments + 4 * projection) * has_moments,
-        "pool": pool * on_host,
+        "pool": of_pool * on_host,
+        "text of costs": TOKENS_FOR_COSTS * len(layers) * hidden * trial.itemsize + compared,
     }
     pruning = {
-        "objective_windows": reused * judged * hidden,
+        "objective_windows": together * judged * hidden,
         "compensation_windows": states * (2 * hidden + widest) * is_fitted,
         # Of kept with kept inputs, these scaled, their factor, and of kept with removed inputs.
         "second moments": int((1 + share + 2 * share**2) * moments + 3 * share * projection) * has_moments,
-        "pool": pool * on_host,
+        "pool": of_pool * on_host,
     }
     phases = [(dense, measuring), (dense + pruned, pruning)]
     healing = healing_within(config, model, left, devices, by_layer, stated)
@@ -159,7 +170,7 @@ def estimate_memory(
             (dense + held(left) * size, {"training after the cut": _training(model, healing, trial, left, by_layer)})
         )
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
-    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + pool)
+    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + of_pool)
 
 
 def _activations(model: Any, dtype: torch.dtype, tokens: int, of_one_layer: bool) -> int:

@@ -12,24 +12,22 @@ Conflict = tuple[Callable[..., Any], str]
 
 # Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {"pool": 32, "objective_windows": 64, "level_rounds": 0, "compensation_windows": 192, "heal": "20000"},
+    "quick": {"compensation_windows": 192, "sequential": False, "heal": "none"},
     "standard": {},
-    "thorough": {"trials": 96, "compensation_windows": 768, "heal": "400000"},
+    "thorough": {"compensation_windows": 768, "heal": "400000"},
 }
 
 # Minimum and maximum number of windows that score a trial: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
 SCORING_WINDOWS = (64, 96)
-# Of a search that does not begin with points that are good on most models.
-SEARCH_TRIALS = 48
+# Trials of a search for comparison; of a model with experts, whose ranking has no closed form: its starting points.
+SEARCH_TRIALS, EXPERT_TRIALS = 48, 8
+# From so many trials on, LLM-Pruner's metrics are among them.
+_TRIALS_WITH_FIXED = 8
+# Tokens of held-out text on which the costs of blocks are measured.
+TOKENS_FOR_COSTS = 2048
 # Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
-# Tokens of the pool on which attention layers are ranked, and on which the costs of widths are measured. On fewer,
-# attention is removed that other text needs (research/experiments/whole-parts.md).
-TOKENS_FOR_ATTENTION, TOKENS_FOR_COSTS, _FEWEST_WINDOWS = 2048, 8192, 8
-
-# Below this ratio, levelling takes 30 % of a run and gains almost nothing (research/experiments/levelling.md).
-LEVELLED_FROM = 0.3
 
 
 @cache
@@ -53,39 +51,26 @@ def scoring_count(objective_windows: int | None, final_windows: int, windows: in
     return min(most, max(fewest, windows - final_windows))
 
 
-def windows_of(tokens: int, pool: int, seq_len: int) -> int:
-    """Number of windows of the pool that have about `tokens` tokens."""
-    return min(pool, max(_FEWEST_WINDOWS, tokens // seq_len))
+def trials_of(trials: int | None, space: str, search: str) -> int:
+    """The number of trials of the search, 0 for none: by default, only what is there for comparison searches."""
+    if trials is not None:
+        return trials
+    return 0 if (space, search) == ("extended", "joint") else SEARCH_TRIALS
 
 
 def searches(trials: int | None, space: str, search: str) -> bool:
-    """True if more than the starting points is tried: where a number of trials is given, and in spaces without points
-    that are good on most models (research/experiments/windows-and-trials.md)."""
-    return trials is not None or (space, search) != ("extended", "joint")
+    """True if there is a search."""
+    return trials_of(trials, space, search) > 0
 
 
-def trials_of(trials: int | None, space: str, search: str, starting_points: int) -> int:
-    """The number of trials."""
-    if trials is not None:
-        return trials
-    return SEARCH_TRIALS if searches(trials, space, search) else starting_points
+def tries_fixed_metrics(trials: int | None, space: str, search: str) -> bool:
+    """True if LLM-Pruner's metrics are among the trials."""
+    return trials_of(trials, space, search) >= _TRIALS_WITH_FIXED
 
 
-def level_rounds_of(level_rounds: int | None, ratio: float) -> int:
-    """The maximum number of rounds that level widths: by default 2 from `LEVELLED_FROM` on."""
-    if level_rounds is not None:
-        return level_rounds
-    return 2 if ratio >= LEVELLED_FROM else 0
-
-
-def searches_widths(ratio_of: str, search: str, space: str, layout: str) -> bool:
-    """True if the search decides how many channels each layer keeps."""
-    return ratio_of != "groups" and (search, space, layout) == ("joint", "extended", "per-layer")
-
-
-def may_remove_attention(space: str, search: str, layout: str, remove_attention: bool | None) -> bool:
-    """True if the search may remove whole attention layers."""
-    return (space, search, layout) == ("extended", "joint", "per-layer") and remove_attention is not False
+def allocates_by_cost(space: str, layout: str, ratio_of: str, head_share: float | None) -> bool:
+    """True if what each layer loses follows from its cost, and not from options."""
+    return (space, layout) == ("extended", "per-layer") and ratio_of != "groups" and not head_share
 
 
 def healed_tokens(heal: str) -> int:
@@ -94,13 +79,6 @@ def healed_tokens(heal: str) -> int:
 
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
-    (
-        lambda ratio_of, search, space, layout, level_rounds: (
-            level_rounds and not searches_widths(ratio_of, search, space, layout)
-        ),
-        "`level_rounds` moves widths that the search chose: remove it, or set `space` extended, `search` joint,"
-        " `layout` per-layer and `ratio_of` parameters or decoder",
-    ),
     (
         lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
         "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`",

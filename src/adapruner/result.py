@@ -23,11 +23,11 @@ from adapruner.graph.folder import RunFolder
 from adapruner.models._loading import load_tokenizer
 from adapruner.models._places import find_model
 from adapruner.numbers import Number, Numbers, ability_table, model_table, numbers_of, task_table
-from adapruner.option_rules import fields_of, searches
+from adapruner.option_rules import fields_of, tries_fixed_metrics
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import StageCost
 from adapruner.recovery._healing import Healing
-from adapruner.search._levelling import Levelled
+from adapruner.search._costs import Costs
 from adapruner.search._result import SearchResult
 from adapruner.tables import Table
 
@@ -37,7 +37,11 @@ _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 Role = Literal["dense", "best_fixed", "searched"]
 # For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
 # one, and shows what the search gained.
-IS_WANTED: dict[Role, Callable[..., bool]] = {"dense": lambda: True, "best_fixed": searches, "searched": lambda: True}
+IS_WANTED: dict[Role, Callable[..., bool]] = {
+    "dense": lambda: True,
+    "best_fixed": tries_fixed_metrics,
+    "searched": lambda: True,
+}
 
 
 class ModelNumbers(BaseModel, extra="forbid", frozen=True):
@@ -45,7 +49,7 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics, neither compensated nor healed, only
-            where more than the starting points is tried; `searched`, the pruned model.
+            where they were tried; `searched`, the pruned model.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
@@ -78,8 +82,8 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     Attributes:
         config: the options, with one ratio.
         plan_hash: of the final plan.
-        search: the chosen candidate and all trials.
-        levelled: the candidate with its widths levelled, which was pruned; None if widths were not levelled.
+        costs: of cutting each block; None if options decided how much each loses.
+        search: the chosen candidate and all trials; None without a search.
         healing: the record of the training after the cut, if there was any.
         models: the models, in the order in which they were made.
         windows: the number of windows, by use and kind of text.
@@ -88,11 +92,11 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[7] = 7
+    schema_version: Literal[8] = 8
     config: PruneConfig
     plan_hash: str
-    search: SearchResult
-    levelled: Levelled | None = None
+    costs: Costs | None = None
+    search: SearchResult | None = None
     healing: Healing | None = None
     models: tuple[ModelNumbers, ...]
     windows: dict[str, dict[str, int]]
@@ -180,7 +184,7 @@ class PruneResult:
         rich prints them."""
         result = self.result
         title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
-        return tables_of(title, result.models, titles(result.config, result.search.best_fixed_name))
+        return tables_of(title, result.models, titles(result))
 
 
 def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, str]) -> list[Table]:
@@ -227,14 +231,11 @@ def roles_of(config: PruneConfig) -> list[Role]:
     ]
 
 
-def titles(config: PruneConfig, best_fixed_name: str) -> dict[Role, str]:
-    """The names of the models of a run, by role.
-
-    Args:
-        best_fixed_name: the name of the best of LLM-Pruner's metrics.
-    """
-    how = "" if config.compensation == "none" else ", not compensated"
-    return {"dense": "dense", "best_fixed": f"best fixed metric ({best_fixed_name}){how}", "searched": "pruned"}
+def titles(result: RunResult) -> dict[Role, str]:
+    """The names of the models of a run, by role."""
+    fixed = result.search.best_fixed_name if result.search else ""
+    how = "" if result.config.compensation == "none" else ", not compensated"
+    return {"dense": "dense", "best_fixed": f"best fixed metric ({fixed}){how}", "searched": "pruned"}
 
 
 def shown_name(model: str) -> str:

@@ -1,7 +1,6 @@
 """Whole attention layers that are removed."""
 
 import inspect
-import math
 
 import pytest
 import torch
@@ -9,15 +8,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._losses import window_losses
 from adapruner.families.proof import failed_without_attention, masked
 from adapruner.measurement._moments import measure_moments
 from adapruner.models._architecture import known_architectures, using_architecture
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts
+from adapruner.planning._budget import Budget, Profile, kept_counts
 from adapruner.planning._plan import PruningPlan
-from adapruner.search._attention_order import AttentionOrder, attention_order
 from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
@@ -25,8 +22,11 @@ from adapruner.surgery._sequential import refit_sequentially
 from tiny_families import random_plan
 
 
-def planned(structure: Structure, **budget: object) -> PruningPlan:
-    return random_plan(structure, kept_counts(structure, Budget(0.4, Profile(0, 0), **budget)))  # type: ignore[arg-type]  # any field
+def planned(structure: Structure, *layers: int) -> PruningPlan:
+    """A plan that removes the attention of some layers, and some of all others."""
+    counts = kept_counts(structure, Budget(0.2, Profile(0, 0), heads=0.5))
+    gone = [block.layer in layers and block.kind == "heads" for block in structure.blocks]
+    return random_plan(structure, [0 if whole else count for whole, count in zip(gone, counts, strict=True)])
 
 
 @pytest.mark.parametrize("model_type", known_architectures())
@@ -39,7 +39,7 @@ def test_a_family_can_lose_attention_if_it_says_so(model_type, make_model):
 def test_a_layer_without_attention_has_no_cache(make_model, windows, tokenizer, tmp_path):
     dense = make_model("llama")
     structure = build_structure(dense)
-    plan = planned(structure, without_attention=(0, 2), heads=0.5)
+    plan = planned(structure, 0, 2)
     pruned = prune_model(dense, structure, plan)
     assert count_parameters(pruned) == plan.total_parameters - plan.removed_parameters
     save_checkpoint(pruned, tokenizer, tmp_path / "model")
@@ -53,26 +53,6 @@ def test_a_layer_without_attention_has_no_cache(make_model, windows, tokenizer, 
     used = [layer for layer in cache.layers if layer.is_initialized]
     assert len(used) == 2
     assert cache.get_seq_length() == windows.shape[1]
-
-
-def test_a_layer_without_which_the_loss_is_not_finite_is_not_in_the_order(make_model, windows, monkeypatch):
-    dense = make_model("llama")
-    losses = iter([math.nan, 4.0, math.inf, 2.0])
-    batch = (torch.full((1,), each) for each in losses)
-    monkeypatch.setattr("adapruner.search._attention_order.losses_by_batch", lambda *_, **__: [next(batch)])
-    order = attention_order(dense, build_structure(dense), windows, range(4))
-    assert (order.layers, order.losses) == ((3, 1), (2.0, 4.0))
-    assert AttentionOrder.model_validate_json(order.model_dump_json()) == order
-
-
-def test_what_cannot_go_whole_is_refused(make_model):
-    llama, bloom = build_structure(make_model("llama")), build_structure(make_model("bloom"))
-    for structure, budget in (
-        (bloom, Budget(0.2, Profile(0, 0), without_attention=(1,))),
-        (llama, Budget(0.2, "uniform", without_attention=(2,))),
-    ):
-        with pytest.raises(BudgetError, match=r"of layer \d of this \w+ cannot be removed whole"):
-            kept_counts(structure, budget)
 
 
 @pytest.mark.parametrize(("model_type", "kind"), [("bloom", "heads"), ("llama", "channels")])
@@ -99,36 +79,10 @@ def test_no_plan_removes_what_a_family_needs(model_type, kind, make_model, tmp_p
         load_model(find_model(str(tmp_path / "model")))
 
 
-def test_the_rest_of_the_ratio_comes_from_what_stays(make_model):
-    structure = build_structure(make_model("llama"))
-    for attention in (2,), (1, 2):
-        budget = Budget(0.4, Profile(0, 0), heads=0.5, without_attention=attention)
-        counts = kept_counts(structure, budget)
-        assert abs(structure.removed_parameters(counts) / structure.total_parameters - 0.4) <= 0.005
-        for block, count in zip(structure.blocks, counts, strict=True):
-            assert (count == 0) == (block.kind == "heads" and block.layer in attention)
-
-
-def test_the_order_is_by_the_loss_without_each(make_model, windows):
-    """Compared with every model of one attention less, really cut."""
-    dense = make_model("llama")
-    structure = build_structure(dense)
-    order = attention_order(dense, structure, windows, range(4))
-    losses = {}
-    for layer in range(4):
-        gone = [0 if (block.layer, block.kind) == (layer, "heads") else block.groups for block in structure.blocks]
-        losses[layer] = float(
-            window_losses(prune_model(dense, structure, random_plan(structure, gone)), windows).mean()
-        )
-    assert [*order.layers] == sorted(losses, key=losses.__getitem__)
-    assert order.losses == pytest.approx([losses[layer] for layer in order.layers], rel=1e-5)
-
-
 def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(make_model, windows):
     dense = make_model("llama")
     structure = build_structure(dense)
-    budget = Budget(0.45, Profile(0, 0), heads=0.5, without_attention=(0, 1))
-    plan = random_plan(structure, kept_counts(structure, budget))
+    plan = planned(structure, 0, 1)
     compensation = dict(measure_moments(dense, structure, windows))
     pruned = prune_model(dense, structure, plan, compensation)
 

@@ -182,7 +182,6 @@ SMALL_RUN = RUN_OPTIONS | {
     "trials": 6,
     "compensation_windows": 16,
     "final_windows": 6,
-    "level_rounds": 1,
     "evaluate_windows": 6,
     # Three steps: training on a device is tested here.
     "heal": "3k",

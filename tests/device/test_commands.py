@@ -47,8 +47,6 @@ def command(case: Case, model: Path, text: Path, output: Path, place: str) -> li
     options = SMALL_RUN | steps | (LAYER_WISE if case.layer_wise else {}) | case.options
     if options.get("layout") == "uniform":
         options = {name: value for name, value in options.items() if name not in ("protect_first", "protect_last")}
-    if options.get("space") == "paper" or options.get("layout") == "uniform":
-        options.pop("level_rounds")
     return [*pruning(model, text, output, options), "--evaluate", text, "--device", place]
 
 

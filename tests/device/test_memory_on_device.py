@@ -13,8 +13,8 @@ pytestmark = pytest.mark.device_matrix
 
 # All stages of a run that hold tensors on the device.
 STAGES = (
-    *("loading", "writing text", "reading activations", "measuring", "comparing removals", "ranking attention layers"),
-    *("searching", "levelling widths", "cutting", "compensating", "healing", "evaluating"),
+    *("loading", "writing text", "reading activations", "measuring", "comparing removals"),
+    *("searching", "cutting", "compensating", "healing", "evaluating"),
     "comparing abilities",
 )
 

@@ -83,7 +83,7 @@ def test_families_compute_the_same_on_two_gpus(two_devices, family, tmp_path):
 def test_a_model_that_is_too_large_for_one_gpu_is_spread_over_two(two_devices, family, text_file, tmp_path):
     # Wide enough for the weights to be the most of it.
     sizes = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
-    options, model = SMALL_RUN | {"level_rounds": 0}, family("llama", **sizes)
+    options, model = SMALL_RUN, family("llama", **sizes)
     costs = {}
     for place in ("cuda:0", "cuda:0,cuda:1"):
         cost = only_json(two_devices.run("inspect", model, "--cost", "--json", *flags(options), "--device", place))

@@ -31,7 +31,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         *("expert_granularity", "round_to"),
     ),
     "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
-    "Search": ("trials", "level_rounds", "search", "space", "seed"),
+    "Search": ("trials", "search", "space", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
     "Compensation": ("compensation", "compensation_windows", "sequential"),
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,12 +35,8 @@ class Prefix:
     calls: list[list[LayerCall]]
 
 
-def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int, keep_all: bool = True) -> Prefix:
-    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`.
-
-    Args:
-        keep_all: False to keep the last hidden state alone.
-    """
+def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
+    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
     with torch.inference_mode():
         entered = enter_layers(model, _batches(windows, model))
         states = [[state] for state, _ in entered]
@@ -49,36 +44,26 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int, keep_al
             with loaded_layer(model, index) as layer:
                 for batch_states, (_, calls) in zip(states, entered, strict=True):
                     batch_states.append(calls[index].run(layer, batch_states[-1]))
-                    if not keep_all:
-                        del batch_states[0]
     return Prefix(states, [calls for _, calls in entered])
 
 
-def losses_by_batch(
-    model: PreTrainedModel, windows: Tensor, context: int = 1, prefix: Prefix | None = None, prefix_layers: int = 0
-) -> Iterator[Tensor]:
+def losses_by_batch(model: PreTrainedModel, windows: Tensor, context: int = 1) -> Iterator[Tensor]:
     """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
     batches pass through the layers of a streamed model together, so that a layer is read once for all of them.
 
     Args:
         context: tokens at the beginning of a window that are not predicted, at least 1.
-        prefix: of a model whose first layers are the same, and are not computed again.
-        prefix_layers: the number of equal layers.
     """
     batches = _batches(windows, model)
-    if is_streamed(model) and prefix is None:
+    if is_streamed(model):
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             together = torch.cat(list(batches[first : first + at_once]))
             yield from losses_in_step(model, [model], together, context=context)[0]
         return
-    known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
-    for number, batch in enumerate(batches):
-        with torch.inference_mode(), contextlib.ExitStack() as skipping:
-            if prefix and known:
-                state, call = prefix.states[number][known], prefix.calls[number][0]
-                skipping.enter_context(skipping_layers(model, known, state, call))
-            losses = _losses_of_batch(model, batch, None, context)
+    for batch in batches:
+        with torch.inference_mode():
+            losses = _losses_of_batch(model, batch, context)
         yield losses
 
 
@@ -152,30 +137,20 @@ def may_overflow(model: PreTrainedModel) -> bool:
 
 
 def losses_in_step(
-    dense: PreTrainedModel,
-    models: Sequence[PreTrainedModel],
-    windows: Tensor,
-    prefix: Prefix | None = None,
-    prefix_layers: int = 0,
-    context: int = 1,
+    dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor, context: int = 1
 ) -> list[list[Tensor]]:
     """The losses of `losses_by_batch` for several models whose layers are cut from streamed layers as these are read.
     All models pass through the layers together, so that every layer of the dense model is read once.
 
     Args:
         context: see `losses_by_batch`.
-        prefix: of the dense model; its first `prefix_layers` layers are the same in all models.
     """
     batches = _batches(windows, dense)
-    known = min(prefix_layers, len(prefix.states[0]) - 1) if prefix else 0
     with torch.inference_mode():
         with loaded_layer(dense, 0):
             entered = [enter_layers(model, batches) for model in models]
-        states = [
-            [prefix.states[number][known] if prefix else state for number, (state, _) in enumerate(model_batches)]
-            for model_batches in entered
-        ]
-        for layer in range(known, len(decoder_layers(dense))):
+        states = [[state for state, _ in model_batches] for model_batches in entered]
+        for layer in range(len(decoder_layers(dense))):
             with loaded_layer(dense, layer):
                 for model, model_states, model_batches in zip(models, states, entered, strict=True):
                     with loaded_layer(model, layer) as module:
@@ -192,48 +167,43 @@ def losses_after_layers(
     windows: Tensor,
     states: Sequence[Tensor],
     calls: Sequence[Sequence[LayerCall]],
-    references: Sequence[Tensor] | None = None,
     context: int = 1,
 ) -> list[Tensor]:
     """The losses of `losses_by_batch`, all at once.
 
     Args:
         states, calls: of every batch, the hidden state after the last layer, and the calls of the layers.
-        references: the predictions of another model for the same windows, see `log_probabilities`. The loss is then the
-            Kullback-Leibler divergence from that model to this one, instead of the negative log-likelihood of the text.
         context: see `losses_by_batch`.
     """
     batches, losses = _batches(windows, model), list[Tensor]()
-    targets: Sequence[Tensor | None] = references or [None] * len(batches)
-    for batch, state, (call, *_), target in zip(batches, states, calls, targets, strict=True):
+    for batch, state, (call, *_) in zip(batches, states, calls, strict=True):
         with torch.inference_mode(), skipping_layers(model, len(decoder_layers(model)), state, call):
-            losses.append(_losses_of_batch(model, batch, target, context))
+            losses.append(_losses_of_batch(model, batch, context))
     return losses
 
 
-def _losses_of_batch(model: PreTrainedModel, batch: Tensor, reference: Tensor | None, context: int) -> Tensor:
+def _losses_of_batch(model: PreTrainedModel, batch: Tensor, context: int) -> Tensor:
     """[windows], float64, on the CPU; see `losses_by_batch`."""
     batch = batch.to(model.device)
     losses = []
     # Window by window: float32 logits of a batch are the largest thing in memory.
     for window, logits in enumerate(_predictions(model, batch)):
-        if reference is None:
-            loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
-        else:
-            expected = reference[window].to(logits.device).float()
-            divergence = functional.kl_div(logits.float().log_softmax(-1), expected, reduction="none", log_target=True)
-            loss = divergence.sum(-1)
+        loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
         losses.append(loss[context - 1 :].double().mean())
     return torch.stack(losses).cpu()
 
 
-def log_probabilities(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """[windows of one batch, tokens - 1, vocabulary], float16, for every batch: the predictions of the model."""
-    layers, predictions = len(decoder_layers(model)), list[Tensor]()
-    prefix = compute_prefix(model, windows, layers, keep_all=False)
-    for batch, (state,), (call, *_) in zip(_batches(windows, model), prefix.states, prefix.calls, strict=True):
-        with torch.inference_mode(), skipping_layers(model, layers, state, call):
-            predictions.append(_predictions(model, batch).float().log_softmax(-1).half().cpu())
+@torch.inference_mode()
+def log_probabilities(model: PreTrainedModel, state: Tensor, call: LayerCall) -> Tensor:
+    """[windows, tokens, vocabulary], float32: the predictions of a model with this hidden state after its last layer,
+    [windows, tokens, hidden].
+
+    Args:
+        call: of any layer.
+    """
+    tokens = torch.zeros(state.shape[:2], dtype=torch.int64, device=model.device)  # no layer reads them
+    with skipping_layers(model, len(decoder_layers(model)), state, call):
+        predictions: Tensor = model(tokens, use_cache=False).logits.float().log_softmax(-1)
     return predictions
 
 

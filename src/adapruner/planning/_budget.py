@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from torch import Tensor
 
 from adapruner.config import Layout, PruneConfig, RatioOf
 from adapruner.errors import AdaPrunerError
@@ -15,6 +17,8 @@ RATIO_TOLERANCE = 0.005
 # Removing more of the channels of a layer hurts more than removing heads or pruning more layers
 # (research/experiments/allocation.md).
 MOST_CHANNELS = 0.8
+# Up to this share of the channels of a layer, removing heads too gains nothing (research/experiments/costs.md).
+CHANNELS_BEFORE_HEADS = 0.5
 # Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
 _DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
@@ -29,7 +33,7 @@ class UnreachableRatioError(BudgetError):
 
 @dataclass(frozen=True)
 class Profile:
-    """Weights by depth: with z from -1 at the first unprotected layer to 1 at the last, exp(tilt · z - bend · z²).
+    """Equal shares of all layers but protected ones.
 
     Attributes:
         protect_first: layers at the input that are kept whole.
@@ -38,8 +42,6 @@ class Profile:
 
     protect_first: int = 4
     protect_last: int = 3
-    tilt: float = 0.0
-    bend: float = 0.0
 
     def weights(self, layers: int) -> tuple[float, ...]:
         """The weight of every layer; 0 for protected layers."""
@@ -49,22 +51,41 @@ class Profile:
                 f"all {layers} layers are protected ({self.protect_first} first, {self.protect_last} last); lower"
                 " `protect_first` or `protect_last`"
             )
-        depths = [2 * layer / max(1, count - 1) - 1 for layer in range(count)]
-        unprotected = (math.exp(self.tilt * z - self.bend * z * z) for z in depths)
-        return (0.0,) * first + tuple(unprotected) + (0.0,) * self.protect_last
+        return (0.0,) * first + (1.0,) * count + (0.0,) * self.protect_last
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """Weights given layer by layer, of feed-forward channels, and of heads and channels inside experts; see
-    `weigh_channels`."""
+class ByCost:
+    """What costs least per parameter is removed first, wherever it is (research/experiments/costs.md).
 
-    channels: tuple[float, ...]
-    others: tuple[float, ...]
+    Attributes:
+        protect_first: layers at the input that are kept whole: few tokens decide what these cost, and they are rare.
+        protect_last: layers at the output that are kept whole.
+        heads: False removes single heads nowhere.
+        whole_attention: False keeps some heads in every layer.
+    """
+
+    protect_first: int = 0
+    protect_last: int = 0
+    heads: bool = True
+    whole_attention: bool = True
+
+    def may_remove(self, structure: Structure, block: Block) -> bool:
+        """True if a block may lose all of its groups."""
+        return self.whole_attention and structure.is_removable(block)
+
+    def cut_blocks(self, structure: Structure) -> dict[int, Block]:
+        """The blocks that may lose groups, by number."""
+        layers = range(self.protect_first, structure.layers - self.protect_last)
+        return {
+            number: block
+            for number, block in enumerate(structure.blocks)
+            if block.layer in layers and (self.heads or block.kind != "heads" or self.may_remove(structure, block))
+        }
 
 
 # `uniform`: all layers keep the same number of heads and of channels, which any loader of the family supports.
-Allocation: TypeAlias = Literal["uniform"] | LayerWeights | Profile
+Allocation: TypeAlias = Literal["uniform"] | Profile | ByCost
 
 
 @dataclass(frozen=True)
@@ -77,48 +98,25 @@ class Budget:
     Attributes:
         ratio: share of all parameters to remove, embeddings counted, tied ones once; see `ratio_of`.
         heads: share of heads removed, relative to the share of channels removed (0 leaves attention whole; 1 gives the
-            equal shares of LLM-Pruner, arXiv 2305.11627, and of the paper); or for every layer the number of head
-            groups that it keeps, for which channels make up.
+            equal shares of LLM-Pruner, arXiv 2305.11627, and of the paper).
         round_to: kept feed-forward widths are multiples of this.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `heads`, of the heads) of a layer of
             weight 1, rounded in each layer, as in the protocol of LLM-Pruner.
-        without_attention: layers whose attention is removed whole, protected or not.
     """
 
     ratio: float
     allocation: Allocation = Profile()
-    heads: float | tuple[int, ...] = 0.0
+    heads: float = 0.0
     round_to: int = 1
     ratio_of: RatioOf = "parameters"
-    without_attention: tuple[int, ...] = ()
-
-    @property
-    def head_share(self) -> float:
-        """Share of heads removed, relative to channels; 0 if their number is given."""
-        return 0.0 if isinstance(self.heads, tuple) else self.heads
-
-    def given_count(self, block: Block) -> int | None:
-        """Number of groups that a block keeps, if the budget fixes it; None if the weight of the block decides."""
-        if block.kind != "heads":
-            return None
-        if block.layer in self.without_attention:
-            return 0
-        return self.heads[block.layer] if isinstance(self.heads, tuple) else None
 
 
-def weigh_channels(structure: Structure, budget: Budget, shares: Sequence[float]) -> Budget:
-    """The budget with channels removed in proportion to a share of each layer, protected or not.
-
-    The weights of channels are as large together as before, so that heads keep their part.
-    """
-    others = _layer_weights(structure, budget.allocation).others
-    layers = [block.layer for block in structure.blocks if _is_plain(block)]
-    factor = math.fsum(others[layer] for layer in layers) / (math.fsum(shares[layer] for layer in layers) or 1.0)
-    return replace(budget, allocation=LayerWeights(tuple(factor * share for share in shares), others))
-
-
-def kept_counts(structure: Structure, budget: Budget) -> list[int]:
+def kept_counts(structure: Structure, budget: Budget, costs: Tensor | None = None) -> list[int]:
     """Number of groups that each block keeps, in the order of `structure.blocks`.
+
+    Args:
+        costs: for `ByCost`, [groups], in nats per token: what each group adds to the loss when the groups of its block
+            are removed one after the other, the cheapest first.
 
     Only whole steps can be removed. The rounding error of a layer is passed on to the following layers, and that of
     heads to the channels.
@@ -128,12 +126,11 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
         BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
         AdaPrunerError: the layout is uniform, but the layers differ in size.
     """
+    if isinstance(budget.allocation, ByCost):
+        assert costs is not None
+        return _cheapest(structure, budget, budget.allocation, costs)
     weights = _block_weights(structure, budget)
-    for layer in budget.without_attention:
-        if budget.allocation == "uniform" or layer not in structure.attention_parameters:
-            raise BudgetError(f"the attention of layer {layer} of this {structure.model_type} cannot be removed whole")
-    given = {index: budget.given_count(block) for index, block in enumerate(structure.blocks)}
-    kept = {index: structure.blocks[index].groups if count is None else count for index, count in given.items()}
+    kept = {index: block.groups for index, block in enumerate(structure.blocks)}
 
     def removing(*kinds: Kind) -> dict[int, int]:
         """The counts of the blocks of the first kind, which shares the remaining removal with the other kinds."""
@@ -142,7 +139,7 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
         wanted = _wanted(structure, budget, sharing, rest)
         return _in_steps(structure, budget, kinds[0], wanted)
 
-    kept |= removing("heads", "experts", "channels") if budget.head_share else {}
+    kept |= removing("heads", "experts", "channels") if budget.heads else {}
     beside_experts = removing("channels", "experts") if structure.has_experts else {}
     kept |= removing("experts", "channels") if structure.has_experts else {}
     kept |= removing("channels")
@@ -161,13 +158,86 @@ def kept_counts(structure: Structure, budget: Budget) -> list[int]:
     return counts
 
 
-def can_meet(structure: Structure, budget: Budget) -> bool:
-    """True if the allocation of a budget can meet its ratio."""
-    try:
-        kept_counts(structure, budget)
-    except BudgetError:
-        return False
-    return True
+class _Removal(NamedTuple):
+    """The cheapest removal of so many groups from a block."""
+
+    groups: int
+    parameters: int
+    cost: float
+
+
+def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: Tensor) -> list[int]:
+    """The counts of `ByCost`: the lower convex hulls of cost over parameters of all blocks are descended together."""
+    curves, steps = dict[int, list[_Removal]](), list[tuple[float, int, int, int]]()
+    of_blocks = costs.double().split([block.groups for block in structure.blocks])
+    for number, block in allocation.cut_blocks(structure).items():
+        whole = allocation.may_remove(structure, block)
+        counts_left = _possible_counts(block, budget.round_to, allocation.heads or block.kind != "heads", whole)
+        curves[number] = curve = _removals(block, of_blocks[number], counts_left)
+        steps += [(slope, number, begin, end) for slope, begin, end in _hull(curve)]
+    target = budget.ratio * structure.total_parameters
+    counts, left, full = [block.groups for block in structure.blocks], target, set[int]()
+    for _, number, begin, end in sorted(steps):
+        if number in full:
+            continue
+        curve, block = curves[number], structure.blocks[number]
+        room, chosen = left + curve[begin].parameters, end
+        if curve[end].parameters > room:
+            full.add(number)
+            # Channels are small enough to be rounded up.
+            off = [abs(room - curve[place].parameters) for place in range(begin, end + 1)]
+            fitting = [place for place in range(begin, end) if curve[place].parameters <= room]
+            chosen = begin + off.index(min(off)) if block.kind == "channels" else max(fitting, default=begin)
+        left = room - curve[chosen].parameters
+        counts[number] = block.groups - curve[chosen].groups
+    reached, most = target - left, sum(curve[-1].parameters for curve in curves.values())
+    if reached < target - RATIO_TOLERANCE * structure.total_parameters:
+        raise UnreachableRatioError(
+            f"a ratio of {budget.ratio:g} cannot be reached: at most {most / structure.total_parameters:.3f} of the"
+            f" {structure.total_parameters:,} parameters can be removed"
+            if most < target
+            else f"a ratio of {budget.ratio:g} is not met: whole heads and steps of {budget.round_to} channels come to"
+            f" {reached / structure.total_parameters:.4f}; lower `round_to`"
+        )
+    if not reached:
+        raise BudgetError(f"a ratio of {budget.ratio:g} removes nothing: lower `round_to` or raise `ratio`")
+    return counts
+
+
+def _possible_counts(block: Block, round_to: int, partly: bool, whole: bool) -> list[int]:
+    """The numbers of groups that a block may keep but all, in whole steps, ascending."""
+    unit = (round_to if block.kind == "channels" else 1) * block.strata
+    fewest = max(block.least, math.ceil((1 - MOST_CHANNELS) * block.groups) if block.kind == "channels" else 1)
+    steps = range(-(-fewest // unit), -(-block.groups // unit)) if partly else ()
+    return [*([0] if whole else []), *(unit * count for count in steps)]
+
+
+def _removals(block: Block, costs: Tensor, kept: Sequence[int]) -> list[_Removal]:
+    """What can be removed from a block, from nothing to the most."""
+    ascending = costs.view(block.strata, -1).sort(1).values.sum(0).cumsum(0).tolist()
+    return [_Removal(0, 0, 0.0)] + [
+        _Removal(
+            block.groups - count,
+            (block.groups - count) * block.parameters_per_group + (0 if count else block.rest),
+            ascending[(block.groups - count) // block.strata - 1],
+        )
+        for count in reversed(kept)
+    ]
+
+
+def _hull(curve: Sequence[_Removal]) -> list[tuple[float, int, int]]:
+    """The steps of the lower convex hull of a curve: their costs per parameter, which ascend, and the places of their
+    ends."""
+    steps = list[tuple[float, int, int]]()
+    for end in range(1, len(curve)):
+        begin = end - 1
+        while True:
+            slope = (curve[end].cost - curve[begin].cost) / (curve[end].parameters - curve[begin].parameters)
+            if not steps or steps[-1][0] < slope:
+                break
+            begin = steps.pop()[1]
+        steps.append((slope, begin, end))
+    return steps
 
 
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
@@ -222,36 +292,24 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
 
 def _block_weights(structure: Structure, budget: Budget) -> dict[int, float]:
     """By block number, the weights of blocks that lose groups in proportion to them; 1 for experts of all layers."""
-    by_layer, weights = _layer_weights(structure, budget.allocation), dict[int, float]()
-    for index, block in enumerate(structure.blocks):
-        layer_weights = by_layer.channels if _is_plain(block) else by_layer.others
-        weight = 1.0 if block.kind == "experts" else layer_weights[block.layer]
-        if weight and budget.given_count(block) is None:
-            weights[index] = weight
-    return weights
+    by_layer = _layer_weights(structure, budget.allocation)
+    weights = {i: 1.0 if block.kind == "experts" else by_layer[block.layer] for i, block in enumerate(structure.blocks)}
+    return {index: weight for index, weight in weights.items() if weight}
 
 
-def _is_plain(block: Block) -> bool:
-    """True for the channels of a feed-forward without experts."""
-    return block.kind == "channels" and not block.experts
-
-
-def _layer_weights(structure: Structure, allocation: Allocation) -> LayerWeights:
-    if isinstance(allocation, LayerWeights):
-        return allocation
+def _layer_weights(structure: Structure, allocation: Allocation) -> tuple[float, ...]:
     if isinstance(allocation, Profile):
-        weights = allocation.weights(structure.layers)
-        return LayerWeights(weights, weights)
+        return allocation.weights(structure.layers)
     sizes = {(block.kind, bool(block.experts), block.groups) for block in structure.blocks}
     if len(sizes) > len({size[:2] for size in sizes}):
         raise AdaPrunerError("the layers of this model differ already: a uniform layout cannot be cut out of it")
-    return LayerWeights((1.0,) * structure.layers, (1.0,) * structure.layers)
+    return (1.0,) * structure.layers
 
 
 def _wanted(structure: Structure, budget: Budget, weights: dict[int, float], target: float) -> dict[int, float]:
     """Groups that each block would keep if fractions of them could be removed, `target` parameters in all."""
     blocks = {index: structure.blocks[index] for index in weights}
-    relative = {index: budget.head_share if block.kind == "heads" else 1.0 for index, block in blocks.items()}
+    relative = {index: budget.heads if block.kind == "heads" else 1.0 for index, block in blocks.items()}
 
     def shares(scale: float) -> dict[int, float]:
         return {index: relative[index] * min(1.0, scale * weight) for index, weight in weights.items()}
@@ -306,14 +364,14 @@ def _refuse_missed_ratio(
             most |= _in_steps(structure, budget, kind, wanted)
         return math.floor(1000 * structure.removed_parameters(list(most.values())) / total) / 1000
 
-    if (possible := largest(budget.head_share)) < budget.ratio:
+    if (possible := largest(budget.heads)) < budget.ratio:
         protected = ""
         if budget.allocation != "uniform":
-            by_layer = _layer_weights(structure, budget.allocation).others
+            by_layer = _layer_weights(structure, budget.allocation)
             ends = (by_layer, by_layer[::-1])
             first, last = (next((i for i, weight in enumerate(end) if weight), 0) for end in ends)
             protected = f"with the first {first} and the last {last} of {structure.layers} layers protected, "
-        hints = not isinstance(budget.heads, tuple) and budget.heads < 1
+        hints = budget.heads < 1
         more = f", {largest(1):.3f} with equal shares (`head_share` 1)" if hints else ""
         raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: {protected}at most {possible:.3f}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -56,16 +55,14 @@ def render_report(run: RunFolder, result: RunResult) -> str:
     config, search, dense, final = result.config, result.search, result.model("dense"), result.final
     try:
         finished = PruneResult(run.path, PruningPlan.load(run.path / "plan.json"), result)
-        samples, speed = read_samples(run, search.best.samples), read_speed(run, result)
+        samples, speed = read_samples(run, search.best.samples) if search else {}, read_speed(run, result)
         weight_bytes = sum(file.stat().st_size for file in finished.model_folder.glob("*.safetensors"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise AdaPrunerError(f"cannot read the run in {run.path}: {reason(error)}") from error
-    names = titles(config, search.best_fixed_name)
+    names = titles(result)
     used: dict[str, list[str]] = defaultdict(list)
     for use, text in assign_texts(config).used if final.perplexity else ():
         used[use].append(str(text))
-    budget = asdict((result.levelled.candidate if result.levelled else search.best).budget)
-    allocation = budget.pop("allocation")
     page = _TEMPLATES.get_template("report.html.jinja").render(
         policy=_POLICY,
         folder=run.path,
@@ -86,11 +83,11 @@ def render_report(run: RunFolder, result: RunResult) -> str:
         next_commands=next_commands(finished, speed is not None),
         model_tables=tables_of("Numbers of every model", result.models, names),
         texts=_tables.texts({names[model.role]: model for model in result.models}),
-        trials=_charts.trials(search),
-        strips=_charts.strips(search),
-        chosen=next(point for point in search.points if point.number == search.best_trial),
+        trials=_charts.trials(search) if search else None,
+        strips=_charts.strips(search) if search else None,
+        chosen=next(point for point in search.points if point.number == search.best_trial) if search else None,
         ladder=_tables.ladder(result),
-        allocation=budget | (allocation if isinstance(allocation, dict) else {"layers": allocation}),
+        costs=_tables.costs(result, finished.plan),
         command=command(config, run.path),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )

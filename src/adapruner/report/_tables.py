@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from adapruner.evaluation._speed import Rate, Speed
 from adapruner.numbers import difference, is_noise, shortened, signed, with_error
-from adapruner.result import ModelNumbers, Role, RunResult
-from adapruner.search._levelling import KeptAttention, MovedChannels
+from adapruner.planning._plan import PruningPlan
+from adapruner.result import ModelNumbers, Role, RunResult, titles
 from adapruner.tables import BARS, Cell, Cells, Column, Table, whiskers
 
 
@@ -126,6 +125,21 @@ def texts(models: Mapping[str, ModelNumbers]) -> Table:
     return Table("text-table", "What the models write", columns, rows)
 
 
+def costs(result: RunResult, plan: PruningPlan) -> Table | None:
+    """What cutting the blocks of each layer costs, as far as it was measured."""
+    if not result.costs:
+        return None
+    kinds, rows = {"heads": "attention", "channels": "feed-forward"}, dict[int, dict[str, Cell]]()
+    for number, cost in result.costs.by_block.items():
+        block = plan.blocks[number]
+        rows.setdefault(block.layer, {})[block.kind] = with_error(cost.nats, cost.standard_error)
+    columns = [Column("layer"), *(Column(f"{part}, nats per token") for part in kinds.values())]
+    cells: list[Cells] = [
+        [str(layer), *(own.get(kind, Cell("")) for kind in kinds)] for layer, own in sorted(rows.items())
+    ]
+    return Table("cost-table", "What a cut costs", columns, cells)
+
+
 class _Rung(NamedTuple):
     """A step of the ladder.
 
@@ -145,7 +159,7 @@ class _Rung(NamedTuple):
 
 def _rungs(result: RunResult) -> Iterator[_Rung]:
     search, is_compensated = result.search, result.config.compensation != "none"
-    fixed = f"best fixed metric ({search.best_fixed_name})"
+    fixed = titles(result)["best_fixed"].removesuffix(", not compensated")
     measured = {model.role for model in result.models if model.perplexity}
     if is_compensated and "best_fixed" in measured:
         yield _Rung(f"{fixed}, not compensated", role="best_fixed")
@@ -155,20 +169,10 @@ def _rungs(result: RunResult) -> Iterator[_Rung]:
         "starting point": "best starting point",
         "searched": "best point of the search",
     }
-    for step in search.steps:
+    for step in search.steps if search else ():
         gain = None if step.gain is None else (step.gain, step.standard_error)
         role: Role | None = "best_fixed" if step.name == "fixed metric" and not is_compensated else None
         yield _Rung(names[step.name], step.trial, step.loss, gain, role)
-    rounds, levelled = Counter[str](), result.levelled
-    for change in (*levelled.kept, *levelled.moves) if levelled else ():
-        if isinstance(change, KeptAttention):
-            name = f"attention of layer {change.layer} kept"
-        else:
-            kind = "widths levelled" if isinstance(change, MovedChannels) else "heads moved"
-            rounds[kind] += 1
-            name = f"{kind}, round {rounds[kind]}"
-        suffix = "" if change.accepted else ", not taken"
-        yield _Rung(f"{name}{suffix}", gain=(change.gain, change.gain_standard_error))
     is_healed = bool(result.healing and result.healing.record)
     done = {"final compensation": is_compensated, "healed": is_healed, "saved": True}
     yield _Rung(", ".join(name for name, is_done in done.items() if is_done), role="searched")

@@ -11,9 +11,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from adapruner.config import PruneConfig, PruneOptions
 from adapruner.errors import AdaPrunerError, describe_failure
 from adapruner.evaluation._tasks import check_tasks
+from adapruner.families import open_config
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.making import Making
+from adapruner.models._architecture import architecture_of
 from adapruner.models._device import computing_repeatably, resolve_devices
+from adapruner.models._places import find_model
+from adapruner.option_rules import EXPERT_TRIALS
 from adapruner.paths import given_path
 from adapruner.processes import this_process
 from adapruner.progress import Reporter
@@ -101,6 +105,9 @@ def making_of(config: PruneConfig, run: RunFolder, reporter: Reporter, earlier: 
         earlier: a run whose artifacts are taken over: those with the same key, and its search if only the ratio
             differs.
     """
+    # Experts have no ranking without a search.
+    if config.trials is None and architecture_of(open_config(find_model(config.model))).experts:
+        config = config.model_copy(update={"trials": EXPERT_TRIALS})
     given = {
         "config": config,
         "reporter": reporter,

@@ -94,14 +94,13 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
         ranges: both ends of the range of every parameter, or its choices.
         importance: the share of each parameter in the difference between the best trials and the others (PED-ANOVA,
             Watanabe et al., arXiv 2304.10255), largest first; empty if there are too few trials.
-        ratio: of all parameters, to be removed.
         trials: number of trials that were to be finished.
         best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
         best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
         by_kind: the same for the windows of each kind of text.
         best_trial: its number among `points`.
-        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples.
-        best_fixed_name: of that metric.
+        best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples; None if none was tried.
+        best_fixed_name: of that metric; empty if none was tried.
         stopped_early: number of trials that were stopped early.
         starting_points: number of points that the space tries before it searches.
         steps: the best trial of each kind, picked on the windows of the search, and its gain over the kind before.
@@ -111,15 +110,14 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
     points: tuple[TriedPoint, ...]
     ranges: dict[str, tuple[Parameter, ...]]
     importance: dict[str, float]
-    ratio: float
     trials: int
     best: Candidate
     best_loss: float
     by_kind: dict[str, float] = {}
     best_trial: int
-    best_fixed: Candidate
-    best_fixed_loss: float
-    best_fixed_name: str
+    best_fixed: Candidate | None = None
+    best_fixed_loss: float | None = None
+    best_fixed_name: str = ""
     stopped_early: int
     starting_points: int
     steps: tuple[Step, ...] = ()
@@ -207,27 +205,26 @@ def choose(
     contenders.sort(key=lambda contender: loss_of(contender.trial))
     fixed = [contender for contender in contenders if contender.is_fixed]
     starts = [contender for contender in contenders if contender.is_start]
-    if not fixed or not math.isfinite(loss_of(contenders[0].trial)):
+    if not contenders or not math.isfinite(loss_of(contenders[0].trial)):
         raise AdaPrunerError(
             f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
         )
     first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
     # The best fixed metric is judged further to compare with, and so is the best starting point.
-    best = min(_distinct([fixed[0], starts[0], *first]), key=attrgetter("guarded_loss"))
+    best = min(_distinct([*fixed[:1], *starts[:1], *first]), key=attrgetter("guarded_loss"))
     tried = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
     return SearchResult(
         points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
         ranges={name: _ends(kind) for name, kind in tried},
         importance=importance_of(finished),
-        ratio=space.budget.ratio,
         trials=trials,
         best=best.candidate,
         best_loss=best.final_loss,
         by_kind=best.by_kind,
         best_trial=best.number,
-        best_fixed=fixed[0].candidate,
-        best_fixed_loss=fixed[0].final_loss,
-        best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC],
+        best_fixed=fixed[0].candidate if fixed else None,
+        best_fixed_loss=fixed[0].final_loss if fixed else None,
+        best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC] if fixed else "",
         stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
         steps=tuple(_steps(contenders)),

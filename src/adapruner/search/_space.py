@@ -1,11 +1,11 @@
-"""The solution space: calibration samples, a mix of importance terms, and the allocation of the budget."""
+"""The solution space: calibration samples and a mix of importance terms."""
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,11 +13,10 @@ from optuna.trial import BaseTrial
 from pydantic import BaseModel
 from torch import Tensor
 
-from adapruner.config import Alignment, Layout, Reduction, Searched, Terms
+from adapruner.config import Alignment, Reduction, Searched, Terms
 from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint
 from adapruner.importance._terms import PAPER_TERMS, TERMS, Term, usable_terms
 from adapruner.measurement._statistics import Statistics
-from adapruner.planning._budget import Budget, Profile
 from adapruner.structure._blocks import Structure
 
 # The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.
@@ -31,29 +30,12 @@ FEATURES = ("loss", "gradient", "first_component", "second_component")
 # among the starting points.
 FIXED_METRIC, START = "fixed_metric", "start"
 
-MOST_PROTECTED_FIRST, MOST_PROTECTED_LAST = 6, 4
-# The share of heads is raised to one of these if channels alone cannot meet the ratio.
-_HEAD_SHARES = (0.25, 0.5, 0.75, 1.0)
-
-# The parameter that counts the layers whose attention is removed whole.
-_ATTENTION_REMOVED = "allocation.attentions_removed"
-
-
-def reused_layers(layout: Layout, protect_first: int | None, layers: int) -> int:
-    """Number of first layers whose outputs are kept for all trials: many trials cut nothing there."""
-    return min(layers, max(MOST_PROTECTED_FIRST, protect_first or 0)) if layout == "per-layer" else 0
-
 
 class Candidate(BaseModel, extra="forbid", frozen=True):
-    """A point of the solution space: a metric, the numbers of the pool samples that it is computed on, and a budget."""
+    """A point of the solution space: a metric, and the numbers of the pool samples that it is computed on."""
 
     point: MetricPoint
     samples: tuple[int, ...]
-    budget: Budget
-
-    def with_budget(self, budget: Budget) -> Candidate:
-        """The candidate with another budget."""
-        return self.model_copy(update={"budget": budget})
 
 
 @dataclass(frozen=True)
@@ -142,9 +124,6 @@ class _KnownTrial:
     def suggest_float(self, name: str, low: float, high: float, /) -> float:
         return float(self._value(name, low))
 
-    def suggest_int(self, name: str, low: int, high: int, /) -> int:
-        return int(self._value(name, low))
-
     def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any:
         return self._value(name, choices[0])
 
@@ -165,7 +144,6 @@ class SearchSpace(ABC):
         subsets: the family of calibration subsets.
         samples: number of samples in a subset.
         seed: of the random draw that LLM-Pruner's metrics are tried on.
-        budget: the amount to remove, and its allocation if that is not searched.
         reduction: reduces the vectors of a group to one score.
         terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
@@ -174,7 +152,6 @@ class SearchSpace(ABC):
     subsets: SubsetFamily
     samples: int
     seed: int
-    budget: Budget
     reduction: Reduction = "sum"
     terms: Terms = "all"
     searched: Searched = "joint"
@@ -185,8 +162,8 @@ class SearchSpace(ABC):
         return sorted(random.Random(self.seed).sample(range(len(self.subsets.gram)), self.samples))
 
     def starting_points(self) -> list[StartingPoint]:
-        """LLM-Pruner's metrics on a random draw, so that the best of all trials is no worse than they are; then points
-        that are good on most models, on the subset that represents the pool."""
+        """Points that are good on most models, the best first, on the subset that represents the pool, and LLM-Pruner's
+        metrics on a random draw."""
         metrics = [name for name in LLM_PRUNER_METRICS if self.terms == "all" or name == "vectorize"]
         if self.searched == "calibration":
             metrics = [self._held_metric]
@@ -194,15 +171,15 @@ class SearchSpace(ABC):
         parameters = [self._only_searched(untilted | point) for point in self._good_points()]
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
         return [
-            *(StartingPoint(attributes={FIXED_METRIC: name}) for name in metrics),
             *(StartingPoint(parameters=point) for point in distinct),
+            *(StartingPoint(attributes={FIXED_METRIC: name}) for name in metrics),
         ]
 
     def suggest(self, trial: BaseTrial) -> Candidate:
         """The candidate of the parameters that the trial suggests, or of its fixed metric."""
         if metric := trial.user_attrs.get(FIXED_METRIC):
             point = LLM_PRUNER_METRICS[metric]
-            return Candidate(point=point, samples=tuple(self.first_draw), budget=self.budget)
+            return Candidate(point=point, samples=tuple(self.first_draw))
         return self._ask(trial)
 
     def _ask(self, trial: Parameters) -> Candidate:
@@ -212,7 +189,7 @@ class SearchSpace(ABC):
         if self.searched != "metric":
             tilt = {feature: trial.suggest_float(f"samples.tilt_{feature}", -1, 1) for feature in FEATURES}
             samples = self.subsets.choose(self.samples, tilt)
-        return Candidate(point=point, samples=samples, budget=self.budget)
+        return Candidate(point=point, samples=samples)
 
     def _only_searched(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """The parameters that this space searches."""
@@ -272,70 +249,27 @@ class PaperSpace(SearchSpace):
 
 @dataclass(frozen=True)
 class ExtendedSpace(SearchSpace):
-    """All registered terms, and the allocation. Each family of terms has a weight. Each term of a family but the first
-    has a share of the family.
+    """All registered terms. Each family of terms has a weight. Each term of a family but the first has a share of the
+    family.
 
     Attributes:
-        fixed: options of the allocation that are not searched: `protect_first`, `protect_last` and `head_share`.
-        can_meet: True for a budget whose allocation can meet its ratio. For another, the search uses the nearest
-            allocation that can: with all attention kept, with fewer protected layers, then with more heads removed.
-            Without this function, candidates are used unchanged.
         experts: `none` without experts; `routing` if routing was measured, by which experts can be ranked as well; or
             `taylor` if they can be ranked by the Taylor terms alone.
-        attention_order: the layers whose attention may be removed whole, in the order of removal; how many is searched.
     """
 
-    fixed: frozenset[str] = field(default_factory=frozenset)
-    can_meet: Callable[[Budget], bool] | None = None
     experts: Literal["none", "routing", "taylor"] = "none"
-    attention_order: tuple[int, ...] = ()
-
-    def suggest(self, trial: BaseTrial) -> Candidate:
-        """The nearest candidate whose budget can be met, if there is one."""
-        candidate = super().suggest(trial)
-        if self.can_meet is None or self.searched != "joint" or FIXED_METRIC in trial.user_attrs:
-            return candidate
-        budgets = filter(self.can_meet, self._relaxed(candidate.budget))
-        return candidate.with_budget(next(budgets, candidate.budget))
 
     def _good_points(self) -> list[dict[str, Any]]:
-        profile = self.budget.allocation if isinstance(self.budget.allocation, Profile) else Profile()
-        # The parameters that give the budget of this space.
-        reference = _allocation(
-            heads="some" if self.budget.heads else "none",
-            head_share=self.budget.head_share,
-            tilt=profile.tilt,
-            bend=profile.bend,
-            protect_first=min(profile.protect_first, MOST_PROTECTED_FIRST),
-            protect_last=min(profile.protect_last, MOST_PROTECTED_LAST),
-        ) | self._attention_removed(0)
         # Router weight and output norm alone rank experts worse than how often they are used
         # (research/experiments/experts.md).
         experts = {} if self.experts == "none" else {"taylor": 1.0}
         routing = {"routing": 0.5} if self.experts == "routing" else {}
-        reconstruction = _mix(reconstruction=1.0, **experts) | reference
-        points = [
-            reconstruction,
-            reconstruction | {"allocation.bend": 0.8},
-            _mix(reconstruction=1.0, taylor=0.5, **routing) | reference | {"allocation.bend": 0.8},
-            _mix(conditional_variance=1.0, **experts) | reference,
-            _mix(reconstruction=0.5, conditional_variance=0.5, **experts) | reference | {"allocation.bend": 0.8},
-            reconstruction | _allocation(bend=0.4, heads="some", head_share=0.25),
-            reconstruction | {"allocation.bend": 0.8} | self._attention_removed(3),
+        return [
+            _mix(reconstruction=1.0, **experts),
+            _mix(reconstruction=1.0, taylor=0.5, **routing),
+            _mix(conditional_variance=1.0, **experts),
+            _mix(reconstruction=0.5, conditional_variance=0.5, **experts),
         ]
-        if self.budget.heads and "head_share" not in self.fixed:
-            # If channels alone do not suffice, this is far better on SmolLM2 (research/experiments/start-at-half.md).
-            points.append(
-                _mix(reconstruction=0.8, conditional_variance=0.2, **experts)
-                | reference
-                | _allocation(heads="some", head_share=0.6, protect_first=2, protect_last=0)
-                | self._attention_removed(1)
-            )
-        return points
-
-    def _ask(self, trial: Parameters) -> Candidate:
-        candidate = super()._ask(trial)
-        return candidate.with_budget(self._ask_for_budget(trial)) if self.searched == "joint" else candidate
 
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint:
         paper = self._taylor_weights(trial)
@@ -354,49 +288,6 @@ class ExtendedSpace(SearchSpace):
         if not any(weights.values()):
             weights["fine_first" if self.terms == "all" else "coarse_first"] = 1.0
         return MetricPoint(weights=weights, reduction=self.reduction)
-
-    def _ask_for_budget(self, trial: Parameters) -> Budget:
-        heads, allocation = self.budget.heads, self.budget.allocation
-        if "head_share" not in self.fixed:
-            some = trial.suggest_categorical("allocation.heads", ("none", "some")) == "some"
-            heads = trial.suggest_float("allocation.head_share", 0.05, 1.0) if some else 0.0
-        if isinstance(allocation, Profile):
-            changes: dict[str, Any] = {
-                "tilt": trial.suggest_float("allocation.tilt", -0.8, 0.8),
-                "bend": trial.suggest_float("allocation.bend", -0.5, 1.5),
-            }
-            for name, most in (("protect_first", MOST_PROTECTED_FIRST), ("protect_last", MOST_PROTECTED_LAST)):
-                if name not in self.fixed:
-                    changes[name] = trial.suggest_int(f"allocation.{name}", 0, most)
-            allocation = replace(allocation, **changes)
-        order = self.attention_order
-        removed = order[: trial.suggest_int(_ATTENTION_REMOVED, 0, len(order))] if order else ()
-        return replace(self.budget, heads=heads, allocation=allocation, without_attention=tuple(sorted(removed)))
-
-    def _attention_removed(self, count: int) -> dict[str, int]:
-        """The parameter that removes `count` attention layers, or as many as possible; empty if none may be removed."""
-        return {_ATTENTION_REMOVED: min(count, len(self.attention_order))} if self.attention_order else {}
-
-    def _relaxed(self, budget: Budget) -> Iterator[Budget]:
-        """The budget, then budgets that are ever easier to meet: with all attention kept, with one protected layer less
-        at the end that protects more, and when no layer is protected, with more heads removed."""
-        yield budget
-        if budget.without_attention:
-            budget = replace(budget, without_attention=())
-            yield budget
-        while isinstance(profile := budget.allocation, Profile):
-            protected = {
-                name: layers
-                for name in ("protect_first", "protect_last")
-                if (layers := getattr(profile, name)) and name not in self.fixed
-            }
-            if not protected:
-                break
-            most = max(protected, key=protected.__getitem__)
-            budget = replace(budget, allocation=replace(profile, **{most: protected[most] - 1}))
-            yield budget
-        if "head_share" not in self.fixed:
-            yield from (replace(budget, heads=share) for share in _HEAD_SHARES if share > budget.head_share)
 
 
 def _families(terms: list[Term]) -> dict[str, list[Term]]:
@@ -418,8 +309,3 @@ def _mix(**shares: float) -> dict[str, float]:
     mix = {f"family.{family}": shares.get(family, terms[0].share) for family, terms in families.items()}
     parts = {f"term.{term.name}": term.share for terms in families.values() for term in _joining(terms)}
     return mix | {"metric.fine": 1.0, "metric.fine_second_order": 0.5} | parts
-
-
-def _allocation(**values: float | str) -> dict[str, Any]:
-    """Parameters of the allocation."""
-    return {f"allocation.{name}": value for name, value in values.items()}

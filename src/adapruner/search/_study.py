@@ -22,13 +22,12 @@ from typing_extensions import NotRequired, TypedDict
 
 from adapruner.errors import AdaPrunerError, NonFiniteError, first_problem, reason
 from adapruner.interrupts import deferring_interrupts
-from adapruner.planning._budget import BudgetError
 from adapruner.search._objective import JUDGED_TOGETHER
 from adapruner.search._result import LOSSES, STOPPED, Judge, SearchResult, choose, compare, loss_of, quiet_optuna
 from adapruner.search._space import FIXED_METRIC, START, Candidate, SearchSpace
 
-# The loss of a trial, None if its budget cannot be met, and user attributes.
-_Outcome = tuple[float | None, dict[str, Any]]
+# The loss of a trial, and user attributes.
+_Outcome = tuple[float, dict[str, Any]]
 Progress = Callable[[float], None]
 
 # A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
@@ -41,26 +40,18 @@ _BATCH = "batch"
 
 
 class _Attributes(TypedDict):
-    """User attributes of a trial whose budget could not be met."""
+    """User attributes of a judged trial."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]  # of pydantic
 
     batch: Annotated[list[int], Field(min_length=2, max_length=2)]
     start: NotRequired[int]
     fixed_metric: NotRequired[str]
-
-
-class _AttributesOfJudged(_Attributes):
-    """User attributes of a judged trial."""
-
     losses: list[float]
     stopped: NotRequired[bool]
 
 
-_ATTRIBUTES: dict[TrialState, TypeAdapter[Any]] = {
-    TrialState.PRUNED: TypeAdapter(_Attributes),
-    TrialState.COMPLETE: TypeAdapter(_AttributesOfJudged),
-}
+_ATTRIBUTES: dict[TrialState, TypeAdapter[Any]] = {TrialState.COMPLETE: TypeAdapter(_Attributes)}
 
 
 @dataclass(frozen=True)
@@ -185,17 +176,13 @@ class _Trials:
         return min((trial for trial in self._finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
 
     def propose(self) -> list[optuna.Trial]:
-        """The next batch; empty if enough trials are finished, or the budget of as many proposals could not be met."""
-        search, finished = self.search, len(self._finished)
-        before = len(self.study.get_trials(deepcopy=False))
-        refused = before - finished
-        if max(finished, refused) >= search.trials:
+        """The next batch; empty if enough trials are finished."""
+        search, before = self.search, len(self._finished)
+        if before >= search.trials:
             return []
-        # Proposals that could not be met count, or the same would be proposed again.
-        counts = [finished, *filter(None, [refused])]
-        seed = random.Random("/".join(map(str, [search.seed, *counts]))).getrandbits(32)
+        seed = random.Random(f"{search.seed}/{before}").getrandbits(32)
         most = JUDGED_TOGETHER if search.judge_together else 1
-        size = self._interrupted or min(most, search.trials - finished)
+        size = self._interrupted or min(most, search.trials - before)
         self._interrupted = 0
         for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
             self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
@@ -212,12 +199,10 @@ class _Trials:
         for trial, (loss, attributes) in zip(proposed, outcomes, strict=True):
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
-            state = TrialState.PRUNED if loss is None else TrialState.COMPLETE
-            finished = self.study.tell(trial, loss, state)
+            finished = self.study.tell(trial, loss)
             if finished.number == len(self.kept.get_trials(deepcopy=False)):
                 self.kept.add_trial(finished)
-            if state == TrialState.COMPLETE:
-                self._report(len(self._finished))
+            self._report(len(self._finished))
 
     def _report(self, count: int) -> None:
         """Reports the best loss of the first finished trials."""
@@ -239,8 +224,6 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
                 raise NonFiniteError
             if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
                 return loss_of(best) + excess, {STOPPED: True, LOSSES: losses}
-    except BudgetError:
-        return None, {}
     except NonFiniteError:
         losses = []
     return statistics.fmean(losses) if losses else math.inf, {LOSSES: losses}

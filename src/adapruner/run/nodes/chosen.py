@@ -8,8 +8,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.calibration._text import Text
-from adapruner.config import Layout, Searched, Space, Terms
+from adapruner.config import Layout, RatioOf, Searched, Space, Terms
 from adapruner.errors import AdaPrunerError
-from adapruner.evaluation._losses import compute_prefix, window_losses
+from adapruner.evaluation._losses import window_losses
 from adapruner.files import is_whole, write_atomically
 from adapruner.graph.folder import RunFolder
 from adapruner.graph.records import Form
@@ -32,24 +31,28 @@ from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
 from adapruner.option_rules import (
     MEASURED_AT_ONCE,
-    TOKENS_FOR_ATTENTION,
     TOKENS_FOR_COSTS,
-    level_rounds_of,
-    may_remove_attention,
+    allocates_by_cost,
     scoring_count,
-    searches_widths,
+    searches,
     trials_of,
-    windows_of,
 )
-from adapruner.planning._budget import Budget, can_meet, kept_counts
-from adapruner.planning._plan import PruningPlan
+from adapruner.planning._budget import (
+    CHANNELS_BEFORE_HEADS,
+    Budget,
+    BudgetError,
+    ByCost,
+    Profile,
+    kept_counts,
+    largest_channel_share,
+)
+from adapruner.planning._plan import PruningPlan, make_plan
 from adapruner.progress import Reporter
-from adapruner.run.nodes.declared import GRAPH, json_form
-from adapruner.search._attention_order import AttentionOrder, attention_order
-from adapruner.search._levelling import Levelled, level
-from adapruner.search._objective import Objective, at_budget, plan_candidate
+from adapruner.run.nodes.declared import GRAPH, TENSORS, json_form
+from adapruner.search._costs import Costs, cuts_to_measure, measure_costs
+from adapruner.search._objective import Objective, plan_candidate
 from adapruner.search._result import SearchResult
-from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, build_subset_family, reused_layers
+from adapruner.search._space import ExtendedSpace, PaperSpace, SearchSpace, build_subset_family
 from adapruner.search._study import Search, StudyFile
 from adapruner.structure._blocks import Structure
 
@@ -75,20 +78,22 @@ def moments(
     return moments
 
 
-@GRAPH.leaf(lambda compares: compares)
-def compares_removals(space: Space, terms: Terms) -> bool:
-    """True if terms need the errors that removing groups makes."""
-    return needs_removal_errors(space, terms)
+@GRAPH.kept("removals.safetensors", TENSORS, is_wanted=needs_removal_errors)
+def removals(
+    dense: PreTrainedModel, structure: Structure, moments: StoredMoments, reporter: Reporter
+) -> dict[str, Tensor]:
+    """The errors that removing groups makes, by their name in `Statistics`."""
+    with reporter.stage("comparing removals", len(moments)) as advance:
+        return removal_errors(dense, structure, moments, advance)
 
 
-@GRAPH.kept("statistics.safetensors", STATISTICS, version=3)
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=searches)
 def statistics(
     dense: PreTrainedModel,
     structure: Structure,
     placement: Placement,
     windows: dict[str, Text],
-    moments: StoredMoments | None,
-    compares_removals: bool,
+    removals: dict[str, Tensor] | None,
     terms: Terms,
     reporter: Reporter,
     work: Path,
@@ -106,51 +111,80 @@ def statistics(
             write_atomically(parts[start], part.save)
             advance()
     statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
-    if moments is not None and compares_removals:
-        with reporter.stage("comparing removals", len(moments)) as advance:
-            statistics = replace(statistics, **removal_errors(dense, structure, moments, advance))
-    return statistics
+    return replace(statistics, **removals or {})
 
 
-# The attention that may be removed
+# How much is removed from each block
 
 
-@GRAPH.in_memory
-def prunable_layers(structure: Structure, protect_first: int | None, protect_last: int | None) -> range:
-    """The layers that the options do not protect."""
-    return range(protect_first or 0, structure.layers - (protect_last or 0))
-
-
-@GRAPH.in_memory
-def removable_attention(structure: Structure, remove_attention: bool | None, prunable_layers: range) -> list[int]:
-    """The layers whose attention the search may remove whole."""
+@GRAPH.leaf(lambda allocation: allocation and asdict(allocation))
+def allocation(
+    structure: Structure,
+    starting_budget: Budget,
+    space: Space,
+    layout: Layout,
+    ratio_of: RatioOf,
+    head_share: float | None,
+    remove_attention: bool | None,
+) -> ByCost | None:
+    """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
+    layers would lose more than half of their channels otherwise."""
     if remove_attention and not structure.attention_parameters:
         raise AdaPrunerError(
             f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
         )
-    return sorted(structure.attention_parameters.keys() & set(prunable_layers))
-
-
-@GRAPH.kept("attention.json", json_form(AttentionOrder), version=2, is_wanted=may_remove_attention)
-def ranked_attention(
-    dense_fast: PreTrainedModel,
-    structure: Structure,
-    windows: dict[str, Text],
-    removable_attention: list[int],
-    pool: int,
-    seq_len: int,
-    reporter: Reporter,
-) -> AttentionOrder:
-    """The order in which attention layers are removed."""
-    text = windows["pool"].windows[: windows_of(TOKENS_FOR_ATTENTION, pool, seq_len)]
-    with reporter.stage("ranking attention layers", len(removable_attention)) as advance:
-        return attention_order(dense_fast, structure, text, removable_attention, advance)
+    profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
+    if structure.cuts_experts or not decides or not isinstance(profile, Profile):
+        return None
+    channels = largest_channel_share(structure, kept_counts(structure, starting_budget))
+    heads = bool(starting_budget.heads) or channels > CHANNELS_BEFORE_HEADS
+    whole = heads if remove_attention is None else remove_attention
+    return ByCost(profile.protect_first, profile.protect_last, heads and head_share is None, whole)
 
 
 @GRAPH.in_memory
 def moments_to_correct(moments: StoredMoments | None, compensation: str) -> StoredMoments | None:
     """The second moments by which the remaining weights are corrected; None if they are not."""
     return None if compensation == "none" else moments
+
+
+@GRAPH.kept("costs.json", json_form(Costs), is_wanted=allocates_by_cost)
+def costs(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    allocation: ByCost | None,
+    removals: dict[str, Tensor],
+    moments_to_correct: StoredMoments | None,
+    text_to_learn: tuple[Text, Text],
+    seq_len: int,
+    memory_for_moments: dict[torch.device, int],
+    reporter: Reporter,
+) -> Costs:
+    """The cost of cutting each block, on text that is not fitted where there is enough. It does not depend on the
+    ratio."""
+    cuts = cuts_to_measure(structure, allocation) if allocation else {}
+    learnt, held_out = (text.windows for text in text_to_learn)
+    text = (held_out if len(held_out) else learnt)[: max(8, TOKENS_FOR_COSTS // seq_len)]
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
+    with reporter.stage("measuring costs", len(cuts)) as advance:
+        return measure_costs(dense_fast, structure, removals["elimination_error"], held, text, cuts, advance)
+
+
+@GRAPH.costly
+def counts(
+    structure: Structure,
+    starting_budget: Budget,
+    allocation: ByCost | None,
+    costs: Costs | None,
+    removals: dict[str, Tensor] | None,
+) -> list[int]:
+    """The number of groups that each block keeps: by cost, or as options describe if the ratio is not met by that, as
+    where a whole head is too much."""
+    if allocation and costs and removals:
+        of_groups = costs.of_groups(structure, removals["elimination_error"])
+        with contextlib.suppress(BudgetError):
+            return kept_counts(structure, replace(starting_budget, allocation=allocation, heads=0.0), of_groups)
+    return kept_counts(structure, starting_budget)
 
 
 # The search
@@ -189,35 +223,23 @@ def importance_terms() -> dict[str, Term]:
 def space_of_search(
     structure: Structure,
     statistics: Statistics,
-    starting_budget: Budget,
-    ranked_attention: AttentionOrder | None,
+    counts: list[int],
     importance_terms: dict[str, Term],
     samples: int,
     seed: int,
     space: Any,
-    protect_first: int | None,
-    protect_last: int | None,
-    head_share: float | None,
     alignment: Any,
     reduction: Any,
     terms: Any,
     search: Any,
 ) -> SearchSpace:
     """The candidates among which is searched."""
-    subsets = build_subset_family(statistics, structure, kept_counts(structure, starting_budget))
-    common = subsets, samples, seed, starting_budget, reduction, terms, search
+    common = build_subset_family(statistics, structure, counts), samples, seed, reduction, terms, search
     if space == "paper":
         return PaperSpace(*common, alignment)
     # The space reads the registry itself: `importance_terms` puts its content into the key.
     is_routed = statistics.routed_share is not None and bool(statistics.routed_share.any())
-    allocation = {"protect_first": protect_first, "protect_last": protect_last, "head_share": head_share}
-    return ExtendedSpace(
-        *common,
-        fixed=frozenset(name for name, value in allocation.items() if value is not None),
-        can_meet=partial(can_meet, structure),
-        experts="none" if not structure.has_experts else "routing" if is_routed else "taylor",
-        attention_order=ranked_attention.shortened(structure, starting_budget.ratio) if ranked_attention else (),
-    )
+    return ExtendedSpace(*common, "none" if not structure.has_experts else "routing" if is_routed else "taylor")
 
 
 @GRAPH.costly
@@ -226,18 +248,17 @@ def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tenso
     return window_losses(dense_fast, windows["objective"].windows)
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=9, is_result=True)
+@GRAPH.kept("search.json", json_form(SearchResult), version=10, is_result=True, is_wanted=searches)
 def found(
     dense_fast: PreTrainedModel,
     structure: Structure,
     dense_losses: Tensor,
     statistics: Statistics,
+    counts: list[int],
     moments_to_correct: StoredMoments | None,
     space_of_search: SearchSpace,
     windows: dict[str, Text],
     placement: Placement,
-    layout: Layout,
-    protect_first: int | None,
     trials: int | None,
     space: Space,
     search: Searched,
@@ -251,16 +272,14 @@ def found(
 ) -> SearchResult:
     """The outcome of the search."""
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
-    reused = reused_layers(layout, protect_first, structure.layers)
 
     def objective(places: slice) -> Objective:
         text = windows["objective"].windows[places]
-        prefix = compute_prefix(dense_fast, text, reused) if reused else None
-        return Objective(dense_fast, structure, statistics, text, dense_losses[places], held, prefix)
+        return Objective(dense_fast, structure, statistics, counts, text, dense_losses[places], held)
 
     scoring = scoring_count(objective_windows, final_windows, len(dense_losses))
     judge, further = objective(slice(scoring)), slice(scoring, None)
-    count = trials_of(trials, space, search, len(space_of_search.starting_points()))
+    count = trials_of(trials, space, search)
     judge_together = judge.together if placement.layer_wise else None
     study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
     with reporter.stage("searching", count) as advance:
@@ -269,61 +288,16 @@ def found(
         return study.result(judge_further, windows["objective"].kinds)
 
 
-# The candidate at the ratio of the run
-
-
-@GRAPH.kept(
-    "levelled.json",
-    json_form(Levelled),
-    version=6,
-    is_wanted=lambda level_rounds, ratio, ratio_of, search, space, layout: (
-        level_rounds_of(level_rounds, ratio) and searches_widths(ratio_of, search, space, layout)
-    ),
-)
-def levelled(
-    dense_fast: PreTrainedModel,
-    structure: Structure,
-    statistics: Statistics,
-    moments_to_correct: StoredMoments | None,
-    windows: dict[str, Text],
-    dense_losses: Tensor,
-    found: SearchResult,
-    starting_budget: Budget,
-    level_rounds: int | None,
-    ratio: float,
-    prunable_layers: range,
-    head_share: float | None,
-    pool: int,
-    seq_len: int,
-    memory_for_moments: dict[torch.device, int],
-    reporter: Reporter,
-) -> Levelled:
-    """The chosen candidate at the ratio, with attention kept that is worth it and its widths levelled: costs are
-    measured on the pool, and the windows of the objective decide what is accepted. A given share of heads is kept, and
-    layers that the options protect are."""
-    candidate = at_budget(structure, found.best, starting_budget)
-    rounds = level_rounds_of(level_rounds, ratio)
-    text = windows["pool"].windows[: windows_of(TOKENS_FOR_COSTS, pool, seq_len)]
-    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
-    objective = Objective(dense_fast, structure, statistics, windows["objective"].windows, dense_losses, held)
-    blocks = [
-        block
-        for block in structure.blocks
-        if block.layer in prunable_layers
-        and (head_share is None if block.kind == "heads" else block.kind == "channels" and not block.experts)
-    ]
-    with reporter.stage("levelling widths", len(blocks) * rounds) as advance:
-        return level(objective, text, candidate, rounds, prunable_layers, head_share is None, advance)
-
-
-@GRAPH.kept("plan.json", PLAN, version=2, is_result=True)
+@GRAPH.kept("plan.json", PLAN, version=3, is_result=True)
 def plan(
     structure: Structure,
-    statistics: Statistics,
-    found: SearchResult,
-    levelled: Levelled | None,
-    starting_budget: Budget,
+    counts: list[int],
+    removals: dict[str, Tensor] | None,
+    statistics: Statistics | None,
+    found: SearchResult | None,
 ) -> PruningPlan:
-    """The plan of the chosen candidate."""
-    best = levelled.candidate if levelled else found.best
-    return plan_candidate(structure, statistics, at_budget(structure, best, starting_budget))
+    """The plan of the chosen candidate; without a search, what is eliminated last is kept."""
+    if found is None or statistics is None:
+        assert removals is not None
+        return make_plan(structure, removals["elimination_error"], counts)
+    return plan_candidate(structure, statistics, found.best, counts)

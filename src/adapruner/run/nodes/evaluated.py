@@ -24,15 +24,14 @@ from adapruner.models._config import load_config
 from adapruner.models._device import describe_device, in_fastest_dtype
 from adapruner.models._loading import empty_model
 from adapruner.models._places import ModelLocation, find_model
-from adapruner.planning._budget import Budget
 from adapruner.planning._plan import PruningPlan
 from adapruner.progress import Reporter, StageCost
 from adapruner.recovery._healing import Healing
 from adapruner.report._page import render_report
 from adapruner.result import IS_WANTED, ModelNumbers, Role, RunResult, roles_of, verdict_of
 from adapruner.run.nodes.declared import GRAPH, TENSORS, json_form
-from adapruner.search._levelling import Levelled
-from adapruner.search._objective import at_budget, plan_candidate
+from adapruner.search._costs import Costs
+from adapruner.search._objective import plan_candidate
 from adapruner.search._result import SearchResult
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
@@ -56,12 +55,12 @@ def pruned_fast(pruned_model: PreTrainedModel) -> PreTrainedModel:
 
 @GRAPH.costly
 def best_fixed_model(
-    dense: PreTrainedModel, structure: Structure, statistics: Statistics, found: SearchResult, starting_budget: Budget
+    dense: PreTrainedModel, structure: Structure, statistics: Statistics, found: SearchResult, counts: list[int]
 ) -> PreTrainedModel:
     """The dense model cut by the best of LLM-Pruner's metrics as that is used elsewhere: without compensation, though
     its trial was compensated as all are."""
-    best_fixed = at_budget(structure, found.best_fixed, starting_budget)
-    return prune_model(dense, structure, plan_candidate(structure, statistics, best_fixed))
+    assert found.best_fixed is not None
+    return prune_model(dense, structure, plan_candidate(structure, statistics, found.best_fixed, counts))
 
 
 def measured_perplexity(
@@ -163,13 +162,13 @@ def measured(
     }
 
 
-@GRAPH.kept("result.json", json_form(RunResult), version=6, is_result=True, is_record=True, beside=("model/README.md",))
+@GRAPH.kept("result.json", json_form(RunResult), version=7, is_result=True, is_record=True, beside=("model/README.md",))
 def result(
     config: PruneConfig,
     location: ModelLocation,
     windows: dict[str, Text],
-    found: SearchResult,
-    levelled: Levelled | None,
+    costs: Costs | None,
+    found: SearchResult | None,
     plan: PruningPlan,
     pruned: Path,
     healed: Healing | None,
@@ -195,8 +194,8 @@ def result(
     result = RunResult(
         config=config,
         plan_hash=plan.hash,
+        costs=costs,
         search=found,
-        levelled=levelled,
         healing=healed,
         models=tuple(numbers),
         windows={use: {kind: len(own) for kind, own in text.by_kind.items()} for use, text in windows.items()},

@@ -17,14 +17,14 @@ from adapruner.calibration._pool import (
 )
 from adapruner.calibration._sources import Part, Source
 from adapruner.calibration._text import Text, counts_of, load_texts_by_use, save_texts_by_use
-from adapruner.config import Space, Terms
+from adapruner.config import Searched, Space, Terms
 from adapruner.errors import AdaPrunerError
 from adapruner.evaluation._losses import finite_windows
 from adapruner.graph.records import Form
 from adapruner.importance._terms import needs_moments
 from adapruner.models._architecture import check_length, check_tokens
 from adapruner.models._generation import end_tokens
-from adapruner.option_rules import scoring_bounds
+from adapruner.option_rules import scoring_bounds, searches
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
@@ -46,10 +46,15 @@ def window_counts(
     compensation: str,
     space: Space,
     terms: Terms,
+    trials: int | None,
+    search: Searched,
 ) -> dict[str, dict[str, int]]:
-    """The number of windows of each kind for each use; for the objective, with those for the final choice."""
-    objective = scoring_bounds(objective_windows)[1] + final_windows
-    counts = {"pool": counts_of(calibration_texts, pool), "objective": counts_of(objective_texts, objective)}
+    """The number of windows of each kind for each use; for the objective, with those for the final choice. Only a
+    search has a pool and an objective."""
+    counts = {}
+    if searches(trials, space, search):
+        objective = scoring_bounds(objective_windows)[1] + final_windows
+        counts = {"pool": counts_of(calibration_texts, pool), "objective": counts_of(objective_texts, objective)}
     if needs_moments(compensation, space, terms):
         counts["compensation"] = counts_of(calibration_texts, compensation_windows)
     return counts
@@ -69,12 +74,12 @@ def drawn(
     """The windows out of datasets by use and kind, [windows, tokens] each, int64; without those that the model
     writes."""
     fewest = {
-        "pool": window_counts["pool"],
+        "pool": window_counts.get("pool", {}),
         "objective": counts_of(objective_texts, scoring_bounds(objective_windows)[0]),
     }
     drawn: dict[str, Windows] = {use: {} for use in window_counts}
     for use, blend in (("pool", calibration_texts), ("objective", objective_texts)):
-        for kind, source in sources_of(blend):
+        for kind, source in sources_of(blend) if use in window_counts else ():
             if count := window_counts[use][kind]:
                 drawn[use][kind] = draw_windows(source, tokenizer, count, seq_len, seed, fewest[use][kind])
     for kind, source in sources_of(calibration_texts) if "compensation" in window_counts else ():
@@ -111,7 +116,7 @@ def windows(
     )
     for of_text, blend, uses in parts:
         counts = {
-            part.name: max(window_counts[use][part.name] for use in uses if use in windows)
+            part.name: max((window_counts[use][part.name] for use in uses if use in windows), default=0)
             for part in blend
             if part.is_written
         }
@@ -161,4 +166,4 @@ def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, Evalua
 def text_to_learn(windows: dict[str, Text]) -> tuple[Text, Text]:
     """The text that the pruned model is fitted and trained on, and the text on which the training is judged, which is
     not fitted either."""
-    return windows.get("compensation", windows["pool"]).held_out(HELD_OUT_TO_HEAL)
+    return windows["compensation" if "compensation" in windows else "pool"].held_out(HELD_OUT_TO_HEAL)

@@ -1,0 +1,185 @@
+"""Three models, ours and four peers, three ratios: what is left, and what it took.
+
+Makes "Compared with other methods" of research/results.md. A ratio is a share of the blocks (attention and
+feed-forward), because embeddings are 21 to 63 % of these models. Every cell is a process of its own and does all that
+its method needs: processor seconds and peak memory are those until the model is made. Only the text is given, the same
+for all: what the model writes as `mix`, from the folder of a run, whose time is in its report.
+
+    adapruner prune MODEL --effort quick --ratio 0.05 -o runs/text
+    python benchmarks/models.py --model MODEL --text runs/text --output runs/models
+    python benchmarks/models.py --table --output runs/models
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+from cyclopts import Parameter, run
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import adapruner
+from adapruner.calibration._pool import evenly_spaced, text_windows
+from adapruner.calibration._sources import parse_source
+from adapruner.calibration._text import load_texts_by_use
+from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.evaluation._perplexity import measure_perplexity
+from adapruner.models._device import in_fastest_dtype
+from adapruner.models._loading import load_model, load_tokenizer
+from adapruner.models._places import find_model
+from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.structure._build import build_structure
+from peers import PEERS, Setting, prune_by
+
+TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
+EFFORTS = ("quick", "standard")
+Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+
+
+def main(
+    *,
+    output: Path,
+    model: str = "smollm2",
+    text: Path | None = None,
+    methods: Names = (*EFFORTS, *PEERS),
+    ratios: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.1, 0.2, 0.3),
+    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0,),
+    windows: int = 192,
+    reported: int = 48,
+    cell: bool = False,
+    table: bool = False,
+) -> None:
+    """Runs what results.jsonl does not hold yet.
+
+    Args:
+        text: the run that wrote the text, or its windows.safetensors.
+        seeds: of ours; the peers have none.
+        windows: of the text that a method may use.
+        reported: windows of each reported text, evenly spaced.
+        cell: one cell, in this process; the others are processes that this one starts.
+        table: print the table.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    if table:
+        print_table([json.loads(line) for line in results.read_text().splitlines()])
+        return
+    assert text is not None, "name the run that wrote the text: --text"
+    if cell:
+        entry = measured(output, model, text, methods[0], ratios[0], seeds[0], windows, reported)
+        with results.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(entry, flush=True)
+        return
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {(entry["model"], entry["method"], entry["ratio"], entry["seed"]) for entry in known}
+    cells = [("dense", 0.0, 0), *((name, ratio, seed) for ratio, name in product(ratios, methods) for seed in seeds)]
+    for name, ratio, seed in cells:
+        if (name not in EFFORTS and seed != seeds[0] and name != "dense") or (shown(model), name, ratio, seed) in done:
+            continue
+        arguments = {"output": output, "model": model, "text": text, "methods": name, "ratios": ratio, "seeds": seed}
+        arguments |= {"windows": windows, "reported": reported}
+        flags = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+        subprocess.run([sys.executable, __file__, *flags, "--cell"], check=True)
+
+
+def shown(model: str) -> str:
+    """The name of a model in results."""
+    return Path(model).name
+
+
+def measured(
+    output: Path, name: str, text: Path, method: str, ratio: float, seed: int, windows: int, reported: int
+) -> dict[str, Any]:
+    """A cell: the numbers of the model that a method makes."""
+    location = find_model(name)
+    path = text / "windows.safetensors" if text.is_dir() else text
+    given = load_texts_by_use(path)["compensation"].windows[:windows]
+    tokenizer, dense = load_tokenizer(location), load_model(location)
+    structure = build_structure(dense)
+    blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)
+    folder = output / f"{shown(name)}-{method}-{ratio:g}-{seed}"
+    begun = time.process_time()
+    made, share = made_by(method, name, dense, structure, given, ratio * blocks, seed, folder)
+    seconds = share * (time.process_time() - begun)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if method in PEERS:
+        save_checkpoint(made, tokenizer, folder / "model")
+    fast = in_fastest_dtype(made)
+    reports = {of: evenly_spaced(text_windows(parse_source(of, "report"), tokenizer, 128), reported) for of in TEXTS}
+    return {
+        "model": shown(name),
+        "method": method,
+        "ratio": ratio,
+        "seed": seed,
+        "removed": 1 - count_parameters(made) / count_parameters(dense),
+        "seconds": round(seconds),
+        "peak": peak,
+        "perplexity": {of: measure_perplexity(fast, part, of).perplexity for of, part in reports.items()},
+    }
+
+
+def made_by(
+    method: str,
+    name: str,
+    dense: PreTrainedModel,
+    structure: Structure,
+    windows: Tensor,
+    parameters: float,
+    seed: int,
+    folder: Path,
+) -> tuple[PreTrainedModel, float]:
+    """The model that a method makes, and the share of its time that was over when it was saved."""
+    if method == "dense":
+        return dense, 1.0
+    if method in PEERS:
+        # No peer weights tokens by what a norm makes of them.
+        plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
+        return prune_by(method, Setting(dense, plain, windows, parameters)), 1.0
+    del dense
+    result = adapruner.prune(
+        name,
+        windows,
+        output=folder,
+        ratio=parameters / structure.total_parameters,
+        effort=method,
+        seed=seed,
+        evaluate=("ptb",),
+        evaluate_windows=1,
+    )
+    after = ("evaluating", "writing answers", "comparing abilities")
+    seconds = {stage: cost.seconds for stage, cost in result.result.stages.items()}
+    before = sum(own for stage, own in seconds.items() if not stage.startswith(after))
+    return result.model, before / sum(seconds.values())
+
+
+def print_table(entries: list[dict[str, Any]]) -> None:
+    """Markdown: a row for each model, ratio and method; perplexities as multiples of the dense model's."""
+    print("| model | blocks removed | of all | method | processor seconds | GiB | BoolQ | WikiText2 | PTB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    dense = {entry["model"]: entry["perplexity"] for entry in entries if entry["method"] == "dense"}
+    rows: dict[tuple[str, float, str], list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        rows[entry["model"], entry["ratio"], entry["method"]].append(entry)
+    for (model, ratio, method), own in sorted(rows.items()):
+        if method != "dense":
+            times = [fmean(entry["perplexity"][of] / dense[model][of] for entry in own) for of in TEXTS]
+            cells = [f"{ratio:.0%}", f"{own[0]['removed']:.1%}", method, f"{fmean(e['seconds'] for e in own):,.0f}"]
+            cells += [f"{max(entry['peak'] for entry in own) / 2**30:.1f}", *(f"{value:.3f}" for value in times)]
+            print(f"| {model} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    run(main)

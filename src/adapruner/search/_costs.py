@@ -1,0 +1,137 @@
+"""What it costs to cut each block, in nats: from these costs follows how much is removed from which layer."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adapruner.evaluation._losses import compute_prefix, log_probabilities
+from adapruner.measurement._moments import InputMoments
+from adapruner.models._layers import loaded_layer
+from adapruner.planning._budget import ByCost
+from adapruner.planning._plan import make_plan
+from adapruner.structure._blocks import Block, Kind, Structure
+from adapruner.surgery._cut import prune_on_reading
+
+# Every fourth prediction is compared: neighbours tell much the same, and a large vocabulary costs more than the layers.
+_COMPARED = slice(None, None, 4)
+# A model that is broken by a cut.
+_BROKEN = 1e6
+
+
+class Cost(BaseModel, extra="forbid", frozen=True):
+    """What one cut costs.
+
+    Attributes:
+        kept: number of groups that the block keeps.
+        nats: divergence of the model in which that block alone is cut and compensated from the dense model, per
+            predicted token.
+        standard_error: over the windows; None if there is only one.
+    """
+
+    kept: int
+    nats: float
+    standard_error: float | None
+
+
+class Costs(BaseModel, extra="forbid", frozen=True):
+    """The cost of one cut of every block that may be cut, by the number of the block."""
+
+    by_block: dict[int, Cost]
+
+    def of_groups(self, structure: Structure, errors: Tensor) -> Tensor:
+        """[groups], float64, in nats per token: what each group adds when those of its block are removed one after the
+        other. Costs grow with the error of the output, so one cut of a block gives all; and few tokens decide a cost,
+        so only half of its distance from the median of such blocks counts, in logarithms
+        (research/experiments/costs.md).
+
+        Args:
+            errors: [groups], what each group adds to the error of the output (`elimination_error`).
+        """
+        costs, of_kinds = errors.double().clone(), defaultdict[Kind, list[float]](list)
+        for number, cost in self.by_block.items():
+            of_kinds[structure.blocks[number].kind].append(cost.nats)
+        for number, cost in self.by_block.items():
+            block = structure.blocks[number]
+            own = costs[structure.group_offsets[number] : structure.group_offsets[number + 1]]
+            removed = (block.groups - cost.kept) // block.strata
+            error = own.view(block.strata, -1).sort(1).values[:, :removed].sum()
+            damped = math.sqrt(cost.nats * statistics.median(of_kinds[block.kind]))
+            own *= damped / error.clamp_min(torch.finfo(torch.float32).tiny)
+        return costs
+
+
+def cuts_to_measure(structure: Structure, allocation: ByCost) -> dict[int, int]:
+    """By block, the number of groups that it keeps in the cut whose cost is measured: none of an attention that may be
+    removed whole, half of others."""
+
+    def kept(block: Block) -> int:
+        if allocation.may_remove(structure, block):
+            return 0
+        half = block.strata * round(block.groups / block.strata / 2)
+        return max(half, block.strata * math.ceil(max(block.least, 1) / block.strata))
+
+    cuts = {number: kept(structure.blocks[number]) for number in allocation.cut_blocks(structure)}
+    return {number: count for number, count in cuts.items() if count < structure.blocks[number].groups}
+
+
+@torch.inference_mode()
+def measure_costs(
+    model: PreTrainedModel,
+    structure: Structure,
+    errors: Tensor,
+    compensation: Mapping[int, InputMoments] | None,
+    windows: Tensor,
+    cuts: Mapping[int, int],
+    progress: Callable[[int], None] | None = None,
+) -> Costs:
+    """Cuts one block after the other, and compares with the dense model. The layers before a block are not computed
+    again.
+
+    Args:
+        errors: [groups], by which the groups of a block are ranked.
+        windows: [windows, tokens], int64.
+        cuts: by number of the block, how many groups it keeps.
+        progress: called with 1 after every block.
+    """
+    prefix = compute_prefix(model, windows, structure.layers)
+
+    def after(index: int, layer: nn.Module, states: Iterable[Tensor]) -> list[Tensor]:
+        return [calls[index].run(layer, state) for calls, state in zip(prefix.calls, states, strict=True)]
+
+    def predictions(states: Iterable[Tensor]) -> list[Tensor]:
+        calls = (call for call, *_ in prefix.calls)
+        return [log_probabilities(model, state[:, _COMPARED], call) for state, call in zip(states, calls, strict=True)]
+
+    dense, by_block = predictions(states[-1] for states in prefix.states), dict[int, Cost]()
+    for index in range(structure.layers):
+        states = {}
+        for number in (number for number in cuts if structure.blocks[number].layer == index):
+            counts = [block.groups for block in structure.blocks]
+            counts[number] = cuts[number]
+            alone = prune_on_reading(model, structure, make_plan(structure, errors, counts), compensation)
+            with loaded_layer(model, index), loaded_layer(alone, index) as layer:
+                states[number] = after(index, layer, (known[index] for known in prefix.states))
+        for later in range(index + 1, structure.layers if states else 0):
+            with loaded_layer(model, later) as layer:
+                states = {number: after(later, layer, own) for number, own in states.items()}
+        for number, own in states.items():
+            by_block[number] = _cost(cuts[number], dense, predictions(own))
+            if progress:
+                progress(1)
+    return Costs(by_block=by_block)
+
+
+def _cost(kept: int, dense: list[Tensor], cut: list[Tensor]) -> Cost:
+    divergence = torch.cat([(p.exp() * (p - q)).sum(-1).double().mean(1) for p, q in zip(dense, cut, strict=True)])
+    if not divergence.isfinite().all():
+        return Cost(kept=kept, nats=_BROKEN, standard_error=None)
+    error = float(divergence.std()) / math.sqrt(len(divergence)) if len(divergence) > 1 else None
+    return Cost(kept=kept, nats=float(divergence.mean()), standard_error=error)
