@@ -29,7 +29,7 @@ from adapruner.recipe import read_recipe, recipes
 
 RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4", "--final-windows", "0"]
 RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--no-remove-attention"]
-RUN += ["--level-rounds", "0", "--heal", "none"]
+RUN += ["--heal", "none"]
 
 
 def run(*arguments: str) -> None:

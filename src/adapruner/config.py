@@ -255,8 +255,8 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         le=1,
-        description="Pruning of heads relative to channels: 0 none, 1 equal; by default 0 up to half of the channels, then"
-        " what costs least.",
+        description="Pruning of heads relative to channels: 0 none, 1 equal; by default 0 up to half of the channels,"
+        " then what costs least.",
     )
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from adapruner.models._architecture import architecture_of
-from adapruner.models.modeling_pruned import Nothing
 
 # Weights by name within a layer.
 ReadLayer = Callable[[], dict[str, Tensor]]
@@ -84,17 +83,6 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
     hidden], for the batch that the model will be called with, as it does in the `call` of any layer."""
     output = call.output(state)
     with other_forwards({layer: lambda *_, **__: output for layer in decoder_layers(model)[:count]}):
-        yield
-
-
-@contextlib.contextmanager
-def without_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[None]:
-    """While it lasts, the attention of some layers adds nothing to the hidden state."""
-    attention = architecture_of(model.config).attention
-    assert attention is not None
-    nothing = Nothing(attention.returned).forward
-    modules = [decoder_layers(model)[layer].get_submodule(attention.module) for layer in layers]
-    with other_forwards(dict.fromkeys(modules, nothing)):
         yield
 
 

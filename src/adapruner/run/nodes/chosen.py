@@ -117,7 +117,7 @@ def statistics(
 # How much is removed from each block
 
 
-@GRAPH.leaf(lambda allocation: allocation and asdict(allocation))
+@GRAPH.leaf(lambda allocation: allocation and [*asdict(allocation).values()])
 def allocation(
     structure: Structure,
     starting_budget: Budget,

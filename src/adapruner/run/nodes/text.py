@@ -35,6 +35,12 @@ HELD_OUT_TO_HEAL = 14
 TEXTS: Form[dict[str, Text]] = Form(save_texts_by_use, load_texts_by_use)
 
 
+@GRAPH.leaf(lambda is_searched: is_searched, title="search")
+def is_searched(trials: int | None, space: Space, search: Searched) -> bool:
+    """True if there is a search; more trials need no other text."""
+    return searches(trials, space, search)
+
+
 @GRAPH.in_memory
 def window_counts(
     calibration_texts: tuple[BlendPart, ...],
@@ -46,13 +52,12 @@ def window_counts(
     compensation: str,
     space: Space,
     terms: Terms,
-    trials: int | None,
-    search: Searched,
+    is_searched: bool,
 ) -> dict[str, dict[str, int]]:
     """The number of windows of each kind for each use; for the objective, with those for the final choice. Only a
     search has a pool and an objective."""
     counts = {}
-    if searches(trials, space, search):
+    if is_searched:
         objective = scoring_bounds(objective_windows)[1] + final_windows
         counts = {"pool": counts_of(calibration_texts, pool), "objective": counts_of(objective_texts, objective)}
     if needs_moments(compensation, space, terms):
