@@ -2,10 +2,11 @@
 
 Makes "Compared with other methods" of research/results.md. A ratio is a share of the blocks (attention and
 feed-forward), because embeddings are 21 to 63 % of these models. Every cell is a process of its own and does all that
-its method needs: processor seconds and peak memory are those until the model is made. Only the text is given, the same
-for all: what the model writes as `mix`, from the folder of a run, whose time is in its report.
+its method needs: processor seconds and peak memory are those until the model is made. Only the text is given: windows
+that the model wrote as `mix`, from a run. The peers read those of them that ours reads for compensation, so `quick` is
+run first.
 
-    adapruner prune MODEL --effort quick --ratio 0.05 -o runs/text
+    adapruner prune MODEL --compensation-windows 384 --ratio 0.05 -o runs/text
     python benchmarks/models.py --model MODEL --text runs/text --output runs/models
     python benchmarks/models.py --table --output runs/models
 """
@@ -55,7 +56,6 @@ def main(
     methods: Names = (*EFFORTS, *PEERS),
     ratios: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.1, 0.2, 0.3),
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0,),
-    windows: int = 192,
     reported: int = 48,
     cell: bool = False,
     table: bool = False,
@@ -65,7 +65,6 @@ def main(
     Args:
         text: the run that wrote the text, or its windows.safetensors.
         seeds: of ours; the peers have none.
-        windows: of the text that a method may use.
         reported: windows of each reported text, evenly spaced.
         cell: one cell, in this process; the others are processes that this one starts.
         table: print the table.
@@ -77,7 +76,7 @@ def main(
         return
     assert text is not None, "name the run that wrote the text: --text"
     if cell:
-        entry = measured(output, model, text, methods[0], ratios[0], seeds[0], windows, reported)
+        entry = measured(output, model, text, methods[0], ratios[0], seeds[0], reported)
         with results.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
@@ -89,7 +88,7 @@ def main(
         if (name not in EFFORTS and seed != seeds[0] and name != "dense") or (shown(model), name, ratio, seed) in done:
             continue
         arguments = {"output": output, "model": model, "text": text, "methods": name, "ratios": ratio, "seeds": seed}
-        arguments |= {"windows": windows, "reported": reported}
+        arguments["reported"] = reported
         flags = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
         subprocess.run([sys.executable, __file__, *flags, "--cell"], check=True)
 
@@ -100,12 +99,14 @@ def shown(model: str) -> str:
 
 
 def measured(
-    output: Path, name: str, text: Path, method: str, ratio: float, seed: int, windows: int, reported: int
+    output: Path, name: str, text: Path, method: str, ratio: float, seed: int, reported: int
 ) -> dict[str, Any]:
     """A cell: the numbers of the model that a method makes."""
     location = find_model(name)
     path = text / "windows.safetensors" if text.is_dir() else text
-    given = load_texts_by_use(path)["compensation"].windows[:windows]
+    if method in PEERS:  # a part of a text is kept for other uses
+        path = next(output.glob(f"{shown(name)}-quick-*/windows.safetensors"))
+    given = load_texts_by_use(path)["compensation"].windows
     tokenizer, dense = load_tokenizer(location), load_model(location)
     structure = build_structure(dense)
     blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)

@@ -102,7 +102,7 @@ def slimgpt(setting: Setting, folder: Path) -> PreTrainedModel:
     1) / log(n) of its channels. The paper does not state r_0: it is 0 here, and r_last follows from the ratio."""
     moments, layers = setting.moments(folder), setting.structure.layers
     counts = setting.counts([math.log(layer + 1) / math.log(layers) for layer in range(layers)])
-    scores = removal_errors(setting.dense, setting.structure, moments)["elimination_error"]
+    scores = removal_errors(setting.dense, setting.structure, moments, variance=False)["elimination_error"]
     return setting.cut(scores, counts, moments)
 
 
@@ -110,7 +110,7 @@ def osscar(setting: Setting, folder: Path) -> PreTrainedModel:
     """OSSCAR (arXiv 2403.12983): the elimination of SlimGPT, then swaps between kept and removed channels as long as
     they lower the error of the layer."""
     moments, counts = setting.moments(folder), setting.even
-    scores = removal_errors(setting.dense, setting.structure, moments)["elimination_error"]
+    scores = removal_errors(setting.dense, setting.structure, moments, variance=False)["elimination_error"]
     for index, block, own in setting.by_block(scores):
         if block.kind == "channels" and counts[index] < block.groups:
             weight, of_block = setting.dense.get_parameter(block.row_wise.parameter), moments[index]

@@ -138,7 +138,11 @@ def test_conditional_variances_multiply_to_the_determinant(model, windows):
     solver on the activations."""
     structure = build_structure(model)
     moments = measured(model, structure, windows, 1e-2)
-    variances = removal_errors(model, structure, moments)["conditional_variance"].double()
+    errors = removal_errors(model, structure, moments)
+    fewer = removal_errors(model, structure, moments, variance=False)
+    assert [*fewer] == ["removal_error", "elimination_error"]
+    assert all(torch.equal(errors[name], own) for name, own in fewer.items())
+    variances = errors["conditional_variance"].double()
     inputs = activations(model, structure, windows)
     for index, block in enumerate(structure.blocks):
         own = variances[structure.group_offsets[index] :][: block.groups]

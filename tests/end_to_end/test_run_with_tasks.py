@@ -37,7 +37,7 @@ def finished(tmp_path_factory, model_folder, text_file, data):
 
 def test_the_result_holds_all_models(finished):
     result = finished.result
-    assert [model.role for model in result.models] == ["dense", "best_fixed", "searched"]
+    assert [model.role for model in result.models] == ["dense", "searched"]
     assert [model.role for model in result.models if model.tasks] == ["dense", "searched"]
     assert all(model.mean_accuracies for model in result.models if model.tasks)
     assert result.healing.record.method == "distillation"

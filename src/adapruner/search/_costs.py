@@ -134,4 +134,5 @@ def _cost(kept: int, dense: list[Tensor], cut: list[Tensor]) -> Cost:
     if not divergence.isfinite().all():
         return Cost(kept=kept, nats=_BROKEN, standard_error=None)
     error = float(divergence.std()) / math.sqrt(len(divergence)) if len(divergence) > 1 else None
-    return Cost(kept=kept, nats=float(divergence.mean()), standard_error=error)
+    # A divergence of nothing may come out below it.
+    return Cost(kept=kept, nats=max(0.0, float(divergence.mean())), standard_error=error)

@@ -80,11 +80,11 @@ def moments(
 
 @GRAPH.kept("removals.safetensors", TENSORS, is_wanted=needs_removal_errors)
 def removals(
-    dense: PreTrainedModel, structure: Structure, moments: StoredMoments, reporter: Reporter
+    dense: PreTrainedModel, structure: Structure, moments: StoredMoments, is_searched: bool, reporter: Reporter
 ) -> dict[str, Tensor]:
     """The errors that removing groups makes, by their name in `Statistics`."""
     with reporter.stage("comparing removals", len(moments)) as advance:
-        return removal_errors(dense, structure, moments, advance)
+        return removal_errors(dense, structure, moments, advance, variance=is_searched)
 
 
 @GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=searches)
