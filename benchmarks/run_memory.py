@@ -57,7 +57,6 @@ OPTIONS = {
     "compensation_windows": 16,
     "evaluate_windows": 8,
     "trials": 4,
-    "level_rounds": 1,
     "device": "cpu",
 }
 
