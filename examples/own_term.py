@@ -15,6 +15,6 @@ def input_energy(statistics):
     return statistics.input_squared.mean(0) * statistics.column_squared
 
 
-result = adapruner.prune(model, texts, tokenizer=tokenizer, ratio=0.2, **options)
+result = adapruner.prune(model, texts, tokenizer=tokenizer, ratio=0.2, **{"trials": 24} | options)
 for name, weight in result.result.search.best.point.weights.items():
     print(f"{name:16} {weight:.3f}")

@@ -84,7 +84,7 @@ def test_a_limit_holds_for_every_file_of_its_ratio(gguf_type, tiny, bytes_tokeni
     config = PruneConfig.from_options(model=str(tmp_path / "model"), for_=("llama.cpp",))
     ratio = ratio_within(SizeLimit(size=str(limit), gguf_type=gguf_type), config)
     structure, sizes = build_structure(model), []
-    for profile in (Profile(0, 0), Profile(4, 3), Profile(2, 5)):
+    for profile in (Profile(0, 0), Profile(4, 3), Profile(2, 5), Profile(0, 5), Profile(5, 0), Profile(3, 0)):
         for heads in (0.0, 0.5):
             counts = kept_counts(structure, Budget(ratio, profile, heads, round_to=32))
             plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
