@@ -287,9 +287,9 @@ def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole():
 def test_experts_are_searched_by_default(mixtral, tokenizer, text_file, tmp_path):
     mixtral.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    run = tmp_path / "run"
-    result = adapruner.prune(
-        str(tmp_path / "model"), str(text_file), output=run, **QUICK | {"ratio": 0.2, "trials": None}
-    )
+    arguments, options = (str(tmp_path / "model"), str(text_file)), QUICK | {"ratio": 0.2, "trials": None}
+    result = adapruner.prune(*arguments, output=tmp_path / "run", **options)
     assert result.result.config.trials == EXPERT_TRIALS == len(result.result.search.points)
     assert result.result.costs.by_block == {}
+    with pytest.raises(AdaPrunerError, match="whole experts are ranked by a search alone"):
+        adapruner.prune(*arguments, output=tmp_path / "b", **options | {"trials": 0})

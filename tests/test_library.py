@@ -103,6 +103,7 @@ def test_windows_are_used_as_they_are_and_each_for_one_thing(prune, tmp_path):
         ({"calibration": []}, "`calibration` holds no text"),
         ({"calibration": [{"a": "x", "b": "y"}]}, "`calibration` has the columns a, b"),
         ({"trials": -1}, "`trials` -1 must be at least 0"),
+        ({"trials": 0, "space": "paper"}, "`space` paper and `search` calibration or metric are searches"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_before_anything_is_kept(

@@ -80,6 +80,10 @@ def healed_tokens(heal: str) -> int:
 
 CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
+        lambda space, search, trials: trials == 0 and (space, search) != ("extended", "joint"),
+        "`trials` 0: `space` paper and `search` calibration or metric are searches; leave `trials` out",
+    ),
+    (
         lambda layout, protect_first, protect_last: layout == "uniform" and (protect_first or protect_last),
         "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`",
     ),

@@ -126,6 +126,7 @@ def allocation(
     ratio_of: RatioOf,
     head_share: float | None,
     remove_attention: bool | None,
+    is_searched: bool,
 ) -> ByCost | None:
     """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
     layers would lose more than half of their channels otherwise."""
@@ -133,6 +134,8 @@ def allocation(
         raise AdaPrunerError(
             f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
         )
+    if structure.has_experts and not is_searched:
+        raise AdaPrunerError("`trials` 0: whole experts are ranked by a search alone; leave `trials` out")
     profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
     if structure.cuts_experts or not decides or not isinstance(profile, Profile):
         return None
