@@ -1,10 +1,11 @@
 """Three models, ours and four peers, three ratios: what is left, and what it took.
 
 Makes "Compared with other methods" of research/results.md. A ratio is a share of the blocks (attention and
-feed-forward), because embeddings are 21 to 63 % of these models. Every cell is a process of its own and does all that
-its method needs: processor seconds and peak memory are those until the model is made. Only the text is given: windows
-that the model wrote as `mix`, from a run. The peers read those of them that ours reads for compensation, so `quick` is
-run first.
+feed-forward), because embeddings are 21 to 63 % of these models. Every cell is a process of its own: processor seconds
+and peak memory are those until the model is made. What does not depend on the ratio (moments, elimination, costs) is
+made by the first cell that needs it, and counts in full in every cell. Only the text is given: windows that the model
+wrote as `mix`, from a run. The peers read those of them that ours reads for compensation, so `quick` is run first.
+Another seed of ours reads the text in another order, and so other windows of it.
 
     adapruner prune MODEL --compensation-windows 384 --ratio 0.05 -o runs/text
     python benchmarks/models.py --model MODEL --text runs/text --output runs/models
@@ -27,24 +28,33 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter, run
-from torch import Tensor
-from transformers import PreTrainedModel
 
-import adapruner
 from adapruner.calibration._pool import evenly_spaced, text_windows
 from adapruner.calibration._sources import parse_source
 from adapruner.calibration._text import load_texts_by_use
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.evaluation._perplexity import measure_perplexity
-from adapruner.models._device import in_fastest_dtype
+from adapruner.graph.folder import RunFolder
+from adapruner.models._device import computing_repeatably, in_fastest_dtype
 from adapruner.models._loading import load_model, load_tokenizer
 from adapruner.models._places import find_model
-from adapruner.structure._blocks import Structure, count_parameters
+from adapruner.progress import Reporter
+from adapruner.run.api import making_of
+from adapruner.run.given import save_text
+from adapruner.run.options import resolve
+from adapruner.structure._blocks import count_parameters
 from adapruner.structure._build import build_structure
-from peers import PEERS, Setting, prune_by
+from peers import PEERS, Setting
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
-EFFORTS = ("quick", "standard")
+# What ours is called in results, and its options.
+OURS: dict[str, dict[str, Any]] = {
+    "quick": {"effort": "quick"},
+    "quick, uniform": {"effort": "quick", "layout": "uniform"},
+    "standard": {"effort": "standard"},
+}
+# Windows by which the text of the next seed of ours begins later.
+HALF = 189
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 
 
@@ -53,7 +63,7 @@ def main(
     output: Path,
     model: str = "smollm2",
     text: Path | None = None,
-    methods: Names = (*EFFORTS, *PEERS),
+    methods: Names = (*OURS, *PEERS),
     ratios: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.1, 0.2, 0.3),
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0,),
     reported: int = 48,
@@ -85,7 +95,7 @@ def main(
     done = {(entry["model"], entry["method"], entry["ratio"], entry["seed"]) for entry in known}
     cells = [("dense", 0.0, 0), *((name, ratio, seed) for ratio, name in product(ratios, methods) for seed in seeds)]
     for name, ratio, seed in cells:
-        if (name not in EFFORTS and seed != seeds[0] and name != "dense") or (shown(model), name, ratio, seed) in done:
+        if (name not in OURS and seed != seeds[0] and name != "dense") or (shown(model), name, ratio, seed) in done:
             continue
         arguments = {"output": output, "model": model, "text": text, "methods": name, "ratios": ratio, "seeds": seed}
         arguments["reported"] = reported
@@ -102,21 +112,29 @@ def measured(
     output: Path, name: str, text: Path, method: str, ratio: float, seed: int, reported: int
 ) -> dict[str, Any]:
     """A cell: the numbers of the model that a method makes."""
-    location = find_model(name)
     path = text / "windows.safetensors" if text.is_dir() else text
-    if method in PEERS:  # a part of a text is kept for other uses
-        path = next(output.glob(f"{shown(name)}-quick-*/windows.safetensors"))
-    given = load_texts_by_use(path)["compensation"].windows
+    windows = load_texts_by_use(path)["compensation"].windows.roll(seed * HALF, 0)
+    location = find_model(name)
     tokenizer, dense = load_tokenizer(location), load_model(location)
     structure = build_structure(dense)
     blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)
     folder = output / f"{shown(name)}-{method}-{ratio:g}-{seed}"
-    begun = time.process_time()
-    made, share = made_by(method, name, dense, structure, given, ratio * blocks, seed, folder)
-    seconds = share * (time.process_time() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    begun, seconds = time.process_time(), 0.0
     if method in PEERS:
-        save_checkpoint(made, tokenizer, folder / "model")
+        read = next(output.glob(f"{shown(name)}-quick-*-0/windows.safetensors"))  # a part is kept for other uses
+        # No peer weights tokens by what a norm makes of them.
+        plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
+        given = load_texts_by_use(read)["compensation"].windows
+        setting = Setting(dense, plain, given, ratio * blocks, output / f"{shown(name)}-peers")
+        save_checkpoint(PEERS[method](setting), tokenizer, folder / "model")
+        seconds = setting.saved_seconds
+    elif method in OURS:
+        options = OURS[method] | {"ratio": ratio * blocks / structure.total_parameters, "seed": seed}
+        kept = output / f"{shown(name)}-text-{seed}"
+        seconds = prune(name, save_text(windows, kept, "windows"), options, output, folder)
+    seconds += time.process_time() - begun
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    made = load_model(find_model(str(folder / "model"))) if method != "dense" else dense
     fast = in_fastest_dtype(made)
     reports = {of: evenly_spaced(text_windows(parse_source(of, "report"), tokenizer, 128), reported) for of in TEXTS}
     return {
@@ -131,38 +149,36 @@ def measured(
     }
 
 
-def made_by(
-    method: str,
-    name: str,
-    dense: PreTrainedModel,
-    structure: Structure,
-    windows: Tensor,
-    parameters: float,
-    seed: int,
-    folder: Path,
-) -> tuple[PreTrainedModel, float]:
-    """The model that a method makes, and the share of its time that was over when it was saved."""
-    if method == "dense":
-        return dense, 1.0
-    if method in PEERS:
-        # No peer weights tokens by what a norm makes of them.
-        plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
-        return prune_by(method, Setting(dense, plain, windows, parameters)), 1.0
-    del dense
-    result = adapruner.prune(
-        name,
-        windows,
-        output=folder,
-        ratio=parameters / structure.total_parameters,
-        effort=method,
-        seed=seed,
-        evaluate=("ptb",),
-        evaluate_windows=1,
-    )
-    after = ("evaluating", "writing answers", "comparing abilities")
-    seconds = {stage: cost.seconds for stage, cost in result.result.stages.items()}
-    before = sum(own for stage, own in seconds.items() if not stage.startswith(after))
-    return result.model, before / sum(seconds.values())
+def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path) -> float:
+    """Makes what a run makes until its model is saved: what is told of models afterwards has no part in their price.
+
+    Returns:
+        The processor seconds that other cells spent on what is taken over from them.
+    """
+    run, prices = RunFolder(folder), output / "seconds.json"
+    given = {"model": name, "calibration": text, "evaluate": ("ptb",), "evaluate_windows": 1}
+    making = making_of(resolve(given | options, None, run, None, None), run, Reporter())
+    making.others = [RunFolder(path.parent) for path in output.glob("*/config.yaml")]
+    spent: dict[str, float] = json.loads(prices.read_text()) if prices.exists() else {}
+    taken = 0.0
+    with computing_repeatably(torch.device("cpu")), run.locked():
+        run.save_config(making.value("config"))
+        missing = {node.path for node in making.missing()}
+        for node in making.wanted:
+            path, key = node.path, making.record(node).key
+            source = next((other for other in making.others if other.is_made(path, key)), None)
+            if source:
+                run.take_over(path, source)
+                taken += spent.get(key, 0.0)
+            elif path in missing:
+                begun = time.process_time()
+                making.make(node)
+                making.forget_but([])
+                spent[key] = time.process_time() - begun
+            if path == "model":
+                break
+    prices.write_text(json.dumps(spent, indent=2))
+    return taken
 
 
 def print_table(entries: list[dict[str, Any]]) -> None:

@@ -8,16 +8,18 @@ layer behind the pruned ones; here all are measured in the dense model.
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,19 +50,47 @@ class Setting:
     Attributes:
         windows: [windows, tokens], int64.
         parameters: to remove.
+        folder: what does not depend on the ratio, for every method.
+        saved_seconds: of a processor, that others spent on what this method took from there.
     """
 
     dense: PreTrainedModel
     structure: Structure
     windows: Tensor
     parameters: float
+    folder: Path
+    saved_seconds: float = 0.0
 
-    def moments(self, folder: Path) -> StoredMoments:
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """A folder that is made once, with what that took beside it."""
+        made, price = self.folder / name, self.folder / f"{name}.json"
+        if price.exists():
+            self.saved_seconds += json.loads(price.read_text())
+        else:
+            begun = time.process_time()
+            made.mkdir(parents=True, exist_ok=True)
+            make(made)
+            price.write_text(json.dumps(time.process_time() - begun))
+        return made
+
+    def moments(self) -> StoredMoments:
         """Second moments of the inputs of every row-wise projection."""
-        stored = StoredMoments(folder)
-        for block, moments in measure_moments(in_fastest_dtype(self.dense), self.structure, self.windows):
-            moments.save(stored.path(block))
-        return stored
+
+        def make(folder: Path) -> None:
+            for block, moments in measure_moments(in_fastest_dtype(self.dense), self.structure, self.windows):
+                moments.save(StoredMoments(folder).path(block))
+
+        return StoredMoments(self.once("moments", make))
+
+    def elimination_errors(self, moments: StoredMoments) -> Tensor:
+        """[groups]: the error of each when the cheapest of its block is removed again and again."""
+
+        def make(folder: Path) -> None:
+            save_file(
+                removal_errors(self.dense, self.structure, moments, variance=False), folder / "errors.safetensors"
+            )
+
+        return load_file(self.once("elimination", make) / "errors.safetensors")["elimination_error"]
 
     def counts(self, shares: Sequence[float]) -> list[int]:
         """Number of groups that each block keeps, if channels are removed in proportion to a share of each layer."""
@@ -97,20 +127,20 @@ class Setting:
         return prune_model(self.dense, self.structure, make_plan(self.structure, scores, counts), moments)
 
 
-def slimgpt(setting: Setting, folder: Path) -> PreTrainedModel:
+def slimgpt(setting: Setting) -> PreTrainedModel:
     """SlimGPT (arXiv 2412.18110): optimal brain surgeon in batches, layer i of n losing r_0 + (r_last - r_0) · log(i +
     1) / log(n) of its channels. The paper does not state r_0: it is 0 here, and r_last follows from the ratio."""
-    moments, layers = setting.moments(folder), setting.structure.layers
+    moments, layers = setting.moments(), setting.structure.layers
     counts = setting.counts([math.log(layer + 1) / math.log(layers) for layer in range(layers)])
-    scores = removal_errors(setting.dense, setting.structure, moments, variance=False)["elimination_error"]
+    scores = setting.elimination_errors(moments)
     return setting.cut(scores, counts, moments)
 
 
-def osscar(setting: Setting, folder: Path) -> PreTrainedModel:
+def osscar(setting: Setting) -> PreTrainedModel:
     """OSSCAR (arXiv 2403.12983): the elimination of SlimGPT, then swaps between kept and removed channels as long as
     they lower the error of the layer."""
-    moments, counts = setting.moments(folder), setting.even
-    scores = removal_errors(setting.dense, setting.structure, moments, variance=False)["elimination_error"]
+    moments, counts = setting.moments(), setting.even
+    scores = setting.elimination_errors(moments)
     for index, block, own in setting.by_block(scores):
         if block.kind == "channels" and counts[index] < block.groups:
             weight, of_block = setting.dense.get_parameter(block.row_wise.parameter), moments[index]
@@ -160,11 +190,11 @@ def reconstruction(weight: Tensor, inverse: Tensor, removed: Tensor) -> tuple[fl
     return float((moved * weight[:, removed]).sum()), costs, gains
 
 
-def modegpt(setting: Setting, folder: Path) -> PreTrainedModel:
+def modegpt(setting: Setting) -> PreTrainedModel:
     """MoDeGPT (arXiv 2408.09632), feed-forwards only: the channels of highest ridge leverage [C (C + I)⁻¹]_cc are kept,
     with C the sum of x xᵀ over the tokens; least squares is its Nyström formula. Layer i loses in proportion to
     exp(-influence_i / ε)."""
-    moments = setting.moments(folder)
+    moments = setting.moments()
     counts = setting.counts((-block_influence(setting).double() / SMOOTHNESS).softmax(0).tolist())
     scores = torch.zeros(setting.structure.group_offsets[-1], dtype=torch.float64)
     for index, block, own in setting.by_block(scores):
@@ -194,7 +224,7 @@ def block_influence(setting: Setting) -> Tensor:
     return influence / setting.windows.numel()
 
 
-def llm_pruner(setting: Setting, _: Path) -> PreTrainedModel:
+def llm_pruner(setting: Setting) -> PreTrainedModel:
     """LLM-Pruner (arXiv 2305.11627): its four metrics, on ten samples; the best on windows of the same text. Nothing is
     compensated."""
     structure, counts, judged = setting.structure, setting.even, setting.windows[-JUDGED:]
@@ -210,15 +240,9 @@ def llm_pruner(setting: Setting, _: Path) -> PreTrainedModel:
     return made(min(losses, key=losses.__getitem__))
 
 
-PEERS: dict[str, Callable[[Setting, Path], PreTrainedModel]] = {
+PEERS: dict[str, Callable[[Setting], PreTrainedModel]] = {
     "OSSCAR": osscar,
     "SlimGPT": slimgpt,
     "MoDeGPT": modegpt,
     "LLM-Pruner": llm_pruner,
 }
-
-
-def prune_by(method: str, setting: Setting) -> PreTrainedModel:
-    """The model that a method makes."""
-    with TemporaryDirectory() as folder:
-        return PEERS[method](setting, Path(folder))
