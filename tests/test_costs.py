@@ -11,6 +11,7 @@ from torch import Tensor
 
 import adapruner
 from adapruner.calibration._text import load_texts_by_use
+from adapruner.config import OF_A_SEARCH
 from adapruner.measurement._moments import measure_moments
 from adapruner.measurement._removal import removal_errors
 from adapruner.models._loading import load_model
@@ -23,7 +24,7 @@ from adapruner.surgery._cut import prune_model
 from run_helpers import RUN_OPTIONS, stages_done
 
 LOUD = 2
-CLOSED = RUN_OPTIONS | {"trials": 0}
+CLOSED = {name: value for name, value in RUN_OPTIONS.items() if name not in OF_A_SEARCH} | {"trials": 0}
 
 
 @pytest.fixture
@@ -88,6 +89,29 @@ def test_the_cost_of_other_widths_follows_the_errors(measured):
         median = statistics.median(each.nats for other, each in costs.by_block.items() if kinds[other] == block.kind)
         assert float(own[: block.groups - cost.kept].sum()) == pytest.approx(math.sqrt(cost.nats * median), rel=1e-4)
         assert (own / own.sum()).tolist() == pytest.approx((of_errors / of_errors.sum()).tolist(), rel=1e-4)
+
+
+def test_of_many_feed_forwards_every_second_is_measured(make_model):
+    """Others cost what their neighbours do; of few, or of several sizes, each is measured."""
+    structure = build_structure(make_model(num_hidden_layers=22))
+    cuts = cuts_to_measure(structure, ByCost(1, 1, heads=False, whole_attention=False))
+    assert [structure.blocks[number].layer for number in cuts] == [*range(1, 21, 2)]
+    assert len(cuts_to_measure(structure, ByCost(2, 2, heads=False, whole_attention=False))) == 18
+    assert [structure.blocks[number].kind for number in cuts_to_measure(structure, ByCost(1, 1))].count("heads") == 20
+    costs = {
+        number: Cost(kept=kept, nats=2.0 ** (n % 3 * n), standard_error=0.1)
+        for n, (number, kept) in enumerate(cuts.items())
+    }
+    errors = torch.rand(structure.group_offsets[-1], generator=torch.Generator().manual_seed(0))
+    of_groups = Costs(by_block=costs).of_groups(structure, errors)
+    median = statistics.median(cost.nats for cost in costs.values())
+    known = {structure.blocks[number].layer: cost.nats for number, cost in costs.items()}
+    for number, block in enumerate(structure.blocks):
+        if block.kind == "channels" and 1 <= block.layer <= 20:
+            near = [known[layer] for layer in (block.layer, block.layer - 1, block.layer + 1) if layer in known]
+            nats = near[0] if block.layer in known else math.sqrt(near[0] * near[-1])
+            own = of_groups[structure.group_offsets[number] :][: block.groups].sort().values
+            assert float(own[: block.groups // 2].sum()) == pytest.approx(math.sqrt(nats * median), rel=1e-4)
 
 
 def test_what_costs_more_keeps_more(measured):

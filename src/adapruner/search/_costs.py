@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -17,13 +16,15 @@ from adapruner.measurement._moments import InputMoments
 from adapruner.models._layers import loaded_layer
 from adapruner.planning._budget import ByCost
 from adapruner.planning._plan import make_plan
-from adapruner.structure._blocks import Block, Kind, Structure
+from adapruner.structure._blocks import Block, Structure
 from adapruner.surgery._cut import prune_on_reading
 
 # Every fourth prediction is compared: neighbours tell much the same, and a large vocabulary costs more than the layers.
 _COMPARED = slice(None, None, 4)
-# A model that is broken by a cut.
-_BROKEN = 1e6
+# From so many feed-forwards on, every second is measured (research/experiments/costs.md).
+_MANY = 20
+# A model that is broken by a cut; a cut that costs nothing.
+_BROKEN, _NOTHING = 1e6, 1e-9
 
 
 class Cost(BaseModel, extra="forbid", frozen=True):
@@ -42,35 +43,40 @@ class Cost(BaseModel, extra="forbid", frozen=True):
 
 
 class Costs(BaseModel, extra="forbid", frozen=True):
-    """The cost of one cut of every block that may be cut, by the number of the block."""
+    """The cost of one cut of each block that was measured, by the number of the block."""
 
     by_block: dict[int, Cost]
 
     def of_groups(self, structure: Structure, errors: Tensor) -> Tensor:
         """[groups], float64, in nats per token: what each group adds when those of its block are removed one after the
-        other. Costs grow with the error of the output, so one cut of a block gives all; and few tokens decide a cost,
-        so only half of its distance from the median of such blocks counts, in logarithms
-        (research/experiments/costs.md).
+        other. Costs grow with the error of the output, so one cut of a block gives all; a block that was not measured
+        costs what its neighbours do; and few tokens decide a cost, so only half of its distance from the median of
+        such blocks counts, all in logarithms (research/experiments/costs.md).
 
         Args:
             errors: [groups], what each group adds to the error of the output (`elimination_error`).
         """
-        costs, of_kinds = errors.double().clone(), defaultdict[Kind, list[float]](list)
-        for number, cost in self.by_block.items():
-            of_kinds[structure.blocks[number].kind].append(cost.nats)
-        for number, cost in self.by_block.items():
-            block = structure.blocks[number]
-            own = costs[structure.group_offsets[number] : structure.group_offsets[number + 1]]
-            removed = (block.groups - cost.kept) // block.strata
-            error = own.view(block.strata, -1).sort(1).values[:, :removed].sum()
-            damped = math.sqrt(cost.nats * statistics.median(of_kinds[block.kind]))
-            own *= damped / error.clamp_min(torch.finfo(torch.float32).tiny)
+        costs = errors.double().clone()
+        for kind in {structure.blocks[number].kind for number in self.by_block}:
+            blocks = {number: block for number, block in enumerate(structure.blocks) if block.kind == kind}
+            measured = {number: cost for number, cost in self.by_block.items() if number in blocks}
+            median = statistics.median(cost.nats for cost in measured.values())
+            for number, block in blocks.items():
+                before, after = ([n for n in measured if n <= number], [n for n in measured if n >= number])
+                nearest = [*before[-1:], *after[:1]]
+                nats = statistics.geometric_mean(max(measured[other].nats, _NOTHING) for other in nearest)
+                share = 1 - measured[nearest[0]].kept / blocks[nearest[0]].groups
+                removed = round(share * block.groups / block.strata)
+                own = costs[structure.group_offsets[number] : structure.group_offsets[number + 1]]
+                error = own.view(block.strata, -1).sort(1).values[:, :removed].sum()
+                own *= math.sqrt(nats * median) / error.clamp_min(torch.finfo(torch.float32).tiny)
         return costs
 
 
 def cuts_to_measure(structure: Structure, allocation: ByCost) -> dict[int, int]:
     """By block, the number of groups that it keeps in the cut whose cost is measured: none of an attention that may be
-    removed whole, half of others."""
+    removed whole, half of others. Of many feed-forwards of one size, every second is measured: over many layers, costs
+    rise and fall slowly; those of attentions do not."""
 
     def kept(block: Block) -> int:
         if allocation.may_remove(structure, block):
@@ -78,8 +84,13 @@ def cuts_to_measure(structure: Structure, allocation: ByCost) -> dict[int, int]:
         half = block.strata * round(block.groups / block.strata / 2)
         return max(half, block.strata * math.ceil(max(block.least, 1) / block.strata))
 
-    cuts = {number: kept(structure.blocks[number]) for number in allocation.cut_blocks(structure)}
-    return {number: count for number, count in cuts.items() if count < structure.blocks[number].groups}
+    blocks = allocation.cut_blocks(structure)
+    cuts = {number: kept(block) for number, block in blocks.items()}
+    cuts = {number: count for number, count in cuts.items() if count < blocks[number].groups}
+    channels = [number for number in cuts if blocks[number].kind == "channels"]
+    sizes = {(blocks[number].groups, blocks[number].parameters_per_group) for number in channels}
+    skipped = {*channels[1::2]} if len(channels) >= _MANY and len(sizes) == 1 else set[int]()
+    return {number: count for number, count in cuts.items() if number not in skipped}
 
 
 @torch.inference_mode()
