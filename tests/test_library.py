@@ -16,7 +16,7 @@ from adapruner.calibration._text import load_texts_by_use
 from adapruner.measurement._statistics import Statistics
 from adapruner.run.nodes.chosen import _name_of_code
 from adapruner.run.nodes.text import HELD_OUT_TO_HEAL
-from run_helpers import QUICK, RUN_OPTIONS
+from run_helpers import QUICK, RUN_OPTIONS, stages_done
 
 Prune = Callable[..., adapruner.PruneResult]
 
@@ -72,7 +72,7 @@ def test_a_temporary_run_lasts_as_long_as_its_result(model_folder, loaded, token
 
 def test_windows_are_used_as_they_are_and_each_for_one_thing(prune, tmp_path):
     windows = torch.randint(3, 96, (60, 12), generator=torch.Generator().manual_seed(0))
-    options = QUICK | {"pool": 6, "objective_windows": 3, "compensation_windows": 60, "final_windows": 60}
+    options = QUICK | {"pool": 6, "objective_windows": 12, "compensation_windows": 60}
     options.pop("seq_len")
     result = prune(calibration=windows, **options)
     texts = load_texts_by_use(result.output / "windows.safetensors")
@@ -87,6 +87,8 @@ def test_windows_are_used_as_they_are_and_each_for_one_thing(prune, tmp_path):
     assert not (by_use["compensation"] | by_use["objective"]) & by_use["report"]
     assert by_use["compensation"] | by_use["objective"] | by_use["report"] == given
     assert result.result.config.seq_len == 12
+    again = prune(calibration=windows, from_=result.output, output=tmp_path / "again", **options | {"ratio": 0.15})
+    assert "reading activations" not in stages_done(again.output)
     with pytest.raises(AdaPrunerError, match="int64, of shape"):
         prune(calibration=windows.float(), output=tmp_path / "other", **options)
     with pytest.raises(AdaPrunerError, match="set `seq_len` to that"):

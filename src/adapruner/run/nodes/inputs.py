@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +76,11 @@ def structure(
 
 
 def content_of_text(source: Source) -> dict[str, str | None]:
-    """The content of a leaf for a text; that of the text itself is None where it is not at hand."""
+    """The content of a leaf for a text; that of the text itself is None where it is not at hand. A file may move, and
+    text in memory is a file of each run: its folder does not count."""
     columns = f":{source.columns}" if source.columns else ""
-    return {"text": f"{source.identity}{columns}@{source.part}", "content": fingerprint(source)}
+    identity = source.identity if source.hub else Path(source.identity).name
+    return {"text": f"{identity}{columns}@{source.part}", "content": fingerprint(source)}
 
 
 def content_of_blend(blend: tuple[BlendPart, ...]) -> dict[str, str | None]:
@@ -85,7 +88,7 @@ def content_of_blend(blend: tuple[BlendPart, ...]) -> dict[str, str | None]:
     if len(blend) == 1 and blend[0].source:
         return content_of_text(blend[0].source)
     contents = [content_of_text(part.source) if part.source else kinds()[part.name].fingerprint for part in blend]
-    named = ", ".join(f"{part.source or part.name}:{part.share:.3g}" for part in blend)
+    named = ", ".join(f"{part.source.dataset if part.source else part.name}:{part.share:.3g}" for part in blend)
     return {"text": named, "content": json.dumps([contents, [part.share for part in blend]])}
 
 
