@@ -53,7 +53,6 @@ OPTIONS = {
     "pool": 8,
     "samples": 4,
     "objective_windows": 8,
-    "final_windows": 4,
     "compensation_windows": 16,
     "evaluate_windows": 8,
     "trials": 4,

@@ -43,7 +43,6 @@ LITTLE_TEXT: dict[str, Any] = {
     "pool": 4,
     "samples": 2,
     "objective_windows": 4,
-    "final_windows": 2,
     "compensation_windows": 16,
     "heal": "none",
     "evaluate_windows": 4,

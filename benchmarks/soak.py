@@ -45,7 +45,6 @@ OPTIONS = {
     "pool": 12,
     "samples": 4,
     "objective-windows": 6,
-    "final-windows": 4,
     "seq-len": 16,
     "trials": 12,
     "round-to": 1,

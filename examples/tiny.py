@@ -14,7 +14,6 @@ OPTIONS = {
     "pool": 8,
     "samples": 4,
     "objective_windows": 4,
-    "final_windows": 0,
     "compensation_windows": 16,
     "evaluate_windows": 4,
     "seq_len": 16,

@@ -43,7 +43,7 @@ RUN_OPTIONS: dict[str, Any] = {
 }
 
 # Less of everything that no test of a whole run is about.
-QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "compensation_windows": 32, "final_windows": 0}
+QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "compensation_windows": 32}
 
 # Fewer abilities to measure: target, name and value.
 FEW_ABILITIES = (

@@ -27,7 +27,7 @@ from adapruner.config import PruneConfig, PruneOptions, SizeLimit
 from adapruner.progress import Reporter
 from adapruner.recipe import read_recipe, recipes
 
-RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4", "--final-windows", "0"]
+RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4"]
 RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--no-remove-attention"]
 RUN += ["--heal", "none"]
 
@@ -227,7 +227,7 @@ def test_help_has_examples_and_names_options(capsys):
         main(["prune", "--help"])
     text = capsys.readouterr().out
     assert text.count("adapruner prune ") >= 4  # usage and three examples
-    assert "no more besides --final-windows" in " ".join(text.replace("│", " ").split())
+    assert "as mix,notes.txt:0.5" in " ".join(text.replace("│", " ").split())
     assert "--empty" not in text
 
 

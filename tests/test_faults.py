@@ -323,7 +323,7 @@ def with_broken_embedding(
 
 def test_samples_that_break_the_model_are_left_out_and_named(model, tokenizer, text_file, tmp_path, capsys):
     folder = with_broken_embedding(tmp_path / "model", model, tokenizer, slice(40, 41))
-    options = QUICK | {"pool": 40, "objective_windows": 24, "final_windows": 8, "calibration": str(text_file)}
+    options = QUICK | {"pool": 40, "objective_windows": 24, "calibration": str(text_file)}
     run = tmp_path / "run"
     first = adapruner.prune(str(folder), output=run, **options)
     said = capsys.readouterr().err

@@ -36,7 +36,6 @@ OPTIONS = {
     "pool": 12,
     "samples": 4,
     "objective_windows": 6,
-    "final_windows": 6,
     "seq_len": 16,
     "trials": 26,
     "protect_first": 1,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
@@ -17,10 +17,11 @@ from adapruner.option_rules import (
     CONFLICTS_OF_SIZES,
     CONFLICTS_OF_TRAINING,
     EXPERT_TRIALS,
-    SCORING_WINDOWS,
+    FEWEST_JUDGING_WINDOWS,
     SEARCH_TRIALS,
     Conflict,
     fields_of,
+    searches,
 )
 from adapruner.option_values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens, TokensOrNone
 from adapruner.plain_yaml import parse_options
@@ -43,6 +44,8 @@ Terms = Literal["all", "vector-wise"]
 TrainedWeights = Literal["lora", "ia3", "layers", "full"]
 
 
+# The options that only a search reads.
+OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment", "terms", "reduction")
 # The options for the amount to remove; a run has one of them.
 BUDGETS = ("ratio", "size", "memory")
 # The options for the length of a training; it has at most one of them.
@@ -181,14 +184,10 @@ class PruneOptions(_Options):
     )
     pool: Count = Field(default=64, description="Calibration samples to measure.")
     samples: Count = Field(default=10, description="Calibration samples that a trial selects from the pool.")
-    objective_windows: int | None = Field(
-        default=None,
-        ge=1,
-        description=f"Held-out windows that score every trial; by default {SCORING_WINDOWS[1]}, or down to"
-        f" {SCORING_WINDOWS[0]} if the text has no more besides final_windows.",
-    )
-    final_windows: int = Field(
-        default=32, ge=0, description="Further held-out windows, if available, that score the best trials again."
+    objective_windows: Count = Field(
+        default=96,
+        description=f"Held-out windows that judge every trial; down to {FEWEST_JUDGING_WINDOWS} if the text has no"
+        " more.",
     )
     evaluate_windows: int | None = Field(
         default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
@@ -294,6 +293,15 @@ class PruneOptions(_Options):
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
     _conflicts = CONFLICTS_OF_PRUNING
+
+    @model_validator(mode="after")
+    def _has_what_options_are_for(self) -> Self:
+        """Refuses options that would do nothing."""
+        set_ = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
+        if set_ and not searches(self.trials, self.space, self.search):
+            names = " and ".join(f"`{name}`" for name in set_)
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": f"{names}: for a search; add `trials`"})
+        return self
 
     @property
     def objective_dataset(self) -> str:

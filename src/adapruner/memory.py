@@ -23,14 +23,7 @@ from adapruner.models._architecture import architecture_of, is_pruned
 from adapruner.models._device import trial_dtype
 from adapruner.models._generation import batches_together, texts_at_once
 from adapruner.models._layers import decoder_layers
-from adapruner.option_rules import (
-    MEASURED_AT_ONCE,
-    TOKENS_FOR_COSTS,
-    allocates_by_cost,
-    healed_tokens,
-    scoring_bounds,
-    searches,
-)
+from adapruner.option_rules import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, allocates_by_cost, healed_tokens, searches
 from adapruner.planning._budget import Budget, kept_counts
 from adapruner.processes import this_process
 from adapruner.recovery._healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
@@ -137,7 +130,7 @@ def estimate_memory(
         texts *= batches_together(model.config, texts, length, trial)
     cached = min(texts, written) * length * architecture_of(model.config).cached(model.config) // len(devices)
     states = config.compensation_windows * length * trial.itemsize  # a number for every token
-    judged = (scoring_bounds(config.objective_windows)[1] + config.final_windows) * length * trial.itemsize
+    judged = config.objective_windows * length * trial.itemsize
     together = 2 * JUDGED_TOGETHER * by_layer * is_searched
     compared = bytes_of_predictions(TOKENS_FOR_COSTS // 4, vocabulary)
     moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32

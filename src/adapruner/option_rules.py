@@ -17,9 +17,9 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "thorough": {"compensation_windows": 768, "heal": "400000"},
 }
 
-# Minimum and maximum number of windows that score a trial: results on few do not carry over
+# The fewest windows that judge trials, unless fewer are asked for: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
-SCORING_WINDOWS = (64, 96)
+FEWEST_JUDGING_WINDOWS = 64
 # Trials of a search for comparison; of a model with experts, whose ranking has no closed form: its starting points.
 SEARCH_TRIALS, EXPERT_TRIALS = 48, 8
 # From so many trials on, LLM-Pruner's metrics are among them.
@@ -34,21 +34,6 @@ MEASURED_AT_ONCE = {False: 4, True: 16}
 def fields_of(test: Callable[..., Any]) -> Set[str]:
     """The fields that a test reads, which are its parameters."""
     return inspect.signature(test).parameters.keys()
-
-
-def scoring_bounds(objective_windows: int | None) -> tuple[int, int]:
-    """Minimum and maximum number of windows that score every trial."""
-    return SCORING_WINDOWS if objective_windows is None else (objective_windows, objective_windows)
-
-
-def scoring_count(objective_windows: int | None, final_windows: int, windows: int) -> int:
-    """Number of windows of the objective that score every trial; the others score the best trials again.
-
-    Args:
-        windows: number of windows of the objective.
-    """
-    fewest, most = scoring_bounds(objective_windows)
-    return min(most, max(fewest, windows - final_windows))
 
 
 def trials_of(trials: int | None, space: str, search: str) -> int:

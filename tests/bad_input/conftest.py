@@ -78,7 +78,7 @@ def refused(run_cli):
 # Options of commands that work, of every verb that reads a model or a run.
 OPTIONS: dict[str, str] = {
     "prune": "--pool 4 --samples 2 --trials 2 --objective-windows 4 --seq-len 16 --ratio 0.1 --round-to 1"
-    " --protect-first 1 --protect-last 1 --compensation-windows 8 --heal none --final-windows 4",
+    " --protect-first 1 --protect-last 1 --compensation-windows 8 --heal none",
     "recover": "--seq-len 16 --steps 1",
     "evaluate": "--seq-len 16 --limit 2",
     "benchmark": "--prompt 4 --new-tokens 2 --repetitions 1 --batch-size 1",

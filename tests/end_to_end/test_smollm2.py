@@ -57,7 +57,6 @@ def test_pruned_for_real(dense, tmp_path, monkeypatch):
         pool=4,
         samples=2,
         objective_windows=2,
-        final_windows=0,
         compensation_windows=2,
         trials=4,
         heal="none",

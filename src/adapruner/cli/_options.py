@@ -30,7 +30,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "round_to"),
     ),
-    "Datasets": ("objective", "pool", "samples", "objective_windows", "final_windows", "seq_len", "sources"),
+    "Datasets": ("objective", "pool", "samples", "objective_windows", "seq_len", "sources"),
     "Search": ("trials", "search", "space", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
     "Compensation": ("compensation", "compensation_windows", "sequential"),

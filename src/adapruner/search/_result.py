@@ -1,4 +1,4 @@
-"""The outcome of a search: its trials, of which the best are judged further, and one is chosen."""
+"""The outcome of a search: its trials, of which one is chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from operator import attrgetter
 from typing import Literal
 
@@ -27,8 +26,6 @@ Judge = Callable[[Candidate], Iterable[Tensor]]
 
 # User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
 STOPPED, LOSSES = "stopped", "losses"
-# Number of best trials that are judged further, in addition to the best fixed metric and the best starting point.
-_FINALISTS = 3
 # Minimum number of searched points for the importance of parameters: PED-ANOVA compares the best tenth with all, and
 # fewer than ten trials are chance.
 _FEWEST_POINTS = 100
@@ -69,9 +66,8 @@ class Step(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants")
         trial: its number among `points`.
         candidate: the candidate of that trial.
         loss: mean over `windows`.
-        windows: number of windows that the steps are compared on.
-        is_held_out: True if these are further windows; False if they are the windows of the search, on which the trials
-            of the steps were picked: there the best of many looks better than it is.
+        windows: number of windows that the steps are compared on: those on which their trials were picked, where the
+            best of many looks better than it is.
         gain: the loss of the step before minus this loss, in nats per predicted token; None for the first.
         standard_error: of the gain, from the differences window by window; None if there is only one window.
     """
@@ -81,7 +77,6 @@ class Step(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants")
     candidate: Candidate
     loss: float
     windows: int
-    is_held_out: bool
     gain: float | None = None
     standard_error: float | None = None
 
@@ -95,8 +90,8 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
         importance: the share of each parameter in the difference between the best trials and the others (PED-ANOVA,
             Watanabe et al., arXiv 2304.10255), largest first; empty if there are too few trials.
         trials: number of trials that were to be finished.
-        best: the best of the candidates that were not stopped; where finalists were judged further, the best of those.
-        best_loss: on the windows on which it was last judged; so is `best_fixed_loss`.
+        best: the best of the candidates that were not stopped.
+        best_loss: the mean over all windows; so is `best_fixed_loss`.
         by_kind: the same for the windows of each kind of text.
         best_trial: its number among `points`.
         best_fixed: the best of LLM-Pruner's metrics on the first random draw of samples; None if none was tried.
@@ -130,13 +125,11 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
 
 @dataclass(frozen=True)
 class _Contender:
-    """A trial that was not stopped, and its place among the finished ones. Its candidate is judged on further windows
-    when those losses are first read."""
+    """A trial that was not stopped, and its place among the finished ones."""
 
     trial: FrozenTrial
     number: int
     space: SearchSpace
-    judge_further: Judge | None
     kinds: tuple[str, ...]
 
     @property
@@ -152,66 +145,51 @@ class _Contender:
     def candidate(self) -> Candidate:
         return self.space.suggest(self.trial)
 
-    @cached_property
-    def further(self) -> list[float]:
-        """The loss on each further window."""
-        batches = (
-            self.judge_further(self.candidate) if self.judge_further and math.isfinite(loss_of(self.trial)) else []
-        )
-        return [loss for batch in batches for loss in batch.tolist()]
+    @property
+    def losses(self) -> list[float]:
+        """On every window; empty if they are not finite."""
+        losses: list[float] = self.trial.user_attrs[LOSSES]
+        return losses
 
     @property
-    def final_loss(self) -> float:
-        """The mean loss over the windows of the search and the further ones together."""
-        return statistics.fmean([*self.trial.user_attrs[LOSSES], *self.further] or [math.inf])
+    def loss(self) -> float:
+        return loss_of(self.trial)
 
     @property
     def by_kind(self) -> dict[str, float]:
-        """The mean loss over these windows of each kind of text."""
-        losses = [*self.trial.user_attrs[LOSSES], *self.further]
+        """The mean loss over the windows of each kind of text."""
         return {
-            kind: statistics.fmean(losses[place] for place in places)
-            for kind, places in places_of(self.kinds[: len(losses)]).items()
+            kind: statistics.fmean(self.losses[place] for place in places)
+            for kind, places in places_of(self.kinds[: len(self.losses)]).items()
         }
 
     @property
     def guarded_loss(self) -> float:
         """The mean loss and that of the worst kind: no kind of text pays for the others."""
-        return self.final_loss + max(self.by_kind.values(), default=self.final_loss)
+        return self.loss + max(self.by_kind.values(), default=self.loss)
 
 
-def choose(
-    finished: Sequence[FrozenTrial],
-    space: SearchSpace,
-    trials: int,
-    judge_further: Judge | None = None,
-    kinds: Sequence[str] = (),
-) -> SearchResult:
-    """The best of the finished trials, judged on further windows: by the mean over all windows, and over those of the
-    kind of text that is hit most.
+def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kinds: Sequence[str] = ()) -> SearchResult:
+    """The best of the finished trials: by the mean over all windows, and over those of the kind of text that is hit
+    most.
 
     Args:
         finished: in the order in which they were begun.
         trials: number of trials that were to be finished.
-        judge_further: gives the losses of a candidate, batch by batch, as the judge of the search does, but on further
-            windows. The best of many trials owes part of its loss to the windows it was chosen on; None accepts that.
-        kinds: of the windows of the search and the further ones; of an unknown kind if empty.
+        kinds: of the windows; of an unknown kind if empty.
     """
     contenders = [
-        _Contender(trial, number, space, judge_further, tuple(kinds))
+        _Contender(trial, number, space, tuple(kinds))
         for number, trial in enumerate(finished)
         if STOPPED not in trial.user_attrs
     ]
-    contenders.sort(key=lambda contender: loss_of(contender.trial))
+    contenders.sort(key=attrgetter("loss"))
     fixed = [contender for contender in contenders if contender.is_fixed]
-    starts = [contender for contender in contenders if contender.is_start]
-    if not contenders or not math.isfinite(loss_of(contenders[0].trial)):
+    if not contenders or not math.isfinite(contenders[0].loss):
         raise AdaPrunerError(
             f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
         )
-    first = islice(_distinct(contenders), _FINALISTS if judge_further else 1)
-    # The best fixed metric is judged further to compare with, and so is the best starting point.
-    best = min(_distinct([*fixed[:1], *starts[:1], *first]), key=attrgetter("guarded_loss"))
+    best = min(contenders, key=attrgetter("guarded_loss"))
     tried = sorted({name: kind for trial in finished for name, kind in trial.distributions.items()}.items())
     return SearchResult(
         points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
@@ -219,25 +197,16 @@ def choose(
         importance=importance_of(finished),
         trials=trials,
         best=best.candidate,
-        best_loss=best.final_loss,
+        best_loss=best.loss,
         by_kind=best.by_kind,
         best_trial=best.number,
         best_fixed=fixed[0].candidate if fixed else None,
-        best_fixed_loss=fixed[0].final_loss if fixed else None,
+        best_fixed_loss=fixed[0].loss if fixed else None,
         best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC] if fixed else "",
         stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
         steps=tuple(_steps(contenders)),
     )
-
-
-def _distinct(contenders: Iterable[_Contender]) -> Iterator[_Contender]:
-    """The contenders whose candidates differ from those before."""
-    seen: set[str] = set()
-    for contender in contenders:
-        if (name := contender.candidate.model_dump_json()) not in seen:
-            seen.add(name)
-            yield contender
 
 
 def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
@@ -249,8 +218,7 @@ def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
     }
     before: list[float] = []
     for name, (best, *_) in ((name, ranked) for name, ranked in kinds.items() if ranked):
-        losses = best.further or best.trial.user_attrs[LOSSES]
-        if not losses or not all(map(math.isfinite, losses)):
+        if not (losses := best.losses):
             continue
         gain, standard_error = compare(before, losses) if before else (None, math.inf)
         yield Step(
@@ -259,7 +227,6 @@ def _steps(contenders: Sequence[_Contender]) -> Iterator[Step]:
             candidate=best.candidate,
             loss=statistics.fmean(losses),
             windows=len(losses),
-            is_held_out=bool(best.further),
             gain=gain,
             standard_error=standard_error if math.isfinite(standard_error) else None,
         )

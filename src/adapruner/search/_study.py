@@ -138,10 +138,10 @@ class Search:
         """The judge may refuse a candidate when it is called, or later."""
         yield from self.judge(candidate)
 
-    def result(self, judge_further: Judge | None = None, kinds: Sequence[str] = ()) -> SearchResult:
+    def result(self, kinds: Sequence[str] = ()) -> SearchResult:
         """The best of the finished trials; see `choose`."""
         finished = self.study.opened().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return choose(finished, self.space, self.trials, judge_further, kinds)
+        return choose(finished, self.space, self.trials, kinds)
 
 
 class _Trials:

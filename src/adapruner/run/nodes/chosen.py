@@ -29,14 +29,7 @@ from adapruner.measurement._removal import removal_errors
 from adapruner.measurement._samples import measure_in_parts
 from adapruner.measurement._statistics import Statistics
 from adapruner.memory import Placement
-from adapruner.option_rules import (
-    MEASURED_AT_ONCE,
-    TOKENS_FOR_COSTS,
-    allocates_by_cost,
-    scoring_count,
-    searches,
-    trials_of,
-)
+from adapruner.option_rules import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, allocates_by_cost, searches, trials_of
 from adapruner.planning._budget import (
     CHANNELS_BEFORE_HEADS,
     Budget,
@@ -251,7 +244,7 @@ def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tenso
     return window_losses(dense_fast, windows["objective"].windows)
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=10, is_result=True, is_wanted=searches)
+@GRAPH.kept("search.json", json_form(SearchResult), version=11, is_result=True, is_wanted=searches)
 def found(
     dense_fast: PreTrainedModel,
     structure: Structure,
@@ -266,8 +259,6 @@ def found(
     space: Space,
     search: Searched,
     seed: int,
-    objective_windows: int | None,
-    final_windows: int,
     memory_for_moments: dict[torch.device, int],
     reporter: Reporter,
     run_folder: RunFolder,
@@ -275,20 +266,14 @@ def found(
 ) -> SearchResult:
     """The outcome of the search."""
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
-
-    def objective(places: slice) -> Objective:
-        text = windows["objective"].windows[places]
-        return Objective(dense_fast, structure, statistics, counts, text, dense_losses[places], held)
-
-    scoring = scoring_count(objective_windows, final_windows, len(dense_losses))
-    judge, further = objective(slice(scoring)), slice(scoring, None)
+    text = windows["objective"]
+    judge = Objective(dense_fast, structure, statistics, counts, text.windows, dense_losses, held)
     count = trials_of(trials, space, search)
     judge_together = judge.together if placement.layer_wise else None
     study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
     with reporter.stage("searching", count) as advance:
         study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
-        judge_further = objective(further) if scoring < len(dense_losses) else None
-        return study.result(judge_further, windows["objective"].kinds)
+        return study.result(text.kinds)
 
 
 @GRAPH.kept("plan.json", PLAN, version=3, is_result=True)

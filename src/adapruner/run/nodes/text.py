@@ -24,7 +24,7 @@ from adapruner.graph.records import Form
 from adapruner.importance._terms import needs_moments
 from adapruner.models._architecture import check_length, check_tokens
 from adapruner.models._generation import end_tokens
-from adapruner.option_rules import scoring_bounds, searches
+from adapruner.option_rules import FEWEST_JUDGING_WINDOWS, searches
 from adapruner.progress import Reporter
 from adapruner.run.nodes.declared import GRAPH, Windows
 from adapruner.texts import DEFAULT_REPORT_WINDOWS
@@ -46,20 +46,20 @@ def window_counts(
     calibration_texts: tuple[BlendPart, ...],
     objective_texts: tuple[BlendPart, ...],
     pool: int,
-    objective_windows: int | None,
-    final_windows: int,
+    objective_windows: int,
     compensation_windows: int,
     compensation: str,
     space: Space,
     terms: Terms,
     is_searched: bool,
 ) -> dict[str, dict[str, int]]:
-    """The number of windows of each kind for each use; for the objective, with those for the final choice. Only a
-    search has a pool and an objective."""
+    """The number of windows of each kind for each use. Only a search has a pool and an objective."""
     counts = {}
     if is_searched:
-        objective = scoring_bounds(objective_windows)[1] + final_windows
-        counts = {"pool": counts_of(calibration_texts, pool), "objective": counts_of(objective_texts, objective)}
+        counts = {
+            "pool": counts_of(calibration_texts, pool),
+            "objective": counts_of(objective_texts, objective_windows),
+        }
     if needs_moments(compensation, space, terms):
         counts["compensation"] = counts_of(calibration_texts, compensation_windows)
     return counts
@@ -72,7 +72,7 @@ def drawn(
     tokenizer: Tokenizer,
     empty: PreTrainedModel,
     window_counts: dict[str, dict[str, int]],
-    objective_windows: int | None,
+    objective_windows: int,
     seq_len: int,
     seed: int,
 ) -> dict[str, Windows]:
@@ -80,7 +80,7 @@ def drawn(
     writes."""
     fewest = {
         "pool": window_counts.get("pool", {}),
-        "objective": counts_of(objective_texts, scoring_bounds(objective_windows)[0]),
+        "objective": counts_of(objective_texts, min(objective_windows, FEWEST_JUDGING_WINDOWS)),
     }
     drawn: dict[str, Windows] = {use: {} for use in window_counts}
     for use, blend in (("pool", calibration_texts), ("objective", objective_texts)):
