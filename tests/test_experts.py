@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, Pr
 
 import adapruner
 from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.config import OF_A_SEARCH
 from adapruner.errors import AdaPrunerError
 from adapruner.families.inference import infer_architecture
 from adapruner.families.proof import failed_checks
@@ -287,7 +288,12 @@ def test_experts_whose_projections_are_modules_of_their_own_are_cut_whole():
 def test_experts_are_searched_by_default(mixtral, tokenizer, text_file, tmp_path):
     mixtral.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    arguments, options = (str(tmp_path / "model"), str(text_file)), QUICK | {"ratio": 0.2, "trials": None}
+    arguments = str(tmp_path / "model"), str(text_file)
+    options = {name: value for name, value in QUICK.items() if name not in OF_A_SEARCH} | {
+        "ratio": 0.2,
+        "trials": None,
+        "seq_len": 5,
+    }
     result = adapruner.prune(*arguments, output=tmp_path / "run", **options)
     assert result.result.config.trials == EXPERT_TRIALS == len(result.result.search.points)
     assert result.result.costs.by_block == {}

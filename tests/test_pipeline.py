@@ -229,6 +229,11 @@ def test_the_licence_of_the_base_model_is_carried_over(model_folder, finished, t
 def test_options_that_contradict_each_other_are_refused_where_they_are_made():
     with pytest.raises(ValidationError, match="`samples` 11 is more than the 10 of `pool`"):
         PruneOptions(samples=11, pool=10)
+    with pytest.raises(ValidationError, match="without a search, `objective`, `pool` would do nothing: add `trials`"):
+        PruneOptions(objective="notes.txt", pool=20)
+    assert (
+        PruneOptions(objective="notes.txt", pool=20, trials=5).pool == PruneOptions(pool=20, space="paper").pool == 20
+    )
     # A recipe may give the other one.
     assert cli_options.PruneOptions(samples=100).samples == 100
 

@@ -158,7 +158,7 @@ def test_an_effort_sets_options_that_are_not_given(tmp_path, resolved):
     quick = resolved([*plain, "--effort", "quick", "--trials", "30"])
     assert (quick.trials, quick.compensation_windows) == (30, 192)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("model: a/b\neffort: quick\npool: 20\n")
+    recipe.write_text("model: a/b\neffort: quick\ntrials: 5\npool: 20\n")
     of_recipe = resolved(["prune", "--recipe", str(recipe), "-o", str(tmp_path / "run")])
     assert (of_recipe.pool, of_recipe.compensation_windows) == (20, quick.compensation_windows)
     with pytest.raises(AdaPrunerError, match="`effort`"):

@@ -297,10 +297,11 @@ class PruneOptions(_Options):
     @model_validator(mode="after")
     def _has_what_options_are_for(self) -> Self:
         """Refuses options that would do nothing."""
-        set_ = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
-        if set_ and not searches(self.trials, self.space, self.search):
-            names = " and ".join(f"`{name}`" for name in set_)
-            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": f"{names}: for a search; add `trials`"})
+        changed = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and self._conflicts and not searches(self.trials, self.space, self.search):
+            names = ", ".join(f"`{name}`" for name in changed)
+            message = f"without a search, {names} would do nothing: add `trials`"
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": message})
         return self
 
     @property
