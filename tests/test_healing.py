@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.config import OF_A_SEARCH
 from adapruner.graph.folder import RunFolder
 from adapruner.memory import healing_within
 from adapruner.models._loading import empty_model
@@ -19,12 +20,12 @@ from adapruner.recovery import _healing
 from adapruner.recovery._folder import read_record
 from adapruner.recovery._healing import healing_options, read_healing
 from adapruner.result import roles_of
-from adapruner.run.nodes import models as nodes
+from adapruner.run.nodes import chosen, models as nodes
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 REMOVE_FILES = RunFolder.remove_files
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
-OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name != "trials"}
+OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name not in ("trials", *OF_A_SEARCH)}
 OPTIONS |= {"heal": "20k", "ratio": 0.3}
 
 
@@ -64,8 +65,10 @@ def test_every_input_of_a_linear_layer_is_scaled(healed, model_folder):
 
 def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_path, monkeypatch):
     seen: dict[str, Any] = {}
-    fit, heal = nodes.refit_sequentially, nodes.heal
-    monkeypatch.setattr(nodes, "refit_sequentially", lambda *args: seen.update(fitted=args[4]) or fit(*args))
+    fit, heal = chosen.measure_moments, nodes.heal
+    monkeypatch.setattr(
+        chosen, "measure_moments", lambda *args, **named: seen.update(fitted=args[2]) or fit(*args, **named)
+    )
     monkeypatch.setattr(nodes, "heal", lambda *args: seen.update(learnt=args[1], judged=args[2]) or heal(*args))
     adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **OPTIONS)
     assert seen["fitted"].equal(seen["learnt"].windows)

@@ -125,7 +125,7 @@ def prune_save_and_load(tmp_path: Path, text: str, tokenizer: PreTrainedTokenize
         (OLMO.replace("  output: self_attn.o_proj\n", ""), r"attention\.output: "),
         (OLMO + "wings: 2\n", "wings: "),
         (OLMO.replace("[query]", "[questions]"), "query"),
-        (OLMO.replace("olmo", "llama") + "plain_residual: false\n", "another description of 'llama'"),
+        (OLMO.replace("olmo", "llama") + "learned_positions: true\n", "another description of 'llama'"),
         (OLMO.replace("olmo", "unheard-of"), "no causal language model 'unheard-of'"),
     ],
 )

@@ -442,7 +442,7 @@ def test_the_command_makes_the_same_run(finished, page):
     "options",
     [
         {},
-        {"sequential": False, "layer_wise": True, "evaluate": ("a b", "c"), "tasks": ("boolq", "piqa")},
+        {"remove_attention": False, "layer_wise": True, "evaluate": ("a b", "c"), "tasks": ("boolq", "piqa")},
         {"calibration": "mix,a.txt:0.5", "heal": "300k", "protect_first": 0, "seed": 7},
         {"heal": "none"},
         {"space": "paper", "compensation": "none", "objective": "it's.txt", "head_share": 0.25},
@@ -452,7 +452,7 @@ def test_commands_name_what_differs_from_the_defaults(options):
     config = PruneConfig.from_options(model="owner/name", **options)
     line = command(config, Path("runs/a b"))
     assert parsed(line) == config
-    assert all(f"--{name.strip('_').replace('_', '-')}" in line for name in options if name != "sequential")
+    assert all(f"--{name.strip('_').replace('_', '-')}" in line for name in options if name != "remove_attention")
     assert "--pool" not in line
 
 

@@ -80,7 +80,7 @@ def test_another_model_text_or_family_is_refused(again, model, text_file, tmp_pa
     change_weights(model)
     with pytest.raises(AdaPrunerError, match=r"another model\): windows.safetensors, .*statistics.safetensors, "):
         again(model=str(model))
-    family = known_architectures()["llama"].changed(plain_residual=False)
+    family = known_architectures()["llama"].changed(learned_positions=True)
     message = r"another family\): moments, removals.safetensors, statistics.safetensors, .*search.json"
     with using_architecture(family), pytest.raises(AdaPrunerError, match=message):
         again()
@@ -230,7 +230,7 @@ def test_other_options_of_a_run_are_searched_from_its_measurements(finished, tmp
 
 def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder, tmp_path):
     earlier = RunFolder(tmp_path / "earlier")
-    given = {"model": str(model_folder), "effort": "quick", "seq_len": 16, "pool": 20}
+    given = {"model": str(model_folder), "effort": "quick", "seq_len": 16, "round_to": 8}
     earlier.path.mkdir()
     earlier.save_config(PruneConfig.from_options(**EFFORTS["quick"] | given))
     config = resolve({"effort": "thorough"}, None, RunFolder(tmp_path / "run"), None, None, earlier)

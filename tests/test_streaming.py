@@ -44,7 +44,6 @@ from adapruner.recovery._training import train
 from adapruner.structure._blocks import Structure
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model, prune_on_reading
-from adapruner.surgery._sequential import refit_sequentially
 from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")
@@ -122,7 +121,6 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     for dense in (model, streamed):
         compensation = dict(measure_moments(dense, structure, windows))
         pruned = prune_model(dense, structure, plan, compensation)
-        refit_sequentially(dense, pruned, structure, plan, windows)
         folder = tmp_path / f"pruned{len(saved)}"
         save_checkpoint(pruned, tokenizer, folder)
         saved.append(load_model(find_model(str(folder))))

@@ -161,8 +161,8 @@ class PruneOptions(_Options):
     )
     effort: Effort = Field(
         default="standard",
-        description="Amount of text and training: quick corrects once, in closed form; standard fits layer by layer and"
-        " trains; thorough does so on more text. Options that are given count.",
+        description="Amount of text and training: quick corrects in closed form alone; standard also trains, and"
+        " reads more text; thorough does more of both. Options that are given count.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",
@@ -261,11 +261,6 @@ class PruneOptions(_Options):
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(
         default=384, ge=2, description="Maximum number of calibration windows to fit the compensation on."
-    )
-    sequential: bool | None = Field(
-        default=None,
-        description="Fit the final model again, layer by layer, on the outputs of the pruned layers before; by default"
-        " if no bias is added and the family allows it.",
     )
     heal: TokensOrNone = Field(
         default="50k",

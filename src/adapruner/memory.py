@@ -135,11 +135,10 @@ def estimate_memory(
     compared = bytes_of_predictions(TOKENS_FOR_COSTS // 4, vocabulary)
     moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
     projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
-    projection, widest = max(projected, default=0) * _FLOAT32, max(block.inputs for block in blocks)
+    projection = max(projected, default=0) * _FLOAT32
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
     statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
     of_pool = pool * statistics * _FLOAT32
-    is_fitted = config.compensation == "least-squares" and config.sequential is not False
     measuring = {
         "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], pool) * length, by_layer),
         "written text": cached * trial.itemsize,
@@ -151,7 +150,6 @@ def estimate_memory(
     }
     pruning = {
         "objective_windows": together * judged * hidden,
-        "compensation_windows": states * (2 * hidden + widest) * is_fitted,
         # Of kept with kept inputs, these scaled, their factor, and of kept with removed inputs.
         "second moments": int((1 + share + 2 * share**2) * moments + 3 * share * projection) * has_moments,
         "pool": of_pool * on_host,

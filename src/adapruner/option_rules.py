@@ -12,7 +12,7 @@ Conflict = tuple[Callable[..., Any], str]
 
 # Options that are set by `effort`, by its value: points on the frontier of quality and time (research/results.md).
 EFFORTS: dict[str, dict[str, Any]] = {
-    "quick": {"compensation_windows": 192, "sequential": False, "heal": "none"},
+    "quick": {"compensation_windows": 192, "heal": "none"},
     "standard": {},
     "thorough": {"compensation_windows": 768, "heal": "400000"},
 }
@@ -87,10 +87,6 @@ CONFLICTS_OF_PRUNING: tuple[Conflict, ...] = (
     (
         lambda ratio_of, space: ratio_of == "groups" and space == "extended",
         "`ratio_of` groups leaves no allocation to search: set `space` paper",
-    ),
-    (
-        lambda sequential, compensation: sequential and compensation != "least-squares",
-        "`sequential` needs `compensation` least-squares, not {compensation}",
     ),
     (
         lambda samples, pool: samples > pool,

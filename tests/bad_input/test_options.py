@@ -109,7 +109,6 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--layout uniform --ratio 0.004 --round-to 32", ""),
         ("--protect-first 4", "all 4 layers are protected"),
         ("--alignment paper", "--alignment paper only supports the Taylor terms: set --space paper"),
-        ("--compensation none --sequential", "--sequential needs --compensation least-squares, not none"),
         ("--calibration wikitex2", "Did you mean 'wikitext2'"),
         ("--calibration TEXT@calibration --evaluate TEXT", "--objective would read"),
         ("--evaluate TEXT@objective", "--evaluate would read"),

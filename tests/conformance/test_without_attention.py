@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from adapruner.checkpoint._folder import save_checkpoint
 from adapruner.errors import AdaPrunerError
 from adapruner.families.proof import failed_without_attention, masked
-from adapruner.measurement._moments import measure_moments
 from adapruner.models._architecture import known_architectures, using_architecture
 from adapruner.models._loading import load_model
 from adapruner.models._places import find_model
@@ -18,7 +17,6 @@ from adapruner.planning._plan import PruningPlan
 from adapruner.structure._blocks import Structure, count_parameters
 from adapruner.structure._build import build_structure
 from adapruner.surgery._cut import prune_model
-from adapruner.surgery._sequential import refit_sequentially
 from tiny_families import random_plan
 
 
@@ -77,22 +75,3 @@ def test_no_plan_removes_what_a_family_needs(model_type, kind, make_model, tmp_p
         prune_model(model, build_structure(model), plan).save_pretrained(tmp_path / "model")
     with pytest.raises(AdaPrunerError, match=rf"layer 1 has no attention, without which no {model_type} works"):
         load_model(find_model(str(tmp_path / "model")))
-
-
-def test_the_fit_layer_by_layer_makes_up_for_what_is_gone(make_model, windows):
-    dense = make_model("llama")
-    structure = build_structure(dense)
-    plan = planned(structure, 0, 1)
-    compensation = dict(measure_moments(dense, structure, windows))
-    pruned = prune_model(dense, structure, plan, compensation)
-
-    def distance() -> float:
-        with torch.no_grad():
-            states = [model.model(windows).last_hidden_state for model in (dense, pruned)]
-        return float((states[0] - states[1]).norm())
-
-    one_shot, before = distance(), {name: weight.clone() for name, weight in pruned.named_parameters()}
-    refit_sequentially(dense, pruned, structure, plan, windows)
-    assert distance() < 0.95 * one_shot
-    refitted = [name for name, weight in pruned.named_parameters() if not weight.equal(before[name])]
-    assert any(name.startswith("model.layers.2.") for name in refitted)

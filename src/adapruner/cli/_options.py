@@ -33,7 +33,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Datasets": ("objective", "pool", "samples", "objective_windows", "seq_len", "sources"),
     "Search": ("trials", "search", "space", "seed"),
     "Importance": ("terms", "alignment", "reduction"),
-    "Compensation": ("compensation", "compensation_windows", "sequential"),
+    "Compensation": ("compensation", "compensation_windows"),
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }

@@ -154,13 +154,12 @@ class _Counting:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, the number
-    of parameters in the projections, and True if their output is added to the hidden state unchanged."""
+    """A kind of groups in one layer: the projections, the config fields by their names in `Architecture`, and the
+    number of parameters in the projections."""
 
     names: ProjectionNames
     fields: dict[str, Any]
     parameters: int
-    plain: bool
 
 
 def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers: Sequence[Layer]) -> Architecture:
@@ -188,7 +187,6 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
         model_type=model.config.model_type,
         layers=path,
         config_fields=ConfigFields(**counts),
-        plain_residual=all(kind.plain for kind in kinds.values()),
         learned_positions=longest is not None and any(longest <= length <= longest + 2 for length in lengths),
         experts=experts,
         **(fields | {name: kind.names for name, kind in kinds.items()}),
@@ -200,7 +198,7 @@ def _largest(writers: Iterable[list[_Kind]]) -> _Kind:
     layers = max(writers, key=lambda layers: sum(layer.parameters for layer in layers))
     inputs = {path: rows for layer in layers for path, rows in layer.names.inputs.items()}
     names = layers[0].names.model_copy(update={"inputs": inputs})
-    return replace(layers[-1], names=names, plain=all(layer.plain for layer in layers))
+    return replace(layers[-1], names=names)
 
 
 def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
@@ -262,7 +260,7 @@ def _kind(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Write
     inputs = {name: kinds for name, kinds in by_module.items() if name not in biases}
     names = ProjectionNames(inputs=inputs, output=writer.path, normalized=writer.normalized)
     names = names.model_copy(update={"returned": layer.returned(names.module)})
-    return _Kind(names, fields, parameters, writer.plain)
+    return _Kind(names, fields, parameters)
 
 
 def _experts(counting: _Counting, counted: Mapping[Layer, tuple[str, dict[str, int]]]) -> ExpertNames | None:

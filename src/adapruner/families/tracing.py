@@ -98,7 +98,6 @@ class Writer:
         weight: name of its weight in the model.
         axis: axis of its inputs in the stored weight.
         inputs: number of inputs per token.
-        plain: its output is added unchanged.
         normalized: a norm follows before the output is added, so that its scale has no effect.
     """
 
@@ -106,7 +105,6 @@ class Writer:
     weight: str
     axis: int
     inputs: int
-    plain: bool
     normalized: bool
 
 
@@ -226,7 +224,7 @@ class Layer:
                 # Under a norm, doubling the output changes nothing.
                 change = torch.zeros(()) if plain else self._alone(name, times=2)[2] - after
                 normalized = not plain and bool(change.norm() < 0.01 * (after - before).norm())
-                writers.append(Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], plain, normalized))
+                writers.append(Writer(name, f"{self.path}.{name}.weight", axis, read.shape[-1], normalized))
         return writers
 
     def _alone(self, name: str, times: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -125,8 +125,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         default_channels: channels as a multiple of the hidden size, if the config leaves their number open.
-        plain_residual: the output of a block is added to the hidden state without being scaled or normalised.
-        plain_residual_unless: config fields, with the value for which `plain_residual` does not hold.
         learned_positions: each position has a learned embedding, so that texts cannot be longer.
         equivalent: family whose config accepts numbers of heads that this one refuses.
         unsupported: config fields, with the value for which a model is built differently from this description.
@@ -144,8 +142,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     experts: ExpertNames | None = None
     config_fields: ConfigFields
     default_channels: int | None = None
-    plain_residual: bool = True
-    plain_residual_unless: dict[str, bool] = {}
     learned_positions: bool = False
     equivalent: Equivalent | None = None
     unsupported: dict[str, bool] = {}
@@ -198,11 +194,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
         names = self.config_fields
         heads = getattr(config, names.key_value_heads or names.heads, None) or getattr(config, names.heads)
         return int(2 * config.num_hidden_layers * heads * self.head_dim(config))
-
-    def has_plain_residual(self, config: PreTrainedConfig) -> bool:
-        """True if the output of a block is added to the hidden state without being scaled or normalised."""
-        exceptions = self.plain_residual_unless.items()
-        return self.plain_residual and all(getattr(config, field, None) != value for field, value in exceptions)
 
     def channels(self, config: PreTrainedConfig) -> int:
         """Feed-forward width of a layer."""

@@ -242,13 +242,6 @@ class _FromMemory:
         return plain_weights(self.weights, self.device, None)
 
 
-def overwrite_weight(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Sets a parameter in place, even in a layer that is streamed from memory."""
-    stream, name_in_layer = _stream_of(model, name)
-    weight = stream.read.weights[name_in_layer] if stream else model.get_parameter(name).data
-    weight.copy_(value)
-
-
 def change_weight(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Changes a parameter in place; that of a streamed layer, whenever it is read."""
     stream, name_in_layer = _stream_of(model, name)

@@ -12,12 +12,10 @@ from adapruner.errors import AdaPrunerError
 from adapruner.importance._metric import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement._moments import measure_moments
 from adapruner.measurement._statistics import Statistics
-from adapruner.models._architecture import architecture_of
 from adapruner.models._device import in_fastest_dtype
 from adapruner.planning._plan import PruningPlan
 from adapruner.structure._blocks import Structure
 from adapruner.surgery._cut import prune_model
-from adapruner.surgery._sequential import refit_sequentially
 
 
 def make_windows(
@@ -76,23 +74,16 @@ def cut(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreT
     return prune_model(model, structure, plan)
 
 
-def compensate(
-    model: PreTrainedModel, structure: Structure, plan: PruningPlan, windows: Tensor, sequential: bool = True
-) -> PreTrainedModel:
+def compensate(model: PreTrainedModel, structure: Structure, plan: PruningPlan, windows: Tensor) -> PreTrainedModel:
     """The model that `cut` gives, with the remaining weights of the output projections corrected in closed form.
 
     Args:
         model: the dense model, which is not changed.
         windows: [windows, tokens], int64, at least 2; more text gives a better model.
-        sequential: fit least squares layer by layer on the outputs of the pruned layers before, if the family allows.
 
     Raises:
         AdaPrunerError: the plan is for another model, or there are fewer than two windows.
         NonFiniteError: activations are not finite.
     """
-    fast = in_fastest_dtype(model)
-    moments = dict(measure_moments(fast, structure, windows))
-    pruned = prune_model(model, structure, plan, moments)
-    if sequential and architecture_of(model.config).has_plain_residual(model.config):
-        refit_sequentially(fast, pruned, structure, plan, windows)
-    return pruned
+    moments = dict(measure_moments(in_fastest_dtype(model), structure, windows))
+    return prune_model(model, structure, plan, moments)

@@ -19,7 +19,6 @@ from adapruner.files import copy_folder, write_text
 from adapruner.graph.records import Form
 from adapruner.measurement._moments import StoredMoments
 from adapruner.memory import Placement, healing_within
-from adapruner.models._architecture import Architecture
 from adapruner.models._loading import empty_model, load_model
 from adapruner.models._places import ModelLocation, find_model
 from adapruner.planning._budget import Budget, kept_counts
@@ -32,25 +31,12 @@ from adapruner.result import shown_name
 from adapruner.run.nodes.declared import GRAPH
 from adapruner.structure._blocks import Structure
 from adapruner.surgery._cut import prune_model
-from adapruner.surgery._sequential import refit_sequentially
 from adapruner.texts import Texts
 
 # What made it has written the folder already.
 FOLDER: Form[Path] = Form(shutil.move, Path)
 
 # Cutting and compensating
-
-
-@GRAPH.in_memory
-def fits_sequentially(sequential: bool | None, compensation: str, family: Architecture, empty: PreTrainedModel) -> bool:
-    """True if the pruned model is fitted once more, layer by layer."""
-    possible = family.has_plain_residual(empty.config)
-    if sequential and not possible:
-        raise AdaPrunerError(
-            f"`sequential` is not possible for {family.model_type}, which scales or normalises the outputs of its"
-            " blocks: leave it out, compensation is one-shot then"
-        )
-    return possible and (compensation == "least-squares" if sequential is None else sequential)
 
 
 @GRAPH.leaf(lambda options: options and options.model_dump_json())
@@ -87,15 +73,12 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.kept("compensated", FOLDER, version=5, is_step=True)
+@GRAPH.kept("compensated", FOLDER, version=6, is_step=True)
 def compensated(
     dense: PreTrainedModel,
-    dense_fast_later: Callable[[], PreTrainedModel],
     structure: Structure,
     plan: PruningPlan,
     moments_to_correct: StoredMoments | None,
-    text_to_learn: tuple[Text, Text],
-    fits_sequentially: bool,
     tokenizer: Tokenizer,
     origin: dict[str, Any],
     reporter: Reporter,
@@ -104,10 +87,6 @@ def compensated(
     """The dense model, cut by the plan and compensated, before it is healed."""
     with reporter.stage("cutting"):
         pruned = prune_model(dense, structure, plan, moments_to_correct)
-    if moments_to_correct is not None and fits_sequentially:
-        dense_fast = dense_fast_later()
-        with reporter.stage("compensating", structure.layers) as advance:
-            refit_sequentially(dense_fast, pruned, structure, plan, text_to_learn[0].windows, advance)
     with reporter.stage("saving"):
         save_checkpoint(pruned, tokenizer, work / "model", record=origin | {"plan": plan.hash})
     return work / "model"
