@@ -66,7 +66,6 @@ def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, 
         "comparing abilities",
         "searching",
         "cutting",
-        "compensating",
         "saving",
         "evaluating",
     }

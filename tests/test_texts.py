@@ -21,7 +21,7 @@ from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlap
 
 
 def assigned(**options: object) -> Texts:
-    return assign_texts(PruneConfig.from_options(model="m", **options))
+    return assign_texts(PruneConfig.from_options(model="m", trials=8, **options))
 
 
 def as_text(texts: Texts) -> tuple[str, str, list[str]]:
