@@ -114,6 +114,7 @@ def outlive(folder: Path) -> None:
         distributed.barrier()
     except RuntimeError as error:
         (folder / "said.txt").write_text(str(describe_failure(error, "")))
+        os._exit(1)
 
 
 def test_a_process_says_that_another_one_has_ended(tmp_path):
