@@ -53,8 +53,6 @@ OURS: dict[str, dict[str, Any]] = {
     "quick, uniform": {"effort": "quick", "layout": "uniform"},
     "standard": {"effort": "standard"},
 }
-# Windows by which the text of the next seed of ours begins later.
-HALF = 189
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 
 
@@ -113,7 +111,8 @@ def measured(
 ) -> dict[str, Any]:
     """A cell: the numbers of the model that a method makes."""
     path = text / "windows.safetensors" if text.is_dir() else text
-    windows = load_texts_by_use(path)["compensation"].windows.roll(seed * HALF, 0)
+    windows = load_texts_by_use(path)["compensation"].windows
+    windows = windows.roll(seed * (len(windows) // 2), 0)
     location = find_model(name)
     tokenizer, dense = load_tokenizer(location), load_model(location)
     structure = build_structure(dense)

@@ -290,8 +290,8 @@ class PruneOptions(_Options):
     _conflicts = CONFLICTS_OF_PRUNING
 
     @model_validator(mode="after")
-    def _has_what_options_are_for(self) -> Self:
-        """Refuses options that would do nothing."""
+    def _search_options_need_a_search(self) -> Self:
+        """Refuses options that would do nothing. The command line has no conflicts: a recipe may add the search."""
         changed = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
         if changed and self._conflicts and not searches(self.trials, self.space, self.search):
             names = ", ".join(f"`{name}`" for name in changed)

@@ -92,7 +92,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[8] = 8
+    schema_version: Literal[9] = 9
     config: PruneConfig
     plan_hash: str
     costs: Costs | None = None

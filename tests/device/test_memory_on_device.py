@@ -14,7 +14,7 @@ pytestmark = pytest.mark.device_matrix
 # All stages of a run that hold tensors on the device.
 STAGES = (
     *("loading", "writing text", "reading activations", "measuring", "comparing removals"),
-    *("searching", "cutting", "compensating", "healing", "evaluating"),
+    *("searching", "cutting", "healing", "evaluating"),
     "comparing abilities",
 )
 

@@ -30,15 +30,15 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "round_to"),
     ),
-    "Datasets": ("objective", "pool", "samples", "objective_windows", "seq_len", "sources"),
+    "Datasets": ("seq_len", "sources"),
     "Search": ("trials", "search", "space", "seed"),
-    "Importance": ("terms", "alignment", "reduction"),
+    "Read by a search alone": config.OF_A_SEARCH,
     "Compensation": ("compensation", "compensation_windows"),
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
 # For comparisons: the help names them in a sentence, and the page of options lists them.
-HIDDEN_GROUPS = ("Importance",)
+HIDDEN_GROUPS = ("Read by a search alone",)
 # The panels of the help of `prune`, in this order.
 _GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))

@@ -33,7 +33,7 @@ def prune(
 ) -> None:
     """Search, prune, heal, save and evaluate. Rerun the same command to resume.
 
-    Not listed below: --terms, --alignment and --reduction of the importance, for comparisons.
+    Not listed below: what only a search reads, as --objective, --pool, --samples and --terms.
 
     ```console
     adapruner prune Qwen/Qwen3-0.6B -o runs/a --dry-run

@@ -62,8 +62,9 @@ class Costs(BaseModel, extra="forbid", frozen=True):
             measured = {number: cost for number, cost in self.by_block.items() if number in blocks}
             median = statistics.median(cost.nats for cost in measured.values())
             for number, block in blocks.items():
-                before, after = ([n for n in measured if n <= number], [n for n in measured if n >= number])
-                nearest = [*before[-1:], *after[:1]]
+                before = [other for other in measured if other <= number]
+                after = [other for other in measured if other >= number]
+                nearest = [*before[-1:], *after[:1]]  # twice the block itself if it was measured
                 nats = statistics.geometric_mean(max(measured[other].nats, _NOTHING) for other in nearest)
                 share = 1 - measured[nearest[0]].kept / blocks[nearest[0]].groups
                 removed = round(share * block.groups / block.strata)

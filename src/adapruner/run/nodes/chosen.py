@@ -144,7 +144,7 @@ def moments_to_correct(moments: StoredMoments | None, compensation: str) -> Stor
     return None if compensation == "none" else moments
 
 
-@GRAPH.kept("costs.json", json_form(Costs), is_wanted=allocates_by_cost)
+@GRAPH.kept("costs.json", json_form(Costs), version=2, is_wanted=allocates_by_cost)
 def costs(
     dense_fast: PreTrainedModel,
     structure: Structure,
