@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from cyclopts import run
 
-from adapruner.evaluation._speed import measure_speed
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, kept_counts
-from adapruner.planning._plan import make_plan
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.counts import Budget, kept_counts
+from adapruner.budget.plan import make_plan
+from adapruner.evaluation.speed import measure_speed
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from machine import describe
 
 ATTENTION_LAYERS = tuple(range(6, 24, 3))

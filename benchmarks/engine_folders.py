@@ -27,15 +27,15 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import ExportFormat
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import resolve
-from adapruner.families.tiny import random_model
-from adapruner.models._architecture import is_pruned, using_architecture
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.families.inference import random_model
+from adapruner.model.architecture import is_pruned, using_architecture
+from adapruner.options import ExportFormat
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from engines import FAMILIES, PROMPT, Folder, greedy
 
 SIZES: dict[str, Any] = {

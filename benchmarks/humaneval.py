@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._generation import NO_TOKEN, continue_texts, end_tokens
-from adapruner.models._loading import load_model, load_tokenizer
-from adapruner.models._places import find_model
+from adapruner.model.device import in_fastest_dtype
+from adapruner.model.generation import NO_TOKEN, continue_texts, end_tokens
+from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.model.places import find_model
 
 # What follows the function that a problem begins.
 _AFTER = re.compile(r"\n(?=[^\s#)\]}])|\n```|\n# |<\|")

@@ -26,11 +26,11 @@ from cyclopts import run
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.measurement._samples import measure
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
+from adapruner.measurement.taylor import measure
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
 from machine import MIB, describe, memory, reset_peak, seconds
 
 Way = Literal["activations", "all terms", "vector-wise", "layer by layer", "plain"]

@@ -29,21 +29,20 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 
-from adapruner.calibration._pool import evenly_spaced, text_windows
-from adapruner.calibration._sources import parse_source
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.evaluation._perplexity import measure_perplexity
-from adapruner.graph.folder import RunFolder
-from adapruner.models._device import computing_repeatably, in_fastest_dtype
-from adapruner.models._loading import load_model, load_tokenizer
-from adapruner.models._places import find_model
-from adapruner.progress import Reporter
-from adapruner.run.api import making_of
+from adapruner.base.progress import Reporter
+from adapruner.checkpoint import save_checkpoint
+from adapruner.evaluation.perplexity import measure_perplexity
+from adapruner.model.device import computing_repeatably, in_fastest_dtype
+from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.run.folder import RunFolder
 from adapruner.run.given import save_text
 from adapruner.run.options import resolve
-from adapruner.structure._blocks import count_parameters
-from adapruner.structure._build import build_structure
+from adapruner.run.prune import making_of
+from adapruner.structure.blocks import count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.text.sources import parse_source
+from adapruner.text.windows import evenly_spaced, load_texts_by_use, text_windows
 from peers import PEERS, Setting
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
@@ -172,7 +171,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
             elif path in missing:
                 begun = time.process_time()
                 making.make(node)
-                making.forget_but([])
+                making.release_unneeded([])
                 spent[key] = time.process_time() - begun
             if path == "model":
                 break

@@ -23,16 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.evaluation._losses import window_losses
-from adapruner.importance._metric import LLM_PRUNER_METRICS, score_groups
-from adapruner.measurement._moments import StoredMoments, factorize, measure_moments
-from adapruner.measurement._removal import removal_errors
-from adapruner.measurement._samples import measure
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._layers import decoder_layers
-from adapruner.planning._plan import make_plan
-from adapruner.structure._blocks import Block, Structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.plan import make_plan
+from adapruner.evaluation.losses import window_losses
+from adapruner.importance import LLM_PRUNER_METRICS, score_groups
+from adapruner.measurement.moments import StoredMoments, factorize, measure_moments, removal_errors
+from adapruner.measurement.taylor import measure
+from adapruner.model.device import in_fastest_dtype
+from adapruner.model.layers import decoder_layers
+from adapruner.structure.blocks import Block, Structure
+from adapruner.surgery import prune_model
 
 PROTECTED_FIRST, PROTECTED_LAST = 4, 3
 # OSSCAR's code: channels swapped at a time, and rounds of swaps.

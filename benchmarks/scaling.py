@@ -20,10 +20,10 @@ import torch
 from cyclopts import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapruner.measurement._samples import measure
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.structure._build import build_structure
+from adapruner.measurement.taylor import measure
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.structure.build import build_structure
 from machine import MIB, describe, memory, reset_peak
 
 HIDDEN, SAMPLES, TOKENS = 1024, 4, 128

@@ -29,12 +29,12 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.calibration._reading import read_documents
-from adapruner.calibration._sources import parse_source
-from adapruner.models._layers import _Stream
-from adapruner.models._loading import empty_model, load_model
-from adapruner.models._places import find_model
-from adapruner.progress import Advance, Reporter
+from adapruner.base.progress import Advance, Reporter
+from adapruner.model.layers import _Stream
+from adapruner.model.loading import empty_model, load_model
+from adapruner.model.places import find_model
+from adapruner.text.reading import read_documents
+from adapruner.text.sources import parse_source
 
 LAYERS_PER_SHARD = 4
 LITTLE_TEXT: dict[str, Any] = {

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.config import RecoveryOptions
-from adapruner.measurement._samples import saved_activations
-from adapruner.memory import bytes_of_predictions
-from adapruner.models._layers import decoder_layers
-from adapruner.models._loading import empty_model
+from adapruner.measurement.taylor import saved_activations
+from adapruner.model.layers import decoder_layers
+from adapruner.model.loading import empty_model
+from adapruner.options import RecoveryOptions
+from adapruner.run.memory import bytes_of_predictions
 
 GB, FLOAT32 = 10**9, 4
 # The config fields of the dense model; and the channels with which a fifth of its weights is removed.

@@ -29,19 +29,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.checkpoint._folder import write_model
-from adapruner.config import Layout
-from adapruner.errors import reason
+from adapruner.base.errors import reason
+from adapruner.checkpoint import write_model
 from adapruner.families import open_config
-from adapruner.families.tiny import random_model
-from adapruner.models._architecture import architecture_of
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.models._wrapper import wrapper_of
-from adapruner.structure._blocks import Kind, Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
-from adapruner.verbs._inspect import describe
+from adapruner.families.inference import random_model
+from adapruner.model.architecture import architecture_of
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.model.wrapper import wrapper_of
+from adapruner.options import Layout
+from adapruner.run.steps import describe
+from adapruner.structure.blocks import Kind, Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import OTHERS, decoder_families, random_plan, tiny_config
 from tiny_images import masked_logits, with_image
 from tiny_wrappers import tiny_wrapper

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from adapruner.graph.declaring import Graph, Kept
-from adapruner.run.nodes.declared import GRAPH
+from adapruner.graph.nodes import Graph, Kept
+from adapruner.run.graph import GRAPH
 
 _WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 158, 26, 36, 18, 16
 _STYLE = (

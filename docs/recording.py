@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.terminal_theme import MONOKAI
 
-from adapruner.result import RunResult, tables_of, titles
-from adapruner.terminal import PlainConsole
+from adapruner.base.terminal import PlainConsole
+from adapruner.report.result import RunResult, tables_of, titles
 
 PICTURE = Path(__file__).parent / "images" / "first-run.svg"
 # Without the font that rich takes from the web: a picture in a page may load nothing.

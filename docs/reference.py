@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapruner.cli import app
-from adapruner.cli._options import OPTION_GROUPS, PruneOptions, SizeLimit
-from adapruner.config import RecoveryOptions
+from adapruner.cli.shared import OPTION_GROUPS, PruneOptions, SizeLimit
+from adapruner.options import RecoveryOptions
 
 FOLDER = Path(__file__).parent / "reference"
 

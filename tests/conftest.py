@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.models._architecture import known_architectures
+from adapruner.model.architecture import known_architectures
 from run_helpers import FEW_ABILITIES, RUN_OPTIONS
 
 VOCABULARY = 96
@@ -114,7 +114,7 @@ def _cache_of_families(tmp_path_factory):
 def _nothing_waits_for_the_disk():
     """A power failure alone takes what was written and is not on the disk yet; a kill does not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapruner.files._flush", lambda _: None)
+        patch.setattr("adapruner.base.files._flush", lambda _: None)
         yield
 
 
@@ -131,8 +131,8 @@ def _few_abilities():
 def _families_of_the_package():
     """Families that a test registers are for the process, and gone after the test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapruner.models._architecture._registered", {})
-        patch.setattr("adapruner.models._architecture._inferred", {})
+        patch.setattr("adapruner.model.architecture._registered", {})
+        patch.setattr("adapruner.model.architecture._inferred", {})
         yield
 
 

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
+from adapruner.base.progress import Advance, Reporter
 from adapruner.cli import main
-from adapruner.evaluation import _abilities, _choices
-from adapruner.progress import Advance, Reporter
+from adapruner.evaluation import abilities as _abilities, abilities as _choices
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json", "healing.json", "study.jsonl", "config.yaml")
@@ -57,9 +57,9 @@ FEW_ABILITIES = (
 _PRELOADED = [
     "adapruner.cli.models",
     "adapruner.cli.runs",
-    "adapruner.run.api",
-    "adapruner.verbs._evaluate",
-    "adapruner.verbs._recover",
+    "adapruner.run.prune",
+    "adapruner.run.evaluate",
+    "adapruner.run.recover",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
     "lm_eval.tasks",

@@ -12,14 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
-from adapruner.calibration._blend import absolute_blend, parse_blend
-from adapruner.calibration._pool import text_windows
-from adapruner.calibration._sources import parse_source
-from adapruner.card import trained_sentence
-from adapruner.recovery._examples import Example, Examples, Unwritten, most_held_out, read_examples
-from adapruner.recovery._folder import working_folder
-from adapruner.recovery._mixing import MixedExamples
-from adapruner.recovery._training import collate, total_steps
+from adapruner.report.card import trained_sentence
+from adapruner.run.recover import RecoveryFolder
+from adapruner.text.blends import absolute_blend, parse_blend
+from adapruner.text.sources import parse_source
+from adapruner.text.windows import text_windows
+from adapruner.train.examples import Example, Examples, MixedExamples, Unwritten, most_held_out, read_examples
+from adapruner.train.training import collate, total_steps
 from run_helpers import exit_code
 
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}
@@ -105,7 +104,7 @@ def test_unclear_blends_are_refused(text, message, model_folder, tmp_path, capsy
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
-    assert not working_folder(tmp_path / "out").exists()
+    assert not RecoveryFolder(tmp_path / "out").unfinished.parent.exists()
 
 
 @pytest.mark.parametrize(("given", "tokens"), [("2M", 2_000_000), ("300k", 300_000), ("1_000_000", 10**6), (5, 5)])

@@ -20,15 +20,14 @@ from datasets import Dataset
 from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from adapruner.calibration import _reading, _sources, _tokenizing
-from adapruner.calibration._pool import draw_windows, evaluation_text, text_windows
-from adapruner.calibration._reading import fingerprint, provenance, read_documents, read_records, stream_documents
-from adapruner.calibration._sources import Source, parse_source, register_sources
-from adapruner.calibration._tokenizing import tokens_of
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.texts import assign_texts
-from adapruner.tokens._selecting import count_tokens
+from adapruner.base.errors import AdaPrunerError
+from adapruner.options import PruneConfig
+from adapruner.text import reading as _reading, sources as _sources, windows as _tokenizing
+from adapruner.text.reading import fingerprint, provenance, read_documents, read_records, stream_documents
+from adapruner.text.sources import Source, parse_source, register_sources
+from adapruner.text.uses import assign_texts
+from adapruner.text.windows import draw_windows, evaluation_text, text_windows, tokens_of
+from adapruner.tokens.selecting import count_tokens
 from machine import memory, reset_peak
 
 

@@ -14,15 +14,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, MambaConfig, MambaForCausalLM
 
 import adapruner
-from adapruner.checkpoint._folder import read_origin, save_checkpoint
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.families import learn
-from adapruner.families.tiny import random_model
-from adapruner.models import modeling_pruned
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._loading import load_tokenizer
-from adapruner.models._places import find_model
-from adapruner.structure._build import build_structure
+from adapruner.families.inference import random_model
+from adapruner.model.device import in_fastest_dtype
+from adapruner.model.loading import load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.remote_code import modeling_pruned
+from adapruner.structure.build import build_structure
 from tiny_families import cut_to, tiny_config
 
 

@@ -20,12 +20,12 @@ import pytest
 from rich.console import Console
 
 import adapruner
+from adapruner.base.progress import Reporter
 from adapruner.cli import main
-from adapruner.cli._options import HIDDEN_GROUPS, OPTION_GROUPS
 from adapruner.cli.runs import _default_output
-from adapruner.config import PruneConfig, PruneOptions, SizeLimit
-from adapruner.progress import Reporter
-from adapruner.recipe import read_recipe, recipes
+from adapruner.cli.shared import HIDDEN_GROUPS, OPTION_GROUPS
+from adapruner.options import PruneConfig, PruneOptions, SizeLimit
+from adapruner.recipes import read_recipe, recipes
 
 RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4"]
 RUN += ["--compensation-windows", "8", "--seq-len", "16", "--trials", "3", "--round-to", "1", "--no-remove-attention"]
@@ -157,7 +157,7 @@ def test_the_level_of_the_logger_decides_what_is_shown(capsys, monkeypatch):
             logging.getLogger("adapruner").debug("a detail")
         raise adapruner.AdaPrunerError("nothing there")
 
-    monkeypatch.setattr("adapruner.verbs._inspect.inspect", inspect)
+    monkeypatch.setattr("adapruner.run.steps.inspect", inspect)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     shown = {}
     for flags in ((), ("--quiet",), ("-v",)):
@@ -199,8 +199,8 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(capsys, monkeypatch):
         def set(self) -> None:
             is_over.put(True)
 
-    monkeypatch.setattr("adapruner.progress.time", SimpleNamespace(monotonic=lambda: seconds[0], time=time.time))
-    monkeypatch.setattr("adapruner.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
+    monkeypatch.setattr("adapruner.base.progress.time", SimpleNamespace(monotonic=lambda: seconds[0], time=time.time))
+    monkeypatch.setattr("adapruner.base.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
     reporter = Reporter()
     with reporter.stage("searching", 200) as advance:
         for steps in (3.4, 0, 49.6):

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.measurement._moments import InputMoments, measure_moments
-from adapruner.planning._budget import Budget, Profile, kept_counts
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import compensate, prune_model
+from adapruner.budget.counts import Budget, Profile, kept_counts
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.measurement.moments import InputMoments, measure_moments
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import compensate, prune_model
 
 KEPT = torch.tensor([0, 2, 3, 6])
 

@@ -10,17 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adapruner
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.config import OF_A_SEARCH
-from adapruner.measurement._moments import measure_moments
-from adapruner.measurement._removal import removal_errors
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, ByCost, kept_counts
-from adapruner.planning._plan import make_plan
-from adapruner.search._costs import Cost, Costs, cuts_to_measure, measure_costs
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.counts import Budget, ByCost, kept_counts
+from adapruner.budget.plan import make_plan
+from adapruner.measurement.moments import measure_moments, removal_errors
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.options import OF_A_SEARCH
+from adapruner.search.judging import Cost, Costs, cuts_to_measure, measure_costs
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
+from adapruner.text.windows import load_texts_by_use
 from run_helpers import RUN_OPTIONS, stages_done
 
 LOUD = 2

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adapruner.models._deferred import deferred_by_module, read_all
-from adapruner.models._device import copy_in_dtype
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
+from adapruner.model.device import copy_in_dtype
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.model.stored import deferred_by_module, read_all
 from tiny_families import tiny_config
 
 Saved = Callable[..., Path]

@@ -2,9 +2,9 @@
 
 import torch
 
-from adapruner.memory import Memory, room_for_moments
-from adapruner.models._device import computing_repeatably
-from adapruner.models._layers import decoder_layers, share_out
+from adapruner.model.device import computing_repeatably
+from adapruner.model.layers import decoder_layers, share_out
+from adapruner.run.memory import Memory, room_for_moments
 
 
 def settings() -> tuple[str, bool, bool, bool]:

@@ -24,13 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 import adapruner
 from adapruner import PruneConfig, PruneOptions
-from adapruner.calibration._mix import kinds
 from adapruner.cli import _known_options, app, main
-from adapruner.importance._terms import TERMS
-from adapruner.models._architecture import Architecture, known_architectures
-from adapruner.models._places import ModelLocation
-from adapruner.recovery._examples import _PROMPT
-from adapruner.run.nodes.declared import GRAPH
+from adapruner.importance import TERMS
+from adapruner.model.architecture import Architecture, known_architectures
+from adapruner.model.places import ModelLocation
+from adapruner.run.graph import GRAPH
+from adapruner.text.written import kinds
+from adapruner.train.examples import _PROMPT
 from run_helpers import byte_tokenizer, flags
 from tiny_wrappers import tiny_wrapper_config
 
@@ -155,7 +155,7 @@ def _workplace(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("ADAPRUNER_DATA", str(folder / "data"))
         alias = ModelLocation(str(folder / "smollm2"))
-        patch.setattr("adapruner.models._places._find_smollm2", lambda: alias)
+        patch.setattr("adapruner.model.places._find_smollm2", lambda: alias)
         for verb in ("prune", "recover", "evaluate", "vocabulary"):
             patch.setattr(adapruner, verb, in_small(verb, getattr(adapruner, verb)))
         run_commands(FIRST_RUN)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.checkpoint import save_checkpoint
 from tiny_families import cut_to
 
 FAMILIES = ["llama", "gpt2", "phi3", "gemma3_text"]

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import adapruner
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
 from adapruner.families import learn
+from adapruner.options import PruneConfig
 from adapruner.run.engines import options_for, serving_commands
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import tiny_config

@@ -19,27 +19,33 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.calibration import _probes
-from adapruner.calibration._mix import kinds
-from adapruner.calibration._probes import probe_texts, prompts_to_show
 from adapruner.cli import app
-from adapruner.cli._output import print_output
-from adapruner.config import PruneConfig
-from adapruner.evaluation import _abilities, _choices, _losses
-from adapruner.evaluation._abilities import Abilities, Reading, measure_abilities, write_answers
-from adapruner.evaluation._choices import Choice
-from adapruner.evaluation._losses import finite_windows, may_overflow, window_losses
-from adapruner.evaluation._perplexity import Perplexity, measure_perplexity
-from adapruner.evaluation._speed import count_macs, measure_speed
-from adapruner.evaluation._verdict import Verdict, damaged, judge
-from adapruner.memory import Placement
-from adapruner.models._layers import is_streamed
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.structure._build import build_structure
-from adapruner.texts import assign_texts
-from adapruner.verbs import _evaluate, _source
-from adapruner.verbs._source import ModelSource
+from adapruner.cli.shared import print_output
+from adapruner.evaluation import abilities as _abilities, abilities as _choices, losses as _losses
+from adapruner.evaluation.abilities import (
+    Abilities,
+    Choice,
+    Reading,
+    Verdict,
+    damaged,
+    judge,
+    measure_abilities,
+    write_answers,
+)
+from adapruner.evaluation.losses import finite_windows, may_overflow, window_losses
+from adapruner.evaluation.perplexity import Perplexity, measure_perplexity
+from adapruner.evaluation.speed import count_macs, measure_speed
+from adapruner.model.layers import is_streamed
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.options import PruneConfig
+from adapruner.run import evaluate as _evaluate, given as _source
+from adapruner.run.given import ModelSource
+from adapruner.run.memory import Placement
+from adapruner.structure.build import build_structure
+from adapruner.text import written as _probes
+from adapruner.text.uses import assign_texts
+from adapruner.text.written import kinds, probe_texts, prompts_to_show
 from test_generation import continued_alone
 from tiny_families import cut_to
 
@@ -463,14 +469,14 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
 ):
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     total = weights / (0.8 if memory_for == "a few layers" else 0.7)
-    monkeypatch.setattr("adapruner.memory.total_and_free", lambda _: (total, total))
+    monkeypatch.setattr("adapruner.run.memory.total_and_free", lambda _: (total, total))
     evaluated: list[PreTrainedModel] = []
 
     def noted(model: PreTrainedModel, *given: Any, **named: Any) -> Perplexity:
         evaluated.append(model)
         return measure_perplexity(model, *given, **named)
 
-    monkeypatch.setattr("adapruner.verbs._evaluate.measure_perplexity", noted)
+    monkeypatch.setattr("adapruner.run.evaluate.measure_perplexity", noted)
     scores = []
     for chosen in ([], ["--no-layer-wise"], ["--layer-wise"]):
         command = ["evaluate", str(model_folder), "--evaluate", str(text_file), "--seq-len", "16", "--json"]
@@ -526,7 +532,7 @@ def test_where_a_model_is_evaluated(is_known, streamable, free, expected, model_
     monkeypatch.setattr(_evaluate, "resolve_devices", lambda device: TWO_DEVICES[: device.count(",") + 1])
     monkeypatch.setattr(_evaluate, "usable_devices", lambda device: TWO_DEVICES)
     monkeypatch.setattr(_evaluate, "is_streamable", lambda *_: streamable)
-    monkeypatch.setattr("adapruner.memory.total_and_free", lambda device: (round(free * weights), 0))
+    monkeypatch.setattr("adapruner.run.memory.total_and_free", lambda device: (round(free * weights), 0))
     if not is_known:
         monkeypatch.setattr(_evaluate, "family_named", lambda name: None)
     source = ModelSource.of(model_folder)

@@ -8,24 +8,21 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import OF_A_SEARCH
-from adapruner.errors import AdaPrunerError
-from adapruner.families.inference import infer_architecture
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import Budget, Profile, kept_counts
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.families.inference import infer_architecture, random_model
 from adapruner.families.proof import failed_checks
-from adapruner.families.tiny import random_model
-from adapruner.importance._metric import MetricPoint, score_groups
-from adapruner.importance._terms import TERMS
-from adapruner.measurement._moments import InputMoments, measure_moments
-from adapruner.measurement._samples import measure
-from adapruner.measurement._statistics import Statistics
-from adapruner.models._architecture import Architecture, remember_family, using_architecture
+from adapruner.importance import TERMS, MetricPoint, score_groups
+from adapruner.measurement.moments import InputMoments, measure_moments
+from adapruner.measurement.taylor import Statistics, measure
+from adapruner.model.architecture import Architecture, remember_family, using_architecture
 from adapruner.option_rules import EXPERT_TRIALS
-from adapruner.planning._budget import Budget, Profile, kept_counts
-from adapruner.planning._plan import make_plan
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.options import OF_A_SEARCH
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from run_helpers import QUICK
 from tiny_families import random_plan, tiny_config
 

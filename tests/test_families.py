@@ -8,13 +8,12 @@ from transformers import AutoModelForCausalLM
 
 import adapruner
 from adapruner import families
+from adapruner.base.errors import AdaPrunerError
 from adapruner.cli import main
-from adapruner.errors import AdaPrunerError
-from adapruner.families.inference import infer_architecture
+from adapruner.families.inference import infer_architecture, random_model
 from adapruner.families.proof import ConformanceError, failed_checks, prove
-from adapruner.families.tiny import random_model
-from adapruner.models import _architecture
-from adapruner.models._architecture import (
+from adapruner.model import architecture as _architecture
+from adapruner.model.architecture import (
     Architecture,
     ProjectionNames,
     architecture_of,
@@ -22,12 +21,12 @@ from adapruner.models._architecture import (
     register_architectures,
     using_architecture,
 )
-from adapruner.models._config import load_config
-from adapruner.models._loading import empty_model
-from adapruner.models._places import find_model
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.verbs._inspect import describe
+from adapruner.model.config import load_config
+from adapruner.model.loading import empty_model
+from adapruner.model.places import find_model
+from adapruner.run.steps import describe
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
 from run_helpers import QUICK
 from tiny_families import tiny_config
 

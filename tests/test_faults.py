@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.search import _objective
+from adapruner.search import judging as _objective
+from adapruner.text.windows import load_texts_by_use
 from run_helpers import (
     QUICK,
     RUN_OPTIONS,
@@ -108,8 +108,8 @@ def test_damage_takes_nothing_else_along(finished, run, rerun):
         assert rerun() == 0
         replaced = {name for name, moment in written(run).items() if moment != edited[name]}
         files = {name for name in before if name == artifact or name.startswith(f"{artifact}/")}
-        # The model card follows from the result; the model before it is healed is rebuilt and removed.
-        beside = {"keys/compensated.json", "keys/result.json.json", "result.json"} if artifact == "model" else set()
+        # The model card follows from the result.
+        beside = {"keys/result.json.json", "result.json"} if artifact == "model" else set()
         assert replaced - {"config.yaml"} == files | {f"keys/{artifact.replace('/', '-')}.json"} | beside
     assert_same_artifacts(run, finished.output)
     assert_same_cards(run, finished.output)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from adapruner.errors import AdaPrunerError
-from adapruner.models._places import find_model, fingerprint
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.places import find_model, fingerprint
 
 
 @pytest.fixture

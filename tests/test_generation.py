@@ -8,9 +8,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.families.tiny import random_model
-from adapruner.models import _generation
-from adapruner.models._generation import NO_TOKEN, continue_texts
+from adapruner.families.inference import random_model
+from adapruner.model import generation as _generation
+from adapruner.model.generation import NO_TOKEN, continue_texts
 from tiny_families import tiny_config
 
 PROMPTS = [[11, 12, 13], [15], [24, 7, 8, 54, 65, 6, 11, 34, 35, 74], [9, 10]]

@@ -17,14 +17,13 @@ from packaging.version import Version
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import adapruner
-from adapruner.card import base_licence
-from adapruner.config import GgufType
-from adapruner.errors import AdaPrunerError
-from adapruner.gguf._write import write_gguf
-from adapruner.models._config import load_config
-from adapruner.models._gguf import check_header, refuse_what_is_not_read, without_tokens
-from adapruner.models._loading import load_model, load_tokenizer
-from adapruner.models._places import find_model
+from adapruner.base.errors import AdaPrunerError
+from adapruner.gguf.write import write_gguf
+from adapruner.model.config import check_header, load_config, refuse_what_is_not_read, without_tokens
+from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.options import GgufType
+from adapruner.report.card import base_licence
 from run_helpers import byte_tokenizer
 
 

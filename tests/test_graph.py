@@ -19,13 +19,12 @@ from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from adapruner import AdaPrunerError
-from adapruner.files import replace
-from adapruner.graph import declaring
-from adapruner.graph.declaring import Graph, GraphError
-from adapruner.graph.folder import RunFolder
+from adapruner.base.files import replace
+from adapruner.base.progress import Reporter
+from adapruner.graph import nodes as declaring
+from adapruner.graph.folder import Folder
 from adapruner.graph.making import Making
-from adapruner.graph.records import Form, Record, are_as_written, stamps
-from adapruner.progress import Reporter
+from adapruner.graph.nodes import Form, Graph, GraphError, Record
 from run_helpers import fast_starts
 
 JSON: Form[Any] = Form(
@@ -96,9 +95,9 @@ def toy_graph() -> Graph:
 GRAPH = toy_graph()
 
 
-def making(folder: Path, others: tuple[RunFolder, ...] = (), graph: Graph = GRAPH, **options: Any) -> Making:
+def making(folder: Path, others: tuple[Folder, ...] = (), graph: Graph = GRAPH, **options: Any) -> Making:
     values = Options(text=str(folder.parent / "text.txt"), **options)
-    run = RunFolder(folder)
+    run = Folder(folder)
     return Making(
         graph,
         dict(values),
@@ -228,7 +227,7 @@ def test_what_was_made_otherwise_is_refused_with_what_changed(folder):
 def test_what_another_run_holds_is_taken_over(folder):
     made(folder)
     other = folder.with_name("other")
-    run = making(other, others=(RunFolder(folder),), ratio=3)
+    run = making(other, others=(Folder(folder),), ratio=3)
     run.make_missing()
     assert run.given["calls"] == ["total"]
     assert value(other, "doubled") == [0, 6, 12]
@@ -237,7 +236,7 @@ def test_what_another_run_holds_is_taken_over(folder):
 def test_what_is_taken_counts_whatever_it_was_made_from(folder):
     made(folder, factor=7)
     other = folder.with_name("other")
-    run = making(other, others=(RunFolder(folder),), ratio=3)
+    run = making(other, others=(Folder(folder),), ratio=3)
     run.taken = {"doubled.json": making(folder, factor=7).record(GRAPH.nodes["doubled"])}  # type: ignore[arg-type]
     run.make_missing()
     assert run.given["calls"] == ["total"]
@@ -377,15 +376,18 @@ def test_a_kill_between_any_two_statements_loses_nothing_and_leaves_nothing(fold
 
 
 def test_what_is_taken_over_replaces_the_whole_folder(tmp_path):
-    source, target = RunFolder(tmp_path / "source"), RunFolder(tmp_path / "target")
+    source, target = Folder(tmp_path / "source"), Folder(tmp_path / "target")
     for run, names in ((source, ("a", "b")), (target, ("a", "c"))):
-        run.model.mkdir(parents=True)
+        run.place("model").mkdir(parents=True)
         for name in names:
-            (run.model / name).write_text(f"{run.path.name} {name}")
+            (run.place("model") / name).write_text(f"{run.path.name} {name}")
     record = Record(name="model", version=1, options={}, leaves={}, inputs={})
     source.finish("model", record)
     target.take_over("model", source)
-    assert {path.name: path.read_text() for path in target.model.iterdir()} == {"a": "source a", "b": "source b"}
+    assert {path.name: path.read_text() for path in target.place("model").iterdir()} == {
+        "a": "source a",
+        "b": "source b",
+    }
     assert target.is_made("model", record.key)
 
 
@@ -401,22 +403,36 @@ def test_a_folder_takes_the_place_of_a_file(tmp_path):
 
 
 def test_files_are_known_by_their_content(tmp_path):
-    small, large = tmp_path / "small.json", tmp_path / "large.safetensors"
+    run, record = Folder(tmp_path, editable=["notes.md"]), Record(name="a", version=1, options={}, leaves={}, inputs={})
+    run.place("a").mkdir()
+    small, large, notes = (tmp_path / "a" / name for name in ("small.json", "large.safetensors", "notes.md"))
     small.write_text('{"a": 1}')
+    notes.write_text("mine")
     save_file({"a": torch.zeros(2 << 20)}, large)
-    files = stamps([small, large], tmp_path)
-    assert are_as_written(files, tmp_path)
+    run.finish("a", record)
+    assert run.is_made("a", record.key)
     small.write_text('{"a": 2}')
-    assert not are_as_written(files, tmp_path)
+    assert not run.is_made("a", record.key)
+    assert run.is_damaged("a", record.key)
     small.write_text('{"a": 1}')
+    notes.write_text("mine, later")
+    assert run.is_made("a", record.key)
     os.truncate(large, large.stat().st_size - 4)
-    assert not are_as_written(files, tmp_path)
+    assert not run.is_made("a", record.key)
     large.unlink()
-    assert not are_as_written(files, tmp_path)
+    assert not run.is_made("a", record.key)
+    assert not run.is_damaged("a", record.key)
+
+
+def test_one_of_several_processes_takes_part_and_keeps_nothing(folder):
+    run = making(folder)
+    run.make(run.wanted[0])
+    assert run.take_part(run.wanted[1]) == [0, 6, 12]
+    assert not (folder / "doubled.json").exists()
 
 
 def test_one_command_at_a_time_has_a_folder(tmp_path):
-    run = RunFolder(tmp_path / "run")
+    run = Folder(tmp_path / "run")
     with contextlib.suppress(KeyError), run.locked():
         with pytest.raises(AdaPrunerError, match="another command is running in"), run.locked():
             pass
@@ -435,7 +451,7 @@ def no_locks(monkeypatch):
 
 @pytest.mark.usefixtures("no_locks")
 def test_one_command_at_a_time_has_a_folder_without_locks(tmp_path):
-    run, again = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    run, again = Folder(tmp_path / "run"), Folder(tmp_path / "run")
     with run.locked(), pytest.raises(AdaPrunerError, match="another command is running in"), again.locked():
         pass
     # Killed commands: of this machine, of another one, and in the middle of writing.
@@ -452,7 +468,7 @@ def test_a_file_system_that_cannot_lock_is_named(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr("adapruner.graph.folder.FileLock", lambda _: SimpleNamespace(acquire=fail))
-    with pytest.raises(AdaPrunerError, match=f"cannot write to .*: .*{error.args[-1]}"), RunFolder(tmp_path).locked():
+    with pytest.raises(AdaPrunerError, match=f"cannot write to .*: .*{error.args[-1]}"), Folder(tmp_path).locked():
         pass
 
 

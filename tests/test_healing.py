@@ -11,30 +11,20 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.config import OF_A_SEARCH
-from adapruner.graph.folder import RunFolder
-from adapruner.memory import healing_within
-from adapruner.models._loading import empty_model
+from adapruner.model.loading import empty_model
 from adapruner.option_rules import EFFORTS
-from adapruner.recovery import _healing
-from adapruner.recovery._folder import read_record
-from adapruner.recovery._healing import healing_options, read_healing
-from adapruner.result import roles_of
-from adapruner.run.nodes import chosen, models as nodes
+from adapruner.options import OF_A_SEARCH
+from adapruner.report.result import roles_of
+from adapruner.run import choice as chosen, models as nodes
+from adapruner.run.memory import healing_within
+from adapruner.run.recover import read_record
+from adapruner.train import healing as _healing
+from adapruner.train.healing import healing_options, read_healing
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
-REMOVE_FILES = RunFolder.remove_files
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
 OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name not in ("trials", *OF_A_SEARCH)}
 OPTIONS |= {"heal": "20k", "ratio": 0.3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _keeps_steps():
-    """The model before it is healed is kept, to compare with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "remove_files", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +33,21 @@ def healed(tmp_path_factory, model_folder, text_file):
     return adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
 
 
+@pytest.fixture(scope="module")
+def compensated(healed, tmp_path_factory):
+    """The model of the same run without the training."""
+    output = tmp_path_factory.mktemp("compensated") / "run"
+    return adapruner.prune(from_=healed.output, output=output, heal="none").model_folder
+
+
 def divergence(model: PreTrainedModel, dense: PreTrainedModel, rows: torch.Tensor) -> float:
     with torch.no_grad():
         predicted, wanted = (one(rows).logits[:, :-1].log_softmax(-1) for one in (model, dense))
         return float((wanted.exp() * (wanted - predicted)).sum(-1).mean())
 
 
-def test_every_input_of_a_linear_layer_is_scaled(healed, model_folder):
-    before, after = (adapruner.load(healed.output / name) for name in ("compensated", "model"))
+def test_every_input_of_a_linear_layer_is_scaled(healed, compensated, model_folder):
+    before, after = (adapruner.load(folder) for folder in (compensated, healed.model_folder))
     linear = {name for name, module in before.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
     for name, weight in after.named_parameters():
         was = before.get_parameter(name)
@@ -97,12 +94,10 @@ def test_the_record_says_which_rate_was_best(healed):
     assert "It was trained to predict as the dense model does, on 19,968 tokens of" in card
 
 
-def test_the_step_before_is_removed_from_a_finished_run(healed, model_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(RunFolder, "remove_files", REMOVE_FILES)
+def test_a_finished_run_is_complete(healed, model_folder, text_file, tmp_path):
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
     (run / "report.html").unlink()
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
-    assert not (run / "compensated").exists()
     assert result.result == healed.result
     assert stages_done(run) == stages_done(healed.output)
     (run / "result.json").unlink()
@@ -126,14 +121,14 @@ def test_models_on_the_way_are_those_of_a_search(options, steps):
     assert roles_of(config) == ["dense", *steps, "searched"]
 
 
-def test_without_it_the_compensated_model_is_saved(healed, model_folder, text_file, tmp_path):
+def test_without_it_the_compensated_model_is_saved(healed, compensated, model_folder, text_file, tmp_path):
     run = shutil.copytree(healed.output, tmp_path / "run")
     options = OPTIONS | {"heal": "none", "overwrite": True}
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
     assert result.result.healing is None
     assert "It was not fine-tuned." in (run / "model/README.md").read_text()
     assert "It was not fine-tuned." in (result.model_folder / "README.md").read_text()
-    before, after = (adapruner.load(folder).state_dict() for folder in (healed.output / "compensated", run / "model"))
+    before, after = (adapruner.load(folder).state_dict() for folder in (compensated, run / "model"))
     assert all(after[name].equal(weight) for name, weight in before.items())
 
 
@@ -143,17 +138,17 @@ def test_a_killed_training_goes_on_and_fits_nothing_twice(healed, model_folder, 
     arguments = ["prune", str(model_folder), "-o", str(run), "--calibration", str(text_file), *flags(OPTIONS)]
     # After three steps at each of three rates.
     run_killed("transformers.Trainer", "training_step", 25, arguments, tmp_path)
-    compensated = (run / "compensated" / "model.safetensors").stat()
+    assert list(run.glob("unfinished/model-*/compensated/model.safetensors"))
     assert list((run / "unfinished").rglob("checkpoint-*/trainer_state.json"))
     assert list((run / "unfinished").rglob("rates.json"))
     adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
-    assert (run / "compensated" / "model.safetensors").stat().st_mtime_ns == compensated.st_mtime_ns
+    assert stages_done(run).count("cutting") == 1
     assert_same_artifacts(run, healed.output)
 
 
 @pytest.mark.parametrize("rates", [(0.5, 2.0), (1e38,)], ids=["worse", "not finite"])
 def test_a_training_that_does_not_help_ends_after_a_few_steps(
-    rates, healed, model_folder, text_file, tmp_path, monkeypatch, capsys
+    rates, healed, compensated, model_folder, text_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(_healing._RATES, "ia3", rates)
     monkeypatch.setattr(_healing, "train", lambda *_, **__: pytest.fail("trained"))
@@ -163,7 +158,7 @@ def test_a_training_that_does_not_help_ends_after_a_few_steps(
     shutil.rmtree(output / "evaluation")
     (output / "report.html").unlink()
     result = adapruner.prune(str(model_folder), output=output, calibration=str(text_file), **OPTIONS)
-    before, after = (adapruner.load(output / name).state_dict() for name in ("compensated", "model"))
+    before, after = (adapruner.load(folder).state_dict() for folder in (compensated, output / "model"))
     assert all(after[name].equal(weight) for name, weight in before.items())
     assert "The weights are left as they were: after training," in " ".join(capsys.readouterr().err.split())
     assert result.result.healing.record is None
@@ -231,13 +226,13 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
 
 
 def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(
-    healed, model_folder, text_file, tmp_path, monkeypatch
+    healed, compensated, model_folder, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("adapruner.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
+    monkeypatch.setattr("adapruner.run.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
     options = OPTIONS | {"heal": "80k", "overwrite": True}
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
     assert result.result.healing.trained == "layers"
-    before, after = (adapruner.load(run / name) for name in ("compensated", "model"))
+    before, after = (adapruner.load(folder) for folder in (compensated, run / "model"))
     for name, weight in after.named_parameters():
         assert weight.equal(before.get_parameter(name)) != name.startswith("model.layers."), name

@@ -10,15 +10,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.importance._metric import ACTIVATION_METRICS, LLM_PRUNER_METRICS, MetricPoint, score_groups
-from adapruner.importance._terms import TERMS
-from adapruner.measurement._moments import measure_moments
-from adapruner.measurement._removal import removal_errors
-from adapruner.measurement._samples import measure
+from adapruner.base.errors import AdaPrunerError
+from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
+from adapruner.measurement.moments import measure_moments, removal_errors
+from adapruner.measurement.taylor import measure
+from adapruner.options import PruneConfig
 from adapruner.run.options import register_extensions
-from adapruner.structure._build import build_structure
+from adapruner.structure.build import build_structure
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_no_circle_of_imports():
         }
         for module in graph.modules - {"adapruner"}
     }
-    assert "adapruner.errors" in imports["adapruner.planning._plan"]
+    assert "adapruner.base.errors" in imports["adapruner.budget.plan"]
     TopologicalSorter(imports).prepare()
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.measurement._statistics import Statistics
-from adapruner.run.nodes.chosen import _name_of_code
-from adapruner.run.nodes.text import HELD_OUT_TO_HEAL
+from adapruner.measurement.taylor import Statistics
+from adapruner.run.choice import _name_of_code
+from adapruner.run.texts import HELD_OUT_TO_HEAL
+from adapruner.text.windows import load_texts_by_use
 from run_helpers import QUICK, RUN_OPTIONS, stages_done
 
 Prune = Callable[..., adapruner.PruneResult]

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.errors import AdaPrunerError
-from adapruner.measurement._samples import measure
-from adapruner.measurement._statistics import Statistics
-from adapruner.models._architecture import known_architectures
-from adapruner.planning._plan import make_plan
-from adapruner.structure._blocks import Block, TensorSlice
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.plan import make_plan
+from adapruner.measurement.taylor import Statistics, measure
+from adapruner.model.architecture import known_architectures
+from adapruner.structure.blocks import Block, TensorSlice
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 
 
 def sample_gradients(model: PreTrainedModel, windows: Tensor) -> Iterator[dict[str, Tensor]]:

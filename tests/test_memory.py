@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig, memory
+from adapruner import AdaPrunerError, PruneConfig
+from adapruner.budget.counts import reference_budget
 from adapruner.cli import main
-from adapruner.measurement._moments import StoredMoments
-from adapruner.measurement._samples import saved_activations
-from adapruner.memory import GIB, Memory, choose_placement, estimate_memory
-from adapruner.models._architecture import known_architectures
-from adapruner.models._device import in_fastest_dtype, trial_dtype
-from adapruner.models._loading import empty_model, load_model
-from adapruner.models._places import find_model
-from adapruner.planning._budget import reference_budget
-from adapruner.run.nodes import models
+from adapruner.measurement.moments import StoredMoments
+from adapruner.measurement.taylor import saved_activations
+from adapruner.model.architecture import known_architectures
+from adapruner.model.device import in_fastest_dtype, trial_dtype
+from adapruner.model.loading import empty_model, load_model
+from adapruner.model.places import find_model
+from adapruner.run import memory, models
+from adapruner.run.memory import GIB, Memory, choose_placement, estimate_memory
 from adapruner.run.preview import estimate
-from adapruner.structure._build import build_structure
+from adapruner.structure.build import build_structure
 from run_helpers import RUN_OPTIONS, flags
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
@@ -296,7 +296,7 @@ def test_inspect_says_if_a_model_fits(tmp_path, capsys):
 
 def test_trials_run_in_one_dtype_layer_by_layer_and_not(model_folder, windows, monkeypatch):
     """As on a processor that multiplies bfloat16."""
-    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: True)
+    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: True)
     whole, streamed = (load_model(find_model(str(model_folder)), layer_wise=way) for way in (False, True))
     assert trial_dtype(whole.dtype, whole.device) == torch.bfloat16
     copies = [in_fastest_dtype(model) for model in (whole, streamed)]

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, strategies as st
 
 import adapruner
-from adapruner.calibration._blend import parse_blend
-from adapruner.calibration._mix import kinds, python_functions, served_kinds, write_kinds
-from adapruner.calibration._text import Text, counts_of, load_texts_by_use, save_texts_by_use
-from adapruner.models._generation import continue_texts
+from adapruner.model.generation import continue_texts
+from adapruner.text.blends import counts_of, parse_blend
+from adapruner.text.windows import Text, load_texts_by_use, save_texts_by_use
+from adapruner.text.written import kinds, python_functions, served_kinds, write_kinds
 from run_helpers import QUICK
 
 KINDS = ["prose", "code", "mathematics", "questions", "dialogue", "instructions", "languages"]
@@ -68,7 +68,7 @@ def test_the_texts_begin_with_prompts_and_openings(writing, model, tokenizer, mo
         begun.extend(tokenizer.decode(prompt) for prompt in prompts)
         return continue_texts(model, prompts, *rest)
 
-    monkeypatch.setattr("adapruner.calibration._mix.continue_texts", note)
+    monkeypatch.setattr("adapruner.text.written.continue_texts", note)
     writing(count=40)
     without = len(begun)
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w50 {{ m['content'] }} w51{% endfor %}")
@@ -84,7 +84,7 @@ def test_a_language_that_the_tokenizer_spells_is_left_out(tokenizer, monkeypatch
         pieces = [[*range(len(text.encode()))] if not text.isascii() else [1] for text in texts]
         return type("Encoding", (), {"input_ids": pieces})
 
-    monkeypatch.setattr("adapruner.calibration._mix.tokenize", spelled)
+    monkeypatch.setattr("adapruner.text.written.tokenize", spelled)
     assert all(text.isascii() for kind in served_kinds(tokenizer).values() for texts in kind for text in texts)
     assert [*served_kinds(tokenizer)] == KINDS
 

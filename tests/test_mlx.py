@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
-from adapruner.families.tiny import random_model
-from adapruner.planning._plan import make_plan
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.families.inference import random_model
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import cut_to, tiny_config
 
 mlx = pytest.importorskip("mlx.core")

@@ -5,17 +5,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.errors import AdaPrunerError
-from adapruner.measurement._moments import InputMoments, StoredMoments, factorize, measure_moments, solve_damped
-from adapruner.measurement._removal import _eliminate, _with_inverse, removal_errors
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.run.nodes.text import HELD_OUT_TO_HEAL
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import compensate
+from adapruner.base.errors import AdaPrunerError
+from adapruner.measurement.moments import (
+    InputMoments,
+    StoredMoments,
+    _eliminate,
+    _with_inverse,
+    factorize,
+    measure_moments,
+    removal_errors,
+    solve_damped,
+)
+from adapruner.model.device import in_fastest_dtype
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.run.texts import HELD_OUT_TO_HEAL
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import compensate
+from adapruner.text.windows import load_texts_by_use
 
 
 def activations(model: PreTrainedModel, structure: Structure, windows: Tensor) -> list[Tensor]:

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import adapruner
-from adapruner.errors import AdaPrunerError
-from adapruner.families.tiny import random_model
-from adapruner.models._config import load_config
-from adapruner.models._places import find_model
-from adapruner.models._stored import has_multi_token_head
+from adapruner.base.errors import AdaPrunerError
+from adapruner.families.inference import random_model
+from adapruner.model.config import load_config
+from adapruner.model.places import find_model
+from adapruner.model.stored import has_multi_token_head
 from run_helpers import QUICK
 from tiny_families import tiny_config
 

@@ -13,16 +13,16 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTo
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import Layout
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import open_model
-from adapruner.models._config import find_wrapper
-from adapruner.models._places import find_model
-from adapruner.run.nodes.inputs import ratio_of_decoder
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
-from adapruner.tokens._model import Vocabulary, configs_with_tokens, cut_vocabulary, named_tokens
+from adapruner.model.config import find_wrapper
+from adapruner.model.places import find_model
+from adapruner.options import Layout
+from adapruner.run.inputs import ratio_of_decoder
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
+from adapruner.tokens.model import Vocabulary, configs_with_tokens, cut_vocabulary, named_tokens
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import random_plan
 from tiny_images import masked_logits, with_image

@@ -15,19 +15,18 @@ from safetensors.torch import load_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.card import _what_was_removed, model_card
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.cli import _options as cli_options, with_options
-from adapruner.evaluation._abilities import Abilities, Reading
-from adapruner.evaluation._verdict import Verdict
-from adapruner.models._places import find_model
-from adapruner.planning._plan import PruningPlan
-from adapruner.result import ModelNumbers, RunResult
+from adapruner.budget.plan import PruningPlan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.cli import shared as cli_options, with_options
+from adapruner.evaluation.abilities import Abilities, Reading, Verdict
+from adapruner.model.places import find_model
+from adapruner.report.card import _what_was_removed, model_card
+from adapruner.report.result import ModelNumbers, RunResult
 from adapruner.run.preview import estimate
-from adapruner.search._result import SearchResult
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.search.result import SearchResult
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
+from adapruner.text.windows import load_texts_by_use
 from run_helpers import (
     QUICK,
     RUN_OPTIONS as OPTIONS,

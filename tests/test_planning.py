@@ -8,14 +8,14 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import Budget, BudgetError, ByCost, Profile, UnreachableRatioError, kept_counts
+from adapruner.budget.plan import PruningPlan, make_plan
 from adapruner.families.inference import infer_architecture
-from adapruner.models._architecture import remember_family
-from adapruner.models._loading import empty_model
-from adapruner.planning._budget import Budget, BudgetError, ByCost, Profile, UnreachableRatioError, kept_counts
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.model.architecture import remember_family
+from adapruner.model.loading import empty_model
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 
 
 @pytest.fixture(scope="module")

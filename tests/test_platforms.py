@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from adapruner import memory, progress
-from adapruner.files import copy_folder, link_or_copy
+from adapruner.base import progress
+from adapruner.base.files import copy_folder, link_or_copy
+from adapruner.run import memory
 
 
 @pytest.fixture

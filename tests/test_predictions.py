@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
-from adapruner.calibration._blend import BlendPart
-from adapruner.config import RecoveryOptions
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.recovery._examples import Examples, window_examples
-from adapruner.recovery._predictions import write_predictions
-from adapruner.recovery._training import RecoveryRecord, train
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.options import RecoveryOptions
+from adapruner.run.recover import RecoveryFolder
+from adapruner.text.blends import BlendPart
+from adapruner.train.examples import Examples, window_examples
+from adapruner.train.predictions import write_predictions
+from adapruner.train.training import RecoveryRecord, train
 from tiny_families import tiny_config
 
 VOCABULARY = 256
@@ -96,4 +97,4 @@ def test_recovery_from_stored_predictions(model_folder, text_file, tmp_path):
     expected = adapruner.recover(model_folder, str(text_file), tmp_path / "run", **options)
     assert record.method == expected.method == "distillation"
     assert record.loss_before == pytest.approx(expected.loss_before, rel=0.05)
-    assert not (tmp_path / "stored.training").exists()
+    assert not RecoveryFolder(tmp_path / "stored").unfinished.exists()

@@ -17,9 +17,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import adapruner
-from adapruner.errors import AdaPrunerError, describe_failure
-from adapruner.models._device import resolve_device
-from adapruner.processes import Process, this_process
+from adapruner.base.errors import AdaPrunerError, describe_failure
+from adapruner.base.processes import Process, this_process
+from adapruner.model.device import resolve_device
 from run_helpers import exit_code, fast_starts, flags
 
 VARIABLES = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -56,7 +56,7 @@ def test_every_process_on_a_machine_uses_its_own_gpu(monkeypatch):
 def test_a_process_ends_after_its_launcher_was_killed():
     """It has the end of a pipe, which is closed when it ends."""
     program = (
-        "import os, time; from adapruner.processes import end_with_parent\n"
+        "import os, time; from adapruner.base.processes import end_with_parent\n"
         "if not os.fork(): end_with_parent(); print('started', flush=True)\n"
         "time.sleep(60)"
     )

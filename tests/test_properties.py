@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic.fields import FieldInfo
 from transformers import LlamaConfig
 
-from adapruner.calibration._sources import parse_source
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.models._loading import empty_model
-from adapruner.planning._budget import RATIO_TOLERANCE, Budget, Profile, kept_counts
-from adapruner.planning._plan import BlockPlan, PruningPlan
-from adapruner.structure._build import build_structure
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import RATIO_TOLERANCE, Budget, Profile, kept_counts
+from adapruner.budget.plan import BlockPlan, PruningPlan
+from adapruner.model.loading import empty_model
+from adapruner.options import PruneConfig
+from adapruner.structure.build import build_structure
+from adapruner.text.sources import parse_source
 
 # Files are written again and again into the same folder, which is meant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}

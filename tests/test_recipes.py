@@ -12,16 +12,19 @@ import yaml
 from transformers import Gemma3Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from adapruner import AdaPrunerError, PruneConfig
+from adapruner.budget.counts import kept_counts, reference_budget
 from adapruner.cli import app
-from adapruner.memory import GIB
-from adapruner.models._loading import empty_model
-from adapruner.planning._budget import kept_counts, reference_budget
-from adapruner.recipe import read_recipe, recipes
+from adapruner.model.loading import empty_model
+from adapruner.recipes import read_recipe, recipes
+from adapruner.run.memory import GIB
 from adapruner.run.preview import estimate
-from adapruner.structure._build import build_structure
+from adapruner.structure.build import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]
-RECIPES = sorted((resources.files("adapruner") / "recipes").iterdir(), key=lambda file: file.name)
+RECIPES = sorted(
+    (file for file in resources.files("adapruner.recipes").iterdir() if file.name.endswith(".yaml")),
+    key=lambda file: file.name,
+)
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
@@ -82,7 +85,7 @@ def resolved(monkeypatch):
             made.append(config)
             raise AdaPrunerError("far enough")
 
-        monkeypatch.setattr("adapruner.run.api.making_of", stop)
+        monkeypatch.setattr("adapruner.run.prune.making_of", stop)
         with pytest.raises(AdaPrunerError, match="far enough"):
             app(command, exit_on_error=False)
         return made[0]

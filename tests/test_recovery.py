@@ -23,14 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
-from adapruner.calibration._blend import BlendPart, parse_blend
-from adapruner.card import card_of_recovered
-from adapruner.models._device import in_fastest_dtype
-from adapruner.processes import Process
-from adapruner.recovery._examples import Example, Examples, instruction_examples, read_examples, window_examples
-from adapruner.recovery._folder import read_record, training_alone, working_folder
-from adapruner.recovery._trainers import check_device, check_processes, check_trainer_options
-from adapruner.recovery._training import RecoveryRecord, train
+from adapruner.base.processes import Process
+from adapruner.model.device import in_fastest_dtype
+from adapruner.report.card import card_of_recovered
+from adapruner.run.recover import RecoveryFolder, read_record
+from adapruner.text.blends import BlendPart, parse_blend
+from adapruner.train.examples import Example, Examples, instruction_examples, read_examples, window_examples
+from adapruner.train.trainer import check_device, check_processes, check_trainer_options
+from adapruner.train.training import RecoveryRecord, train
 from run_helpers import exit_code, run_killed
 
 SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}
@@ -357,36 +357,23 @@ def test_one_command_at_a_time_trains_into_a_folder(recover, tmp_path):
     begun: list[str] = []
 
     def second(*given: object) -> None:
-        with pytest.raises(AdaPrunerError, match="another command is training") as refusal:
+        with pytest.raises(AdaPrunerError, match=r"another command is running in .*out") as refusal:
             recover(tmp_path / "out", **SHORT)
         begun.append(str(refusal.value))
+        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adapruner.verbs._recover.recover_into", second)
-        recover(tmp_path / "out", **SHORT)
+        patch.setattr("adapruner.run.recover.train", second)
+        with pytest.raises(KeyboardInterrupt):
+            recover(tmp_path / "out", **SHORT)
     assert len(begun) == 1
     assert recover(tmp_path / "out", **SHORT).steps == SHORT["steps"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_lock_is_given_back_even_where_its_file_stays(tmp_path, monkeypatch):
-    """As on Windows, which removes no file that is open."""
-
-    def refuse(path: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(RuntimeError, match="training failed"), training_alone(tmp_path / "a"):
-            raise RuntimeError("training failed")
-    with training_alone(tmp_path / "a"):
-        pass
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.adapruner", "out"]
 
 
 def test_the_first_process_alone_prints(recovered, model_folder, text_file, monkeypatch, capsys):
     record = read_record(recovered)
-    monkeypatch.setattr("adapruner.verbs._recover.recover", lambda *_, **__: record)
+    monkeypatch.setattr("adapruner.run.recover.recover", lambda *_, **__: record)
     command = ["recover", str(model_folder), "--data", str(text_file), "-o", str(recovered), "--json"]
     for rank in (0, 1):
         launched(monkeypatch, rank)
@@ -414,9 +401,10 @@ def test_the_same_command_goes_on_after_a_kill(model_folder, text_file, tmp_path
     for calls, saved in [(15, 4), (9, 8)]:
         run_killed("transformers.Trainer", "training_step", calls, command(killed), tmp_path)
         assert not killed.exists()
-        assert (working_folder(killed) / f"checkpoint-{saved}").is_dir()
+        [training] = RecoveryFolder(killed).unfinished.glob("model-*/training")
+        assert (training / f"checkpoint-{saved}").is_dir()
     # What a kill in the middle of saving leaves.
-    broken = working_folder(killed) / "checkpoint-12"
+    broken = training / "checkpoint-12"
     broken.mkdir()
     (broken / "trainer_state.json").write_text('{"global_st')
     exit_code(command(killed))
@@ -426,7 +414,7 @@ def test_the_same_command_goes_on_after_a_kill(model_folder, text_file, tmp_path
     one, other = (json.loads((tmp_path / name / "recovery.json").read_text()) for name in ("undisturbed", "killed"))
     for field in ("steps", "tokens", "best_step", "loss_before"):
         assert one[field] == other[field]
-    assert not working_folder(killed).exists()
+    assert not RecoveryFolder(killed).unfinished.exists()
 
 
 @pytest.fixture(scope="module")
@@ -437,11 +425,11 @@ def recovered(tmp_path_factory, model_folder, text_file):
 
 
 def test_a_finished_recovery_is_not_done_again(recover, recovered, monkeypatch):
-    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.run.recover.open_model", lambda *_: pytest.fail("loaded"))
     record = recover(recovered, **SHORT)
     assert record.model_dump(mode="json") == json.loads((recovered / "recovery.json").read_text())
     assert record.method == "labels"
-    with pytest.raises(AdaPrunerError, match="another config \\(steps 10 → 11\\)"):
+    with pytest.raises(AdaPrunerError, match="another configuration \\(steps 10 → 11\\)"):
         recover(recovered, **SHORT | {"steps": 11})
 
 
@@ -481,13 +469,14 @@ def test_what_is_finished_stays_until_something_takes_its_place(recover, tmp_pat
     recover(folder, **options)
     before = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.verbs._recover.open_model", lambda *_, **__: pytest.fail("no memory"))
+        patch.setattr("adapruner.run.recover.open_model", lambda *_, **__: pytest.fail("no memory"))
         with pytest.raises(pytest.fail.Exception):
             recover(folder, overwrite=True, **options | {"steps": 3})
     assert (folder / "model.safetensors").read_bytes() == before
-    # Both go on: the finished one is as it was, and the one that has begun takes its place.
     assert recover(folder, **options).steps == 2
-    assert recover(folder, **options | {"steps": 3}).steps == 3
+    with pytest.raises(AdaPrunerError, match="steps 2 → 3"):
+        recover(folder, **options | {"steps": 3})
+    assert recover(folder, overwrite=True, **options | {"steps": 3}).steps == 3
     (folder / "model.safetensors").unlink()
     assert recover(folder, **options | {"steps": 3}).steps == 3
     assert (folder / "model.safetensors").is_file()
@@ -547,7 +536,7 @@ def test_the_teacher_writes_the_text_itself(model_folder, tmp_path):
 def test_malformed_data_are_refused_before_the_model_is_loaded(
     model_folder, tmp_path, content, message, capsys, monkeypatch
 ):
-    monkeypatch.setattr("adapruner.verbs._recover.open_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.run.recover.open_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     output = tmp_path / "out"
@@ -556,17 +545,12 @@ def test_malformed_data_are_refused_before_the_model_is_loaded(
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert not output.exists()
-    assert not working_folder(output).exists()
+    assert not RecoveryFolder(output).unfinished.parent.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(recover, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(AdaPrunerError, match="holds no recovery"):
-        recover(tmp_path, overwrite=True, **SHORT)
-    # Not even where a recovery into it was begun before.
-    working_folder(tmp_path).mkdir()
-    (working_folder(tmp_path) / "config.json").write_text("{}")
-    with pytest.raises(AdaPrunerError, match="holds no recovery"):
+    with pytest.raises(AdaPrunerError, match="holds no such recovery"):
         recover(tmp_path, overwrite=True, **SHORT)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -619,7 +603,7 @@ def test_text_and_instructions_are_told_apart(fields, are_instructions, tmp_path
 
 
 def test_processes_that_cannot_train_together_are_refused(monkeypatch):
-    monkeypatch.setattr("adapruner.recovery._trainers.this_process", lambda: Process(count=2))
+    monkeypatch.setattr("adapruner.train.trainer.this_process", lambda: Process(count=2))
     check_processes(RecoveryOptions(batch_size=4))
     with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):
         check_processes(RecoveryOptions(batch_size=5))

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn, open_model
-from adapruner.models import _architecture
-from adapruner.models._architecture import known_architectures, register_architectures
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.model import architecture as _architecture
+from adapruner.model.architecture import known_architectures, register_architectures
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from run_helpers import exit_code
 from tiny_families import random_plan
 

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import PruneConfig
+from adapruner.base.tables import BARS, Column, Table
 from adapruner.cli import app, main
-from adapruner.evaluation._verdict import Verdict
-from adapruner.graph.folder import RunFolder
-from adapruner.report._charts import Axis
-from adapruner.report._command import command, next_commands
-from adapruner.report._page import write_report
-from adapruner.tables import BARS, Column, Table
+from adapruner.evaluation.abilities import Verdict
+from adapruner.report.figures import Axis
+from adapruner.report.page import command, next_commands
+from adapruner.run.folder import RunFolder
+from adapruner.run.result import write_report
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -430,7 +430,7 @@ def test_the_next_commands_can_be_typed(page, finished):
 @pytest.mark.parametrize(("options", "said"), [({"sources": "mine.yaml"}, []), ({}, ["Train on, as long again"])])
 def test_no_command_is_suggested_that_would_be_refused(options, said, finished):
     config = PruneConfig.from_options(**{"model": "m", "calibration": "text.txt"} | options)
-    commands = next_commands(replace(finished, result=finished.result.model_copy(update={"config": config})), False)
+    commands = next_commands(finished.result.model_copy(update={"config": config}), finished.output, False)
     assert [purpose for purpose, line in commands.items() if " recover " in line] == said
 
 
@@ -543,7 +543,7 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
 def test_a_report_that_fails_does_not_lose_the_run(model_folder, text_file, tmp_path, monkeypatch):
     options = OPTIONS | {"calibration": str(text_file), "trials": 1}
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.run.nodes.evaluated.render_report", lambda *_: pytest.fail("it cannot be drawn"))
+        patch.setattr("adapruner.run.evaluation.page_of", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
             adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     written = (tmp_path / "run" / "result.json").stat().st_mtime_ns

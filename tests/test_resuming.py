@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig
-from adapruner.calibration._text import load_texts_by_use
-from adapruner.graph.folder import RunFolder
-from adapruner.models._architecture import known_architectures, using_architecture
+from adapruner.budget.plan import PruningPlan
+from adapruner.model.architecture import known_architectures, using_architecture
 from adapruner.option_rules import EFFORTS
-from adapruner.planning._plan import PruningPlan
+from adapruner.run.folder import RunFolder
 from adapruner.run.options import resolve
+from adapruner.text.windows import load_texts_by_use
 from run_helpers import (
     RUN_OPTIONS,
     assert_same_artifacts,
@@ -161,9 +161,9 @@ def test_a_page_is_written_by_others_too(again, run, capsys):
 
 def test_free_memory_decides_no_number(again, tmp_path, monkeypatch):
     for free in (1 << 40, 1 << 30):
-        monkeypatch.setattr("adapruner.memory.total_and_free", lambda *_, free=free: (1 << 36, free))
+        monkeypatch.setattr("adapruner.run.memory.total_and_free", lambda *_, free=free: (1 << 36, free))
         again()
-    monkeypatch.setattr("adapruner.memory.total_and_free", lambda *_: (1 << 36, 1000))
+    monkeypatch.setattr("adapruner.run.memory.total_and_free", lambda *_: (1 << 36, 1000))
     with pytest.raises(AdaPrunerError, match="Not enough memory"):
         again(output=tmp_path / "other")
 

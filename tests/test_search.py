@@ -16,17 +16,14 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 from torch import Tensor
 
-from adapruner.errors import AdaPrunerError
-from adapruner.importance._metric import score_groups
-from adapruner.importance._terms import TERMS, needs_moments, needs_removal_errors, register_term
-from adapruner.measurement._moments import measure_moments
-from adapruner.measurement._removal import removal_errors
-from adapruner.measurement._samples import measure
-from adapruner.measurement._statistics import Statistics
+from adapruner.base.errors import AdaPrunerError
+from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
+from adapruner.measurement.moments import measure_moments, removal_errors
+from adapruner.measurement.taylor import Statistics, measure
 from adapruner.option_rules import trials_of
-from adapruner.search._objective import plan_candidate
-from adapruner.search._result import SearchResult, importance_of
-from adapruner.search._space import (
+from adapruner.search.judging import plan_candidate
+from adapruner.search.result import SearchResult, importance_of
+from adapruner.search.space import (
     START,
     Candidate,
     ExtendedSpace,
@@ -35,8 +32,8 @@ from adapruner.search._space import (
     SubsetFamily,
     build_subset_family,
 )
-from adapruner.search._study import Search, StudyFile
-from adapruner.structure._build import build_structure
+from adapruner.search.study import Search, StudyFile
+from adapruner.structure.build import build_structure
 
 
 def study_in(folder: Path) -> StudyFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapruner.errors import without_secrets
+from adapruner.base.errors import without_secrets
 from run_helpers import QUICK, exit_code, prune_command
 
 SECRET = "hf_" + "Sx9" * 12
@@ -82,7 +82,7 @@ def test_tracebacks_have_no_secrets(folder, monkeypatch, tmp_path, capsys):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"no answer of {URL} with the header Authorization: Bearer {os.environ['HF_TOKEN']}")
 
-    monkeypatch.setattr("adapruner.verbs._inspect.inspect", fail)
+    monkeypatch.setattr("adapruner.run.steps.inspect", fail)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert exit_code(["inspect", str(folder)]) == 1
     [log] = tmp_path.glob("adapruner-*.log")

@@ -17,12 +17,12 @@ import yaml
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.card import base_licence, card_of_export
-from adapruner.cli._output import plain_console
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.plain_yaml import _PlainLoader
-from adapruner.progress import Reporter
+from adapruner.base.files import _PlainLoader
+from adapruner.base.progress import Reporter
+from adapruner.cli.shared import plain_console
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.report.card import base_licence, card_of_export
 
 SOURCES = sorted(Path(adapruner.__file__).parent.rglob("*.py"))
 # Modules that unpickle, or that run what they are given.

@@ -12,15 +12,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from adapruner import AdaPrunerError, PruneConfig
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import SizeLimit
-from adapruner.graph.folder import RunFolder
-from adapruner.models._loading import empty_model
-from adapruner.planning._budget import Budget, BudgetError, Profile, kept_counts
-from adapruner.planning._plan import make_plan
-from adapruner.run.size import cache_bytes, ratio_within, safetensors_bytes
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.counts import Budget, BudgetError, Profile, kept_counts
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.model.loading import empty_model
+from adapruner.options import SizeLimit
+from adapruner.run.folder import RunFolder
+from adapruner.run.options import cache_bytes, ratio_within, safetensors_bytes
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from run_helpers import QUICK, exit_code, prune_command, stages_done
 
 MakeModel = Callable[..., PreTrainedModel]

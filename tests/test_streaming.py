@@ -12,38 +12,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapruner.calibration._blend import BlendPart
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
-from adapruner.evaluation import _losses
-from adapruner.evaluation._losses import losses_by_batch, losses_in_step
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import Budget, Profile, kept_counts
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.evaluation import losses as _losses
+from adapruner.evaluation.losses import losses_by_batch, losses_in_step
 from adapruner.families import open_model
-from adapruner.families.tiny import random_model
-from adapruner.measurement._moments import measure_moments
-from adapruner.measurement._samples import measure
-from adapruner.models import _generation
-from adapruner.models._architecture import architecture_of, known_architectures
-from adapruner.models._config import load_config
-from adapruner.models._device import in_fastest_dtype
-from adapruner.models._generation import continue_texts
-from adapruner.models._layers import (
-    decoder_layers,
-    enter_layers,
-    is_streamed,
-    loaded_layer,
-    skipping_layers,
-    whole_state,
-)
-from adapruner.models._loading import check_streamable, empty_model, load_model
-from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, Profile, kept_counts
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.recovery._examples import window_examples
-from adapruner.recovery._healing import healing_options
-from adapruner.recovery._training import train
-from adapruner.structure._blocks import Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model, prune_on_reading
+from adapruner.families.inference import random_model
+from adapruner.measurement.moments import measure_moments
+from adapruner.measurement.taylor import measure
+from adapruner.model import generation as _generation
+from adapruner.model.architecture import architecture_of, known_architectures
+from adapruner.model.config import load_config
+from adapruner.model.device import in_fastest_dtype
+from adapruner.model.generation import continue_texts
+from adapruner.model.layers import decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers, whole_state
+from adapruner.model.loading import check_streamable, empty_model, load_model
+from adapruner.model.places import find_model
+from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model, prune_on_reading
+from adapruner.text.blends import BlendPart
+from adapruner.train.examples import window_examples
+from adapruner.train.healing import healing_options
+from adapruner.train.training import train
 from tiny_families import tiny_config
 
 MAPPINGS = Path("/proc/self/maps")
@@ -108,10 +101,10 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     head_share, copied, model, windows, tokenizer, tmp_path, monkeypatch
 ):
     # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
-    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: False)
+    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: False)
     if copied:  # as layers are that go to a GPU
         monkeypatch.setattr(
-            "adapruner.models._layers._FromMemory.__call__",
+            "adapruner.model.layers._FromMemory.__call__",
             lambda stored: {name: tensor.clone() for name, tensor in stored.weights.items()},
         )
     structure = build_structure(model)
@@ -189,7 +182,7 @@ def test_the_same_texts_are_written_with_one_reading_for_a_token(family, make_mo
 @pytest.mark.parametrize(("family", "native"), [("llama", False), ("llama", True), ("gpt2", False)])
 def test_scales_are_tuned_as_in_memory(family, native, make_model, tmp_path, monkeypatch):
     """Of weights that were changed at random; in every step a layer is read twice."""
-    monkeypatch.setattr("adapruner.models._device.computes_bfloat16_natively", lambda _: native)
+    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: native)
     model = make_model(family)
     dense = on_disk(model, tmp_path / "dense")
     with torch.no_grad():

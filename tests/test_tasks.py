@@ -15,9 +15,9 @@ import torch
 
 import adapruner
 from adapruner import AdaPrunerError
-from adapruner.evaluation import _tasks
-from adapruner.evaluation._tasks import check_tasks, load_tasks, mean_accuracies, measure_tasks
-from adapruner.numbers import Number, difference, task_table
+from adapruner.evaluation import tasks as _tasks
+from adapruner.evaluation.tasks import check_tasks, load_tasks, mean_accuracies, measure_tasks
+from adapruner.report.numbers import Number, difference, task_table
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 
@@ -154,7 +154,7 @@ def test_nothing_is_printed_and_nothing_of_the_host_is_changed(model, tokenizer,
         states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
         return *states, logging.getLogger("lm_eval").level, datasets.are_progress_bars_disabled()
 
-    monkeypatch.setattr("adapruner.evaluation._tasks._BATCH_ON_CPU", "auto")
+    monkeypatch.setattr("adapruner.evaluation.tasks._BATCH_ON_CPU", "auto")
     before = host()
     assert not before[-1]
     [score] = measure_tasks(model, tokenizer, load_tasks(["arc_easy"]))
@@ -164,11 +164,11 @@ def test_nothing_is_printed_and_nothing_of_the_host_is_changed(model, tokenizer,
 
 
 def test_names_are_checked_without_data(monkeypatch):
-    monkeypatch.setattr("adapruner.evaluation._tasks._load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.evaluation.tasks._load", lambda _: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match="no task 'piqqa'; did you mean piqa"):
         check_tasks(["boolq,piqqa"])
     # The seven of the paper are known without lm-eval's register.
-    monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: pytest.fail("register"))
+    monkeypatch.setattr("adapruner.evaluation.tasks._task_manager", lambda: pytest.fail("register"))
     assert check_tasks(["piqa, boolq", "commonsense"])[:3] == ["piqa", "boolq", "hellaswag"]
     assert check_tasks(["generative"]) == ["gsm8k", "ifeval"]
     with pytest.raises(AdaPrunerError, match="`tasks` names no task"):
@@ -242,7 +242,7 @@ def test_means():
     ("name", "limit", "message"), [("comonsense", None, "did you mean commonsense"), ("piqa", 0, "`limit` 0 leaves")]
 )
 def test_refused_before_the_model_is_loaded(model_folder, name, limit, message, monkeypatch):
-    monkeypatch.setattr("adapruner.verbs._source.open_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.run.given.open_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.evaluate(model_folder, tasks=[name], limit=limit)
 

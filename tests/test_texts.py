@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from adapruner.calibration._blend import sources_of
-from adapruner.calibration._pool import EvaluationText
-from adapruner.calibration._reading import read_documents
-from adapruner.calibration._sources import parse_source
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.run.nodes.text import drawn_to_report
-from adapruner.texts import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of
+from adapruner.base.errors import AdaPrunerError
+from adapruner.options import PruneConfig
+from adapruner.run.texts import drawn_to_report
+from adapruner.text.blends import sources_of
+from adapruner.text.reading import read_documents
+from adapruner.text.sources import parse_source
+from adapruner.text.uses import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of
+from adapruner.text.windows import EvaluationText
 
 
 def assigned(**options: object) -> Texts:
@@ -204,7 +204,7 @@ def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch):
         limits.append(arguments[3])
         return EvaluationText(torch.zeros(1, 2, dtype=torch.int64), 2, {})
 
-    monkeypatch.setattr("adapruner.run.nodes.text.evaluation_text", note_limit)
+    monkeypatch.setattr("adapruner.run.texts.evaluation_text", note_limit)
     empty = SimpleNamespace(config=SimpleNamespace(vocab_size=1))
     for evaluate, evaluate_windows in ((("ptb",), None), ((), None), ((), 7)):
         drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, evaluate_windows, True)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapruner import RecoveryOptions
 from adapruner.families import resolve
-from adapruner.recovery import _loss
-from adapruner.recovery._adapters import with_adapters
-from adapruner.recovery._loss import Predictor, fill_teacher, loss_and_gradient, loss_of_batch
+from adapruner.train import loss as _loss
+from adapruner.train.loss import Predictor, fill_teacher, loss_and_gradient, loss_of_batch
+from adapruner.train.trainer import with_adapters
 from tiny_families import tiny_config
 
 # What families do around their heads: soft caps, scales, a bias, a projection before it.

@@ -27,14 +27,14 @@ from transformers import (
 )
 
 import adapruner
-from adapruner.calibration._reading import read_documents
-from adapruner.calibration._sources import parse_source, source_names
-from adapruner.errors import AdaPrunerError
-from adapruner.models._loading import load_tokenizer
-from adapruner.models._places import find_model
-from adapruner.tokens._model import Vocabulary, cut_vocabulary, named_tokens
-from adapruner.tokens._selecting import choose_tokens, count_tokens
-from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.loading import load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.text.reading import read_documents
+from adapruner.text.sources import parse_source, source_names
+from adapruner.tokens.model import Vocabulary, cut_vocabulary, named_tokens
+from adapruner.tokens.selecting import choose_tokens, count_tokens
+from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import exit_code
 

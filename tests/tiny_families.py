@@ -8,10 +8,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._blocks import Block, Structure
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.structure.blocks import Block, Structure
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 
 SIZES: dict[str, int] = {
     "vocab_size": 256,

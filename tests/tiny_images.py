@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapruner.errors import reason
+from adapruner.base.errors import reason
+from adapruner.budget.plan import PruningPlan
 from adapruner.families.proof import masked
-from adapruner.models._wrapper import wrapper_of
-from adapruner.planning._plan import PruningPlan
-from adapruner.structure._blocks import Structure
+from adapruner.model.wrapper import wrapper_of
+from adapruner.structure.blocks import Structure
 from tiny_wrappers import IMAGE_TOKEN, TOWER, VISION_START
 
 _SIDE, _PATCHES = TOWER["image_size"], TOWER["image_size"] // TOWER["patch_size"]

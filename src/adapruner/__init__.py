@@ -18,57 +18,59 @@ __version__ = "0.1.0"
 _MODULES = {
     name: module
     for module, names in {
-        "config": "PruneConfig PruneOptions RecoveryOptions",
-        "errors": "AdaPrunerError",
-        "evaluation._perplexity": "Perplexity",
-        "evaluation._speed": "Speed",
-        "evaluation._tasks": "TaskScore",
-        "measurement._samples": "measure",
-        "planning._plan": "PruningPlan",
-        "progress": "StageCost",
-        "result": "PruneResult RunResult",
-        "run.api": "prune",
-        "search._result": "TriedPoint",
-        "verbs._evaluate": "Evaluation evaluate",
-        "verbs._export": "export",
-        "verbs._inspect": "inspect",
-        "verbs._model": "benchmark load load_tokenizer",
-        "verbs._recover": "recover",
-        "verbs._steps": "compensate cut make_windows score",
-        "verbs._vocabulary": "PrunedVocabulary vocabulary",
+        "base.errors": "AdaPrunerError",
+        "base.progress": "StageCost",
+        "budget.plan": "PruningPlan",
+        "evaluation.perplexity": "Perplexity",
+        "evaluation.speed": "Speed",
+        "evaluation.tasks": "TaskScore",
+        "measurement.taylor": "measure",
+        "options": "PruneConfig PruneOptions RecoveryOptions",
+        "report.result": "RunResult",
+        "run.evaluate": "Evaluation evaluate",
+        "run.export": "export",
+        "run.prune": "prune",
+        "run.recover": "recover",
+        "run.result": "PruneResult",
+        "run.steps": "benchmark compensate cut inspect load load_tokenizer make_windows score",
+        "search.result": "TriedPoint",
+        "run.vocabulary": "PrunedVocabulary vocabulary",
     }.items()
     for name in names.split()
 }
 
 # The same for type checkers and documentation.
 if TYPE_CHECKING:
-    from adapruner.config import (
+    from adapruner.base.errors import AdaPrunerError as AdaPrunerError
+    from adapruner.base.progress import StageCost as StageCost
+    from adapruner.budget.plan import PruningPlan as PruningPlan
+    from adapruner.evaluation.perplexity import Perplexity as Perplexity
+    from adapruner.evaluation.speed import Speed as Speed
+    from adapruner.evaluation.tasks import TaskScore as TaskScore
+    from adapruner.measurement.taylor import measure as measure
+    from adapruner.options import (
         PruneConfig as PruneConfig,
         PruneOptions as PruneOptions,
         RecoveryOptions as RecoveryOptions,
     )
-    from adapruner.errors import AdaPrunerError as AdaPrunerError
-    from adapruner.evaluation._perplexity import Perplexity as Perplexity
-    from adapruner.evaluation._speed import Speed as Speed
-    from adapruner.evaluation._tasks import TaskScore as TaskScore
-    from adapruner.measurement._samples import measure as measure
-    from adapruner.planning._plan import PruningPlan as PruningPlan
-    from adapruner.progress import StageCost as StageCost
-    from adapruner.result import PruneResult as PruneResult, RunResult as RunResult
-    from adapruner.run.api import prune as prune
-    from adapruner.search._result import TriedPoint as TriedPoint
-    from adapruner.verbs._evaluate import Evaluation as Evaluation, evaluate as evaluate
-    from adapruner.verbs._export import export as export
-    from adapruner.verbs._inspect import inspect as inspect
-    from adapruner.verbs._model import benchmark as benchmark, load as load, load_tokenizer as load_tokenizer
-    from adapruner.verbs._recover import recover as recover
-    from adapruner.verbs._steps import (
+    from adapruner.report.result import RunResult as RunResult
+    from adapruner.run.evaluate import Evaluation as Evaluation, evaluate as evaluate
+    from adapruner.run.export import export as export
+    from adapruner.run.prune import prune as prune
+    from adapruner.run.recover import recover as recover
+    from adapruner.run.result import PruneResult as PruneResult
+    from adapruner.run.steps import (
+        benchmark as benchmark,
         compensate as compensate,
         cut as cut,
+        inspect as inspect,
+        load as load,
+        load_tokenizer as load_tokenizer,
         make_windows as make_windows,
         score as score,
     )
-    from adapruner.verbs._vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary
+    from adapruner.run.vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary
+    from adapruner.search.result import TriedPoint as TriedPoint
 else:
     __all__ = [*_MODULES]
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from adapruner.config import PruneConfig, RecoverConfig
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.options import PruneConfig, RecoverConfig
 
 
 def bomb(levels: int) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.errors import AdaPrunerError
-from adapruner.progress import Reporter
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.progress import Reporter
 
 
 class Panic(BaseException):
@@ -27,7 +27,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("adapruner.verbs._inspect.inspect", fail)
+    monkeypatch.setattr("adapruner.run.steps.inspect", fail)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_nothing_is_left_behind(run_cli, monkeypatch):
         return dict(os.environ), *handlers, logging.getLogger("adapruner").level, gc.isenabled()
 
     quiet: list[bool] = []
-    monkeypatch.setattr("adapruner.verbs._inspect.inspect", lambda _: quiet.append(Reporter().console.quiet))
+    monkeypatch.setattr("adapruner.run.steps.inspect", lambda _: quiet.append(Reporter().console.quiet))
     before = state()
     for flags in (["--quiet"], []):
         run_cli([*flags, "inspect", "x"])

@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import logging
 from safetensors.torch import load, save
 
-from adapruner.errors import AdaPrunerError
-from adapruner.models._architecture import check_length
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.architecture import check_length
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
 
 VERBS = ("prune", "recover", "evaluate", "benchmark", "export", "inspect")
 # These read weights.

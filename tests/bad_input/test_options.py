@@ -8,7 +8,7 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 from transformers import PreTrainedModel
 
-from adapruner.config import PruneOptions, RecoveryOptions
+from adapruner.options import PruneOptions, RecoveryOptions
 
 # Errors that one message names.
 NAMED = 8

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.checkpoint import save_checkpoint
 from conftest import tiny_model
 from run_helpers import byte_tokenizer
 

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.models._architecture import known_architectures
-from adapruner.planning._plan import PruningPlan
-from adapruner.structure._blocks import Structure, count_parameters
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.plan import PruningPlan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.model.architecture import known_architectures
+from adapruner.structure.blocks import Structure, count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import cut_to, random_plan
 
 CASES = [

@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
+from adapruner.families.inference import random_model, tiny_config as shrunk_config
 from adapruner.families.proof import masked
-from adapruner.families.tiny import random_model, tiny_config as shrunk_config
-from adapruner.measurement._moments import measure_moments
-from adapruner.models._architecture import known_architectures
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.measurement.moments import measure_moments
+from adapruner.model.architecture import known_architectures
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import random_plan, tiny_config
 
 

@@ -6,12 +6,12 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
-from adapruner.families.tiny import random_model
-from adapruner.models._architecture import known_architectures
-from adapruner.structure._build import build_structure
+from adapruner.families.inference import random_model
+from adapruner.model.architecture import known_architectures
+from adapruner.structure.build import build_structure
 from tiny_families import cut_to, tiny_config
 
 

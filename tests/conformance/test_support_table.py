@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
-from adapruner.gguf._check import check_gguf
-from adapruner.gguf._write import write_gguf
-from adapruner.models._architecture import known_architectures
+from adapruner.base.errors import AdaPrunerError
+from adapruner.checkpoint import save_checkpoint
+from adapruner.gguf.checks import check_gguf
+from adapruner.gguf.write import write_gguf
+from adapruner.model.architecture import known_architectures
 from run_helpers import byte_tokenizer
 from tiny_families import cut_to
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import Budget, Profile, kept_counts
+from adapruner.budget.plan import PruningPlan
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families.proof import failed_without_attention, masked
-from adapruner.models._architecture import known_architectures, using_architecture
-from adapruner.models._loading import load_model
-from adapruner.models._places import find_model
-from adapruner.planning._budget import Budget, Profile, kept_counts
-from adapruner.planning._plan import PruningPlan
-from adapruner.structure._blocks import Structure, count_parameters
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.model.architecture import known_architectures, using_architecture
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
+from adapruner.structure.blocks import Structure, count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import random_plan
 
 

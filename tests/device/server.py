@@ -21,8 +21,8 @@ native = simulated_cuda.install()
 
 import torch  # noqa: E402
 
+from adapruner.base.progress import Reporter  # noqa: E402
 from adapruner.cli import main  # noqa: E402
-from adapruner.progress import Reporter  # noqa: E402
 
 KILLED = 9
 

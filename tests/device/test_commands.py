@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
-from adapruner.planning._plan import PruningPlan
+from adapruner.budget.plan import PruningPlan
 from device.client import LAYER_WISE, SMALL_RUN, only_json, pruning
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapruner.planning._plan import PruningPlan
+from adapruner.budget.plan import PruningPlan
 from device.client import LAYER_WISE, SMALL_RUN, only_json, only_line, pruning, recovering
 from run_helpers import flags
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import adapruner
-from adapruner.config import RecoveryOptions
-from adapruner.models._config import load_config
-from adapruner.models._loading import empty_model
-from adapruner.models._places import find_model
+from adapruner.model.config import load_config
+from adapruner.model.loading import empty_model
+from adapruner.model.places import find_model
+from adapruner.options import RecoveryOptions
 from device.client import SMALL_RECOVERY, only_json, only_line, pruning, recovering
 from training_memory import training_memory
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.models._loading import load_tokenizer
-from adapruner.models._places import find_model
-from adapruner.planning._plan import make_plan
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.model.loading import load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from device.client import SMALL_RUN, only_json, pruning
 
 

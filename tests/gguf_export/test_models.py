@@ -13,16 +13,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 
 import adapruner
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import open_model
-from adapruner.gguf._write import write_gguf
-from adapruner.models._loading import load_model, load_tokenizer
-from adapruner.models._places import find_model
-from adapruner.planning._plan import make_plan
-from adapruner.structure._blocks import Block, count_parameters
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.gguf.write import write_gguf
+from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.model.places import find_model
+from adapruner.structure.blocks import Block, count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 from tiny_families import cut_to
 from tiny_wrappers import tiny_wrapper_config
 

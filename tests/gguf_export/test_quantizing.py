@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from adapruner.config import GgufType
-from adapruner.errors import AdaPrunerError
-from adapruner.gguf._size import read_stored_types
-from adapruner.gguf._write import write_gguf
+from adapruner.base.errors import AdaPrunerError
+from adapruner.gguf.sizes import read_stored_types
+from adapruner.gguf.write import write_gguf
+from adapruner.options import GgufType
 from tiny_families import cut_to
 
 # More than the tokenizer of these tests has.
@@ -89,7 +89,7 @@ def test_says_which_matrices_fell_back(pruned, bytes_tokenizer, tmp_path):
 
 def test_without_the_quantizer(tiny, bytes_tokenizer, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr("adapruner.gguf._check.find_spec", lambda name: None if name == "cyllama" else found(name))
+    monkeypatch.setattr("adapruner.gguf.checks.find_spec", lambda name: None if name == "cyllama" else found(name))
     with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")

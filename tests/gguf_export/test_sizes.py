@@ -7,16 +7,16 @@ import torch
 from gguf import GGUFReader, LlamaFileType
 from transformers import PreTrainedModel
 
-from adapruner.checkpoint._folder import save_checkpoint
-from adapruner.config import PruneConfig, SizeLimit
-from adapruner.gguf._check import LLAMA_LIKE
-from adapruner.gguf._write import gguf_bytes, write_gguf
-from adapruner.models._loading import empty_model
-from adapruner.planning._budget import Budget, Profile, kept_counts
-from adapruner.planning._plan import make_plan
-from adapruner.run.size import ratio_within
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.budget.counts import Budget, Profile, kept_counts
+from adapruner.budget.plan import make_plan
+from adapruner.checkpoint import save_checkpoint
+from adapruner.gguf.checks import LLAMA_LIKE
+from adapruner.gguf.write import gguf_bytes, write_gguf
+from adapruner.model.loading import empty_model
+from adapruner.options import PruneConfig, SizeLimit
+from adapruner.run.options import ratio_within
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -12,10 +12,10 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_2
 from transformers.tokenization_utils_base import generate_merges
 
-from adapruner.errors import AdaPrunerError
-from adapruner.gguf._write import write_gguf
-from adapruner.tokens._selecting import choose_tokens, count_tokens
-from adapruner.tokens._tokenizer import TokenizerParts, cut_tokenizer
+from adapruner.base.errors import AdaPrunerError
+from adapruner.gguf.write import write_gguf
+from adapruner.tokens.selecting import choose_tokens, count_tokens
+from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern
 # As in the tokenizer.json of Mistral-Nemo.

@@ -24,14 +24,12 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 from adapruner import __version__
-from adapruner.cli._options import Flag
-from adapruner.cli._output import CLOSED_OUTPUT, plain_console
+from adapruner.base.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
+from adapruner.base.processes import end_by_interrupt, handling_interrupts
 from adapruner.cli.installation import env, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
-from adapruner.cli.runs import prune, report
-from adapruner.cli.structure import inspect
-from adapruner.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
-from adapruner.interrupts import end_by_interrupt, handling_interrupts
+from adapruner.cli.runs import inspect, prune, report
+from adapruner.cli.shared import CLOSED_OUTPUT, Flag, plain_console
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(with_options(describe_invalid(cause) if isinstance(cause, ValidationError) else str(error)))
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
-        _say("interrupted; rerun the same command, without --overwrite, to resume")
+        _say("interrupted; rerun the same command to resume")
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except SystemExit:
         raise

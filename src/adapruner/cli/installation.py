@@ -14,12 +14,10 @@ from typing import Any
 from cyclopts import App
 from rich.table import Table
 
-from adapruner import __version__, recipe
-from adapruner.cli._options import Flag, Json
-from adapruner.cli._output import plain_console, print_output, starting
-from adapruner.errors import AdaPrunerError
-from adapruner.files import write_text
-from adapruner.paths import output_path
+from adapruner import __version__, recipes as recipe
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import output_path, write_text
+from adapruner.cli.shared import Flag, Json, plain_console, print_output, starting
 
 
 def env(*, json: Json = False) -> None:
@@ -33,7 +31,7 @@ def env(*, json: Json = False) -> None:
     with starting():
         import torch
 
-        from adapruner.models._device import describe_device
+        from adapruner.model.device import describe_device
     packages: dict[str, str | None] = {}
     for requirement in requires("adapruner") or []:
         name = re.split(r"[^\w.-]", requirement)[0]

@@ -8,14 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from pydantic_core import to_jsonable_python
 
-from adapruner.cli._options import Device, Dtype, Flag, Json, Model, Names, Output, WholeNumber, given
-from adapruner.cli._output import print_advice, print_output, starting
-from adapruner.config import ExportFormat, GgufType, RecoveryOptions
-from adapruner.tables import Column, Table
+from adapruner.base.tables import Column, Table
+from adapruner.cli.shared import (
+    Device,
+    Dtype,
+    Flag,
+    Json,
+    Model,
+    Names,
+    Output,
+    WholeNumber,
+    given,
+    print_advice,
+    print_output,
+    starting,
+)
+from adapruner.options import ExportFormat, GgufType, RecoveryOptions
 
 if TYPE_CHECKING:
-    from adapruner.evaluation._speed import Rate, Speed
-    from adapruner.verbs._evaluate import Evaluation
+    from adapruner.evaluation.speed import Rate, Speed
+    from adapruner.run.evaluate import Evaluation
 
 
 def recover(
@@ -51,8 +63,8 @@ def recover(
         overwrite: Start again if the folder holds another fine-tuned model.
     """
     with starting():
-        from adapruner.processes import this_process
-        from adapruner.verbs._recover import recover as run
+        from adapruner.base.processes import this_process
+        from adapruner.run.recover import recover as run
 
     record = run(model, data, output, teacher, overwrite, dtype, device, **given(options))
     if not this_process().leads:
@@ -106,7 +118,7 @@ def evaluate(
         against: The dense model, to compare with: what the model can still do, and the verdict.
     """
     with starting():
-        from adapruner.verbs._evaluate import evaluate as evaluate_one, evaluate_each
+        from adapruner.run.evaluate import evaluate as evaluate_one, evaluate_each
 
     options: dict[str, Any] = {
         "perplexity": evaluate,
@@ -155,7 +167,7 @@ def benchmark(
         output: Write the result here as JSON; as speed.json in a run folder, the report of the run shows it.
     """
     with starting():
-        from adapruner.verbs._model import benchmark as run
+        from adapruner.run.steps import benchmark as run
 
     speeds = run(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
     print_output(speeds, json, [_table_of_speeds(speeds, prompt, new_tokens)])
@@ -188,7 +200,7 @@ def export(
         overwrite: Replace an existing GGUF file, or a folder that adapruner wrote.
     """
     with starting():
-        from adapruner.verbs._export import export as run
+        from adapruner.run.export import export as run
 
     exported = run(model, to, output, gguf_type, overwrite)
     stored = exported.stored_types
@@ -229,7 +241,7 @@ def vocabulary(
         overwrite: Replace a folder that adapruner wrote.
     """
     with starting():
-        from adapruner.verbs._vocabulary import vocabulary as run
+        from adapruner.run.vocabulary import vocabulary as run
 
     pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype)
     removed, before = pruned.vocabulary.removed_parameters, pruned.vocabulary.parameters_before
@@ -240,7 +252,7 @@ def vocabulary(
 
 
 def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
-    from adapruner.numbers import ability_table, measured_table, model_table, numbers_of, task_table
+    from adapruner.report.numbers import ability_table, measured_table, model_table, numbers_of, task_table
 
     if len(results) > 1:
         rows = {}

@@ -15,12 +15,12 @@ import transformers
 from huggingface_hub import constants
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapruner.errors import AdaPrunerError, reason
-from adapruner.families.inference import infer_architecture
+from adapruner.base.errors import AdaPrunerError, reason
+from adapruner.base.files import write_text
+from adapruner.base.progress import Reporter
+from adapruner.families.inference import infer_architecture, tiny_config
 from adapruner.families.proof import prove, prove_around
-from adapruner.families.tiny import tiny_config
-from adapruner.files import write_text
-from adapruner.models._architecture import (
+from adapruner.model.architecture import (
     Architecture,
     architecture_of,
     family_named,
@@ -29,10 +29,9 @@ from adapruner.models._architecture import (
     remember_family,
     stock_config,
 )
-from adapruner.models._config import FILE_FIELDS, check_config, find_wrapper, load_config
-from adapruner.models._loading import load_model
-from adapruner.models._places import ModelLocation, quiet_transformers, reported_as_unloadable
-from adapruner.progress import Reporter
+from adapruner.model.config import FILE_FIELDS, check_config, find_wrapper, load_config
+from adapruner.model.loading import load_model
+from adapruner.model.places import ModelLocation, quiet_transformers, reported_as_unloadable
 
 # Changes when families are inferred or proven in another way.
 _FORMAT = 5

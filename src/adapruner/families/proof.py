@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapruner.config import ExpertGranularity, Layout
-from adapruner.errors import AdaPrunerError, reason
-from adapruner.families.tiny import random_model, tiny_config
-from adapruner.models._architecture import Architecture, stock_config, using_architecture
-from adapruner.models._layers import decoder_layers, enter_layers, skipping_layers
-from adapruner.models._loading import load_model
-from adapruner.models._places import ModelLocation, quiet_transformers
-from adapruner.models._wrapper import Wrapper, give_wrapper
-from adapruner.planning._plan import PruningPlan, make_plan
-from adapruner.structure._blocks import Block, Kind, Structure, count_parameters
-from adapruner.structure._build import build_structure
-from adapruner.surgery._cut import prune_model
+from adapruner.base.errors import AdaPrunerError, reason
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.families.inference import random_model, tiny_config
+from adapruner.model.architecture import Architecture, stock_config, using_architecture
+from adapruner.model.layers import decoder_layers, enter_layers, skipping_layers
+from adapruner.model.loading import load_model
+from adapruner.model.places import ModelLocation, quiet_transformers
+from adapruner.model.wrapper import Wrapper, give_wrapper
+from adapruner.options import ExpertGranularity, Layout
+from adapruner.structure.blocks import Block, Kind, Structure, count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.surgery import prune_model
 
 # Largest distance of the pruned from the masked logits, relative to the change by masking: sums have another order, and
 # the epsilon of a norm over fewer heads has another weight.

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapruner.models._architecture import RowKind
+from adapruner.model.architecture import RowKind
 
 _TOKENS = 48
 # Row-wise projections with more inputs are skipped: no tiny model has them.

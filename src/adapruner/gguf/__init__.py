@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp: checking that a model can be exported, writing it, and its size."""
+"""Other formats: GGUF files for llama.cpp, and DeciLM checkpoints."""

@@ -1,88 +1,56 @@
-"""The run folder: its paths, its records, and the lock that keeps other commands out of it."""
+"""A folder of artifacts: their records, and the lock that keeps other commands out of it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
-import tempfile
 import threading
 import time
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError, reason
-from adapruner.files import link_or_copy, write_atomically, write_text
-from adapruner.graph.records import CARD, Record, are_as_written, stamps
+from adapruner.base.errors import AdaPrunerError, reason
+from adapruner.base.files import link_or_copy, write_text
+from adapruner.graph.nodes import Record
 
 # Some network file systems grant a lock to everybody: a running command also touches a file, which others see.
 _SECONDS_BETWEEN_BEATS = 5
+# Larger files are told apart by their size and, where they have one, their header.
+_HASHED_WHOLE = 1 << 22
 
 
-class RunFolder:
-    """A folder with the artifacts of a run."""
+class Folder:
+    """A folder with artifacts.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.log = path / "log.jsonl"
-        self.study = path / "study.jsonl"
-        self.model = path / "model"
-        self.report = path / "report.html"
-        self.speed = path / "speed.json"
-        # A model and text that were in memory.
-        self.given = path / "given"
-        self._keys = path / "keys"
-        self._lock = path / ".lock"
-        self._running = path / ".running"
+    Args:
+        state: the folder of records, of unfinished work and of the lock; by default the same.
+        editable: names of files that people or other commands change too: that one has changed is no damage.
 
-    @classmethod
-    def temporary(cls) -> RunFolder:
-        """A folder that is removed with the object."""
-        run = cls(Path(tempfile.mkdtemp(prefix="adapruner-")))
-        weakref.finalize(run, shutil.rmtree, run.path, ignore_errors=True)
-        return run
+    Attributes:
+        noun: what it holds, for messages.
+        shown: the path in messages.
+    """
 
-    def read_config(self) -> PruneConfig:
-        """The options of the run.
+    noun = "artifacts"
 
-        Raises:
-            AdaPrunerError: the folder holds no run.
-        """
-        if not self.config.is_file():
-            raise AdaPrunerError(f"{self.path} holds no run: name the folder that adapruner prune wrote")
-        return PruneConfig.load(self.config)
+    def __init__(self, path: Path, state: Path | None = None, editable: Collection[str] = ()) -> None:
+        self.path = self.shown = path
+        self._editable = editable
+        state = state or path
+        self._keys, self.unfinished = state / "keys", state / "unfinished"
+        self._lock, self._running = state / ".lock", state / ".running"
 
-    def save_config(self, config: PruneConfig) -> None:
-        write_atomically(self.config, config.save)
-
-    def check_usable(self) -> None:
-        """Refuses a folder that holds something else, or cannot be written.
-
-        Raises:
-            AdaPrunerError: with what is wrong.
-        """
-        # A command that was killed at its start leaves these, and perhaps an unfinished config.
-        left = (self._lock.name, self._running.name, self.given.name, f"{self.config.name}.partial")
-        try:
-            if self.path.exists() and not (
-                self.path.is_dir() and (self.config.is_file() or all(path.name in left for path in self.path.iterdir()))
-            ):
-                raise AdaPrunerError(f"{self.path} exists and holds no run: choose another `output`")
-            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        except OSError as error:
-            raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
-        if self.config.is_file():
-            self.read_config()
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise AdaPrunerError(f"cannot write to {self.path}: {existing} is not a writable directory")
+    def place(self, name: str) -> Path:
+        """The path of an artifact."""
+        return self.path / name
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -91,14 +59,14 @@ class RunFolder:
         Raises:
             AdaPrunerError: another command is running in it, or it cannot be written.
         """
-        is_busy = AdaPrunerError(f"another command is running in {self.path}: wait for it, or choose another `output`")
+        is_busy = AdaPrunerError(f"another command is running in {self.shown}: wait for it, or choose another `output`")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self._lock).acquire(timeout=0)
         except Timeout:
             raise is_busy from None
         except (OSError, NotImplementedError) as error:
-            raise AdaPrunerError(f"cannot write to {self.path}: {reason(error)}") from None
+            raise AdaPrunerError(f"cannot write to {self.shown}: {reason(error)}") from None
         with lock:
             if self._is_touched():
                 raise is_busy
@@ -140,7 +108,7 @@ class RunFolder:
     def is_made(self, name: str, key: str) -> bool:
         """True if the artifact is complete, has this key, and is as it was written."""
         record = self.record(name)
-        return bool(record and record.key == key and record.files and are_as_written(record.files, self.path))
+        return bool(record and record.key == key and record.files and self._are_as_written(record.files))
 
     def is_damaged(self, name: str, key: str) -> bool:
         """True if some files of a finished artifact with this key are not as they were written; removed ones do not
@@ -149,11 +117,12 @@ class RunFolder:
         if record is None or record.key != key or record.files is None:
             return False
         left = {file: stamp for file, stamp in record.files.items() if (self.path / file).exists()}
-        return not are_as_written(left, self.path)
+        return not self._are_as_written(left)
 
     def begin(self, name: str, record: Record) -> Path:
         """Notes that an artifact is being made; returns the folder to resume from."""
-        if self.record(name) != record:
+        then = self.record(name)
+        if then is None or then.files is None:  # a finished one counts until another takes its place
             self._save(name, record)
         work = self.work(name, record.key)
         for other in work.parent.glob(f"{_flat(name)}-*"):
@@ -168,16 +137,17 @@ class RunFolder:
         Args:
             beside: further files that belong to it.
         """
-        path = self.path / name
-        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        own = [file for file in files if file.name != CARD]
-        own += [file for file in map(self.path.joinpath, beside) if file.is_file()]
-        self._save(name, record.model_copy(update={"files": stamps(own, self.path)}))
+        path = self.place(name)
+        inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        files = [file for file in inside if file == path or file.name not in self._editable]
+        files += [file for file in map(self.path.joinpath, beside) if file.is_file()]
+        stamps = {file.relative_to(self.path).as_posix(): self._stamp(file) for file in sorted(files)}
+        self._save(name, record.model_copy(update={"files": stamps}))
         shutil.rmtree(self.work(name, record.key), ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Removes an artifact with its record, and folders in which nothing is left."""
-        path, record = self.path / name, self._record(name)
+        path, record = self.place(name), self._record(name)
         if path.is_dir():
             shutil.rmtree(path)
         for file in (path, record):
@@ -186,22 +156,11 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def remove_files(self, name: str) -> None:
-        """Removes the folder of a finished artifact; its record is kept."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
-
-    def remove_given_but(self, config: PruneConfig) -> None:
-        """Removes models and texts of earlier calls that the config does not name."""
-        names = str(list(config.model_dump().values()))
-        for path in self.given.iterdir() if self.given.is_dir() else ():
-            if path.name not in names:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def work(self, name: str, key: str) -> Path:
         """The folder of an unfinished artifact; another key has another folder."""
-        return self.path / "unfinished" / f"{_flat(name)}-{key[:16]}"
+        return self.unfinished / f"{_flat(name)}-{key[:16]}"
 
-    def take_over(self, name: str, source: RunFolder) -> None:
+    def take_over(self, name: str, source: Folder) -> None:
         """Copies an artifact of another run; large files are linked where the file system can."""
         record = source.record(name)
         assert record is not None
@@ -212,6 +171,32 @@ class RunFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(source.path / file, target)
         self._save(name, record)
+
+    def remove_unfinished(self) -> None:
+        """Removes all work in progress."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _are_as_written(self, files: Mapping[str, str]) -> bool:
+        """True if all files exist and are as they were written."""
+        try:
+            return all(self._stamp(self.path / name) == stamp for name, stamp in files.items())
+        except (OSError, SafetensorError):
+            return False
+
+    def _stamp(self, path: Path) -> str:
+        """The SHA-256 of a small file; the size of a large one, and the SHA-256 of the header if it is a safetensors
+        file, whose header says where every tensor ends: reading a model of 14 GB at every call would take minutes. Of
+        an editable file, only that it is there."""
+        size = path.stat().st_size
+        if path.name in self._editable:
+            return "any"
+        if size <= _HASHED_WHOLE:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix != ".safetensors":
+            return f"{size} bytes"
+        with safe_open(path, "pt"), path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        return f"{size} bytes, {hashlib.sha256(header).hexdigest()}"
 
     def _record(self, name: str) -> Path:
         return self._keys / f"{_flat(name)}.json"

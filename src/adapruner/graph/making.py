@@ -8,14 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-from adapruner.errors import AdaPrunerError
-from adapruner.files import replace, saying_what_cannot_be_written
-from adapruner.graph.declaring import LATER, OF_KEPT, Graph, InMemory, Kept, Leaf, Node
-from adapruner.graph.folder import RunFolder
-from adapruner.graph.records import Record, at_hand, changes_of_options
-from adapruner.progress import Reporter
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import replace, saying_what_cannot_be_written
+from adapruner.base.progress import Reporter
+from adapruner.graph.folder import Folder
+from adapruner.graph.nodes import (
+    LATER,
+    OF_KEPT,
+    Graph,
+    InMemory,
+    Kept,
+    Leaf,
+    Node,
+    Record,
+    changes_of_options,
+    leaf_or_recorded,
+)
 
 T = TypeVar("T")
 
@@ -40,9 +50,9 @@ class Making:
     options: Mapping[str, Any]
     as_json: Mapping[str, Any]
     given: Mapping[str, Any]
-    folder: RunFolder
+    folder: Folder
     reporter: Reporter
-    others: Sequence[RunFolder] = ()
+    others: Sequence[Folder] = ()
     taken: Mapping[str, Record] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     _records: dict[str, Record] = field(default_factory=dict, init=False)
@@ -57,8 +67,15 @@ class Making:
         names = inspect.signature(node.is_wanted).parameters
         return bool(node.is_wanted(**{name: self.options[name] for name in names}))
 
-    def value(self, node: Node[T] | str) -> Any:
-        """The value of an option, of something given, or of a node: loaded, remembered, or made now.
+    @overload
+    def value(self, node: Node[T]) -> T: ...
+
+    @overload
+    def value(self, node: str) -> Any: ...
+
+    def value(self, node: Node[Any] | str) -> Any:
+        """The value of a node: loaded, remembered, or made now; by its name also that of an option, or of something
+        given. None for a kept node that a run with these options does not have.
 
         Raises:
             LookupError: it is kept, and not made yet.
@@ -75,8 +92,8 @@ class Making:
             return self.values[name]
         if not isinstance(found, Kept):
             self.values[name] = self._called(found)
-        elif place := self._place_of(found):
-            self.values[name] = found.form.load(place / found.path)
+        elif holder := self._holder_of(found):
+            self.values[name] = found.form.load(holder.place(found.path))
         else:
             raise LookupError(f"{found.path} is not made yet")
         return self.values[name]
@@ -86,16 +103,16 @@ class Making:
         if taken := self.taken.get(node.path):
             return taken
         if node.name not in self._records:
-            reach, then = self.graph.reach(node.name), self.folder.record(node.path)
+            of_key, then = self.graph.inputs_of_key(node.name), self.folder.record(node.path)
             leaves, inputs = (
-                [self.graph.nodes[name] for name in sorted(names)] for names in (reach.leaves, reach.kept)
+                [self.graph.nodes[name] for name in sorted(names)] for names in (of_key.leaves, of_key.kept)
             )
             self._records[node.name] = Record(
                 name=node.path,
                 version=node.version,
-                options={name: self.as_json[name] for name in sorted(reach.options)},
+                options={name: self.as_json[name] for name in sorted(of_key.options)},
                 leaves={
-                    leaf.title: at_hand(leaf.content(self.value(leaf)), then and then.leaves.get(leaf.title))
+                    leaf.title: leaf_or_recorded(leaf.content(self.value(leaf)), then and then.leaves.get(leaf.title))
                     for leaf in leaves
                     if isinstance(leaf, Leaf)
                 },
@@ -107,10 +124,10 @@ class Making:
             )
         return self._records[node.name]
 
-    def _place_of(self, node: Kept[Any]) -> Path | None:
-        """The run folder that has it: this one, or one that it can be taken over from."""
+    def _holder_of(self, node: Kept[Any]) -> Folder | None:
+        """The folder that has it: this one, or one that it can be taken over from."""
         key = self.record(node).key
-        return next((folder.path for folder in (self.folder, *self.others) if folder.is_made(node.path, key)), None)
+        return next((folder for folder in (self.folder, *self.others) if folder.is_made(node.path, key)), None)
 
     def missing(self) -> list[Kept[Any]]:
         """The nodes that are to be made: missing results, damaged artifacts, and their inputs."""
@@ -118,9 +135,9 @@ class Making:
         missing = []
         for node in reversed(self.wanted):
             is_needed = node.is_result or node.name in needed
-            if (is_needed or self.folder.is_damaged(node.path, self.record(node).key)) and not self._place_of(node):
+            if (is_needed or self.folder.is_damaged(node.path, self.record(node).key)) and not self._holder_of(node):
                 missing.append(node)
-                needed |= self.graph.reach(node.name).kept
+                needed |= self.graph.inputs_of_key(node.name).kept
         return missing[::-1]
 
     def outdated(self) -> dict[str, list[str]]:
@@ -172,7 +189,7 @@ class Making:
         subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
         with self.reporter.making(record.key, subject):
             value = self._called(node, work=work, key=record.key)
-        path = self.folder.path / node.path
+        path = self.folder.place(node.path)
         partial_path = path.with_name(f".{path.name}.partial")
         with saying_what_cannot_be_written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +197,11 @@ class Making:
             node.form.save(value, partial_path)
             replace(partial_path, path)
         self.folder.finish(node.path, record, node.beside)
+
+    def take_part(self, node: Kept[T]) -> T:
+        """Runs a node as one of several processes that make it together, of which another one keeps the value."""
+        key = self.record(node).key
+        return self._called(node, work=self.folder.work(node.path, key), key=key)
 
     def _called(self, node: Node[T], **of_kept: Any) -> T:
         values, before = dict[str, Any](), set(self.values)
@@ -193,7 +215,7 @@ class Making:
                     self.values.pop(name, None)
         return made
 
-    def forget_but(self, remaining: Sequence[str]) -> None:
+    def release_unneeded(self, remaining: Sequence[str]) -> None:
         """Drops values that were loaded or are costly if no remaining node needs them. A value that is rebuilt at no
         cost is only kept for the next of them.
 
@@ -219,19 +241,17 @@ class Making:
     def make_missing(self) -> None:
         """Makes what is missing, after what other run folders hold of it is copied."""
         for node in self.wanted:
-            if (place := self._place_of(node)) and place != self.folder.path:
-                self.folder.take_over(node.path, RunFolder(place))
+            if (holder := self._holder_of(node)) and holder is not self.folder:
+                self.folder.take_over(node.path, holder)
         for node in self.wanted:
-            if not node.is_page and self.folder.is_damaged(node.path, self.record(node).key):
-                path = self.folder.path / node.path
-                self.reporter.note(f"{path} was changed or damaged since it was written: rebuilding it")
+            if self.folder.is_damaged(node.path, self.record(node).key):
+                self.reporter.note(
+                    f"{self.folder.place(node.path)} was changed or damaged since it was written: rebuilding it"
+                )
         while missing := self.missing():
             self.make(missing[0])
-            self.forget_but([node.name for node in missing[1:]])
-        shutil.rmtree(self.folder.path / "unfinished", ignore_errors=True)
-        for node in self.wanted:
-            if node.is_step:
-                self.folder.remove_files(node.path)
+            self.release_unneeded([node.name for node in missing[1:]])
+        self.folder.remove_unfinished()
         # What an interrupted run with other options made, if these results do not need it any more.
         for name in self.outdated():
             self.folder.remove(name)
@@ -246,6 +266,6 @@ class Making:
         # What is made from outdated artifacts has no change of its own.
         if changes := list(dict.fromkeys(change for changes in rebuilt.values() for change in changes)):
             raise AdaPrunerError(
-                f"{self.folder.path} holds a run of another configuration ({', '.join(changes)}): {', '.join(rebuilt)}"
-                " would be rebuilt. Choose another `output`, or allow it with `overwrite`"
+                f"{self.folder.shown} holds {self.folder.noun} of another configuration ({', '.join(changes)}):"
+                f" {', '.join(rebuilt)} would be rebuilt. Choose another `output`, or allow it with `overwrite`"
             )

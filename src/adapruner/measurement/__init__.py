@@ -1,3 +1,1 @@
 """One pass over the pool for Taylor and activation statistics, one over more text for second moments."""
-
-from adapruner.measurement._statistics import Statistics as Statistics

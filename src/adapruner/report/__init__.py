@@ -1,1 +1,1 @@
-"""The report: a self-contained HTML page of a run folder."""
+"""The outcome of a run: result.json, the model card and the page."""

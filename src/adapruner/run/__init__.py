@@ -1,1 +1,1 @@
-"""A run: from a model and options to a pruned checkpoint, its numbers and its report."""
+"""What users call: from a model and options to a pruned, recovered, evaluated or exported one."""

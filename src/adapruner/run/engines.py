@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
-from adapruner.config import Layout, PruneOptions, ServingEngine
-from adapruner.errors import AdaPrunerError
-from adapruner.gguf._check import LLAMA_LIKE, check_gguf
-from adapruner.models._architecture import architecture_of
-from adapruner.models._loading import empty_model
+from adapruner.base.errors import AdaPrunerError
+from adapruner.gguf.checks import LLAMA_LIKE, check_gguf
+from adapruner.model.architecture import architecture_of
+from adapruner.model.loading import empty_model
+from adapruner.options import Layout, PruneOptions, ServingEngine
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
 Loads = Mapping[Layout, bool]

@@ -1,29 +1,42 @@
-"""The config of a run, from what a caller gives: by name, in memory, in a recipe or a config."""
+"""The config of a run, from what a caller gives: by name, in memory, in a recipe or a config; a size becomes a
+ratio."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.calibration._blend import absolute_blend
-from adapruner.calibration._sources import absolute_source, register_sources
-from adapruner.config import BUDGETS, PruneConfig, PruneOptions, SizeLimit
-from adapruner.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import given_path
+from adapruner.base.values import size_in_bytes
+from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
+from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
-from adapruner.graph.folder import RunFolder
-from adapruner.models._architecture import register_architectures
-from adapruner.models._places import find_model
+from adapruner.gguf.sizes import least_bytes_of_weight
+from adapruner.gguf.write import gguf_bytes
+from adapruner.model.architecture import register_architectures
+from adapruner.model.config import find_wrapper
+from adapruner.model.loading import empty_model, load_tokenizer
+from adapruner.model.places import find_model
 from adapruner.option_rules import EFFORTS
-from adapruner.paths import given_path
-from adapruner.recipe import override, read_recipe
+from adapruner.options import BUDGETS, PruneConfig, PruneOptions, SizeLimit
+from adapruner.recipes import override, read_recipe
 from adapruner.run.engines import options_for
+from adapruner.run.folder import RunFolder
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
-from adapruner.run.size import ratio_within
+from adapruner.run.memory import dtype_of_weights
+from adapruner.structure.blocks import count_parameters
+from adapruner.structure.build import build_structure
+from adapruner.text.blends import absolute_blend
+from adapruner.text.sources import absolute_source, register_sources
 
 # The options whose values may be in memory.
 _IN_MEMORY = ("model", "calibration", "objective")
@@ -156,3 +169,111 @@ def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     if (path := given_path(config.model)).exists():
         absolute["model"] = str(path.absolute())
     return config.model_copy(update=absolute | {"evaluate": tuple(map(absolute_source, config.evaluate))})
+
+
+# As safetensors writes their names.
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
+    """The lowest ratio at which every plan that a run may choose gives a model of at most a size or memory.
+
+    Plans at a ratio differ in which blocks they cut, and in up to `RATIO_TOLERANCE` in the parameters that they remove.
+    So it is counted on from the largest model, unpruned: every parameter that is removed saves at least the bytes of a
+    weight in the smallest type of the file. The KV cache is counted as of the dense model, whose heads may all be kept.
+
+    Args:
+        config: the other options of the run; its ratio does not count.
+
+    Raises:
+        AdaPrunerError: the dense model is small enough already, or no ratio is high enough; with the numbers.
+    """
+    if config.ratio_of == "groups":
+        raise AdaPrunerError("`ratio_of` groups needs a ratio: leave `size`, `memory` or `ratio_of` out")
+    location = find_model(config.model)
+    given_config, wrapper = open_config(location), find_wrapper(location)
+    empty = empty_model(given_config)
+    whole = wrapper.around(given_config) if wrapper else empty
+    structure = build_structure(empty, config.head_granularity, config.expert_granularity)
+    dtype = dtype_of_weights(empty, config.dtype)
+    if limit.gguf_type is None:
+        bytes_of_weight, dense = float(dtype.itemsize), safetensors_bytes(whole, dtype)
+    else:
+        bytes_of_weight = least_bytes_of_weight(limit.gguf_type)
+        dense = gguf_bytes(empty, load_tokenizer(location), limit.gguf_type, config.round_to)
+        dtype = torch.float16  # of the cache in llama.cpp
+    option = "size" if limit.memory is None else "memory"
+    if limit.memory is not None:
+        dense += cache_bytes(empty, limit.batch, limit.context, dtype)
+    asked = str(getattr(limit, option))
+
+    def has_plan(ratio: float) -> bool:
+        """False between steps of whole heads and experts."""
+        try:
+            reference_budget(config, structure, ratio)
+        except UnreachableRatioError:
+            raise
+        except BudgetError:
+            return False
+        return True
+
+    excess = dense - size_in_bytes(asked)
+    if excess <= 0:
+        raise AdaPrunerError(f"`{option}` {asked}: the model has {_shown(dense)} already")
+    ratio = excess / bytes_of_weight / structure.total_parameters + RATIO_TOLERANCE
+    try:
+        while not has_plan(ratio):
+            ratio += RATIO_TOLERANCE / 2
+    except UnreachableRatioError:
+        best = _highest(has_plan, ratio)
+        removed = max(0.0, best - RATIO_TOLERANCE) * structure.total_parameters
+        raise AdaPrunerError(
+            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * bytes_of_weight)}, with {best:.1%} of"
+            f" the parameters removed; the dense model has {_shown(dense)}"
+        ) from None
+    share = structure.total_parameters / count_parameters(whole) if config.ratio_of == "parameters" else 1.0
+    return math.ceil(1e5 * ratio * share) / 1e5
+
+
+def _highest(has_plan: Callable[[float], bool], too_high: float) -> float:
+    """The highest ratio found by bisection that has a plan; 0 if there is none."""
+    best, low, high = 0.0, 0.0, too_high
+    for _ in range(12):
+        middle = (low + high) / 2
+        try:
+            if has_plan(middle):
+                best = middle
+            low = middle
+        except UnreachableRatioError:
+            high = middle
+    return best
+
+
+def _shown(size: float) -> str:
+    """Bytes as text, rounded up."""
+    return f"{math.ceil(size / 1e4) / 100:,.2f} MB"
+
+
+def safetensors_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Bytes of a model, which may be on the meta device, as one safetensors file. If it is split into several, their
+    headers add some hundred bytes."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    stored = parameters | {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(stored.items()):
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": tuple(tensor.shape), "data_offsets": [start, end]}
+    return 8 + 8 * math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) + end
+
+
+def cache_bytes(model: PreTrainedModel, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the cache after `context` tokens of `batch` sequences. The model is run on the meta device, which costs
+    nothing and covers every kind of cache."""
+    (cache,) = (named := new_cache(model, model.config)).values()
+    with torch.no_grad():
+        tokens = torch.zeros(batch, context, dtype=torch.long, device="meta")
+        model(tokens, use_cache=True, logits_to_keep=1, **named)
+    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    # Integers are counts of tokens; keys, values and states are not.
+    return sum(state.numel() * dtype.itemsize for state in held if state.is_floating_point())

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from adapruner.config import PruneConfig
-from adapruner.errors import AdaPrunerError
-from adapruner.graph.folder import RunFolder
-from adapruner.memory import Memory, Placement, choose_placement, estimate_memory
-from adapruner.models._loading import empty_model, is_streamable
-from adapruner.option_values import size_in_bytes
-from adapruner.paths import given_path
-from adapruner.planning._budget import kept_counts
-from adapruner.progress import Reporter
-from adapruner.run.api import check, making_of
-from adapruner.run.nodes import chosen, inputs, models
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import given_path
+from adapruner.base.progress import Reporter
+from adapruner.base.values import size_in_bytes
+from adapruner.budget.counts import kept_counts
+from adapruner.model.loading import empty_model, is_streamable
+from adapruner.options import PruneConfig
+from adapruner.run import choice, inputs, models
+from adapruner.run.folder import RunFolder
+from adapruner.run.memory import Memory, Placement, choose_placement, estimate_memory
 from adapruner.run.options import earlier_run, register_extensions, resolve
-from adapruner.structure._blocks import count_parameters
+from adapruner.run.prune import check, making_of
+from adapruner.structure.blocks import count_parameters
 
 _FLOAT32, _MIB = 4, 2**20
 
@@ -81,7 +81,7 @@ def preview(
         parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
         model_bytes=after * making.value(inputs.precision).weights.itemsize,
-        moments_bytes=moments * _FLOAT32 * (chosen.moments in missing),
+        moments_bytes=moments * _FLOAT32 * (choice.moments in missing),
         device=placement.device,
         layer_wise=placement.layer_wise,
         memory=placement.memory if models.pruned in missing else None,

@@ -1,1 +1,1 @@
-"""The joint search over calibration samples, importance metrics and allocation."""
+"""The joint search over calibration samples and importance metrics."""

@@ -7,6 +7,3 @@ row-wise projection (attention output, feed-forward down): one number per token 
 vectors and inputs are numbered over the whole model in the order of `Structure.blocks`, so that statistics and scores
 are flat tensors.
 """
-
-from adapruner.structure._blocks import Block as Block, Structure as Structure
-from adapruner.structure._build import build_structure as build_structure

@@ -1,1 +1,1 @@
-"""Pruning of the vocabulary: counting and choosing tokens, smaller tokenizer, smaller model."""
+"""Removal of tokens from a model: counting and choosing them, smaller tokenizer, smaller model."""

@@ -1,0 +1,1 @@
+"""How much each block loses, and the plan: which groups are kept."""

@@ -1,1 +1,0 @@
-"""Checkpoints: Hugging Face folders that load with and without this package."""

@@ -1,0 +1,266 @@
+"""The loss of models on windows and continuations: batch by batch, or of one or several models layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.layers import LayerCall, decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers
+
+# The largest absolute value of a weight with which no sum of a trained model overflows in float32 or bfloat16.
+_LARGEST_WEIGHT = 1e6
+# Enough for the caches of a processor, and enough to keep a GPU busy.
+_TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
+# Hidden states held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
+_TOKENS_PER_READING = 32768
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The hidden states of the first layers of a model for every batch of some windows.
+
+    Attributes:
+        states: for each batch, the hidden state [windows, tokens, hidden] before the first layer, after it, after the
+            second, and so on.
+        calls: for each batch, the arguments of every layer.
+    """
+
+    states: list[list[Tensor]]
+    calls: list[list[LayerCall]]
+
+
+def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Prefix:
+    """Runs the first layers of a model over windows, in the batches of `losses_by_batch`."""
+    with torch.inference_mode():
+        entered = enter_layers(model, _batches(windows, model))
+        states = [[state] for state, _ in entered]
+        for index in range(layers):
+            with loaded_layer(model, index) as layer:
+                for batch_states, (_, calls) in zip(states, entered, strict=True):
+                    batch_states.append(calls[index].run(layer, batch_states[-1]))
+    return Prefix(states, [calls for _, calls in entered])
+
+
+def losses_by_batch(model: PreTrainedModel, windows: Tensor, context: int = 1) -> Iterator[Tensor]:
+    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
+    batches pass through the layers of a streamed model together, so that a layer is read once for all of them.
+
+    Args:
+        context: tokens at the beginning of a window that are not predicted, at least 1.
+    """
+    batches = _batches(windows, model)
+    if is_streamed(model):
+        at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
+        for first in range(0, len(batches), at_once):
+            together = torch.cat(list(batches[first : first + at_once]))
+            yield from losses_in_step(model, [model], together, context=context)[0]
+        return
+    for batch in batches:
+        with torch.inference_mode():
+            losses = _losses_of_batch(model, batch, context)
+        yield losses
+
+
+def window_losses(
+    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None, context: int = 1
+) -> Tensor:
+    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window.
+
+    Args:
+        context: tokens at the beginning of a window that are not predicted, at least 1.
+    """
+    losses = []
+    for batch in losses_by_batch(model, windows, context=context):
+        losses.append(batch)
+        if progress:
+            progress(len(batch))
+    return torch.cat(losses)
+
+
+def finite_windows(
+    model: PreTrainedModel, windows: Mapping[str, Tensor], at_least: Mapping[str, int]
+) -> tuple[dict[str, list[int]], str]:
+    """The places of the windows on which the loss of a model is finite, and a note to the user on the others.
+
+    Text is only tried where numbers may overflow (see `may_overflow`): that costs a forward pass over all of it.
+
+    Args:
+        model: the dense model, in the dtype in which it is measured.
+        windows: [windows, tokens], int64, by use.
+        at_least: the least number of windows of each use that must be left.
+
+    Returns:
+        The places of the remaining windows, by use, and a line for each use that lost some; empty if none did.
+
+    Raises:
+        AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
+    """
+    if not may_overflow(model):
+        return {use: [*range(len(drawn))] for use, drawn in windows.items()}, ""
+    kept, notes = {}, []
+    for use, drawn in windows.items():
+        finite = window_losses(model, drawn).isfinite()
+        lost = (~finite).nonzero().flatten().tolist()
+        if 2 * len(lost) > len(drawn) or len(drawn) - len(lost) < at_least[use]:
+            raise AdaPrunerError(
+                f"the loss of the model is not finite on {len(lost)} of the {len(drawn)} windows of the {use}: its"
+                " weights are broken or its dtype is too narrow: try `dtype` float32"
+            )
+        if lost:
+            notes.append(f"left out, because the loss of the model on them is not finite: windows {lost} of the {use}")
+        kept[use] = finite.nonzero().flatten().tolist()
+    return kept, "\n".join(notes)
+
+
+def may_overflow(model: PreTrainedModel) -> bool:
+    """True if the loss of a model may be infinite on some text: it computes in float16, or a weight is not finite or
+    far larger than those of trained models, whose sums stay far within the range of float32 and bfloat16."""
+
+    def has_ordinary_weights(module: torch.nn.Module) -> bool:
+        weights = [weight for weight in module.parameters() if not weight.is_meta and weight.numel()]
+        # A weight that is no number is not below the limit.
+        return all(bool(weight.abs().max() < _LARGEST_WEIGHT) for weight in weights)
+
+    if model.dtype == torch.float16 or not has_ordinary_weights(model):
+        return True
+    for layer in range(len(decoder_layers(model))) if is_streamed(model) else ():
+        with loaded_layer(model, layer) as module:
+            if not has_ordinary_weights(module):
+                return True
+    return False
+
+
+def losses_in_step(
+    dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor, context: int = 1
+) -> list[list[Tensor]]:
+    """The losses of `losses_by_batch` for several models whose layers are cut from streamed layers as these are read.
+    All models pass through the layers together, so that every layer of the dense model is read once.
+
+    Args:
+        context: see `losses_by_batch`.
+    """
+    batches = _batches(windows, dense)
+    with torch.inference_mode():
+        with loaded_layer(dense, 0):
+            entered = [enter_layers(model, batches) for model in models]
+        states = [[state for state, _ in model_batches] for model_batches in entered]
+        for layer in range(len(decoder_layers(dense))):
+            with loaded_layer(dense, layer):
+                for model, model_states, model_batches in zip(models, states, entered, strict=True):
+                    with loaded_layer(model, layer) as module:
+                        for number, (_, calls) in enumerate(model_batches):
+                            model_states[number] = calls[layer].run(module, model_states[number])
+    return [
+        losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], context=context)
+        for model, model_states, model_batches in zip(models, states, entered, strict=True)
+    ]
+
+
+def losses_after_layers(
+    model: PreTrainedModel,
+    windows: Tensor,
+    states: Sequence[Tensor],
+    calls: Sequence[Sequence[LayerCall]],
+    context: int = 1,
+) -> list[Tensor]:
+    """The losses of `losses_by_batch`, all at once.
+
+    Args:
+        states, calls: of every batch, the hidden state after the last layer, and the calls of the layers.
+        context: see `losses_by_batch`.
+    """
+    batches, losses = _batches(windows, model), list[Tensor]()
+    for batch, state, (call, *_) in zip(batches, states, calls, strict=True):
+        with torch.inference_mode(), skipping_layers(model, len(decoder_layers(model)), state, call):
+            losses.append(_losses_of_batch(model, batch, context))
+    return losses
+
+
+def _losses_of_batch(model: PreTrainedModel, batch: Tensor, context: int) -> Tensor:
+    """[windows], float64, on the CPU; see `losses_by_batch`."""
+    batch = batch.to(model.device)
+    losses = []
+    # Window by window: float32 logits of a batch are the largest thing in memory.
+    for window, logits in enumerate(_predictions(model, batch)):
+        loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
+        losses.append(loss[context - 1 :].double().mean())
+    return torch.stack(losses).cpu()
+
+
+@torch.inference_mode()
+def log_probabilities(model: PreTrainedModel, state: Tensor, call: LayerCall) -> Tensor:
+    """[windows, tokens, vocabulary], float32: the predictions of a model with this hidden state after its last layer,
+    [windows, tokens, hidden].
+
+    Args:
+        call: of any layer.
+    """
+    tokens = torch.zeros(state.shape[:2], dtype=torch.int64, device=model.device)  # no layer reads them
+    with skipping_layers(model, len(decoder_layers(model)), state, call):
+        predictions: Tensor = model(tokens, use_cache=False).logits.float().log_softmax(-1)
+    return predictions
+
+
+def tokens_per_batch(device: torch.device) -> int:
+    """The number of tokens that are evaluated at once."""
+    return _TOKENS_PER_BATCH_ON_CPU if device.type == "cpu" else _TOKENS_PER_BATCH
+
+
+def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:
+    batches: Sequence[Tensor] = windows.split(max(1, tokens_per_batch(model.device) // windows.shape[1]))
+    return batches
+
+
+def _predictions(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    logits: Tensor = model(batch.to(model.device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+class Text(NamedTuple):
+    """The tokens of a prompt and of its continuation."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
+    """For every token of each continuation, given all tokens before: the negative log-likelihood in nats, float32, and
+    the token that the model predicts, int64.
+
+    Rows are padded on the right, which needs no mask, and cut on the left where the model has few positions. Texts that
+    differ in their last token alone are one row.
+    """
+    room = getattr(model.config, "max_position_embeddings", None) or 0
+    texts_of_row: dict[tuple[int, ...], list[int]] = {}
+    for number, (prompt, continuation) in enumerate(texts):
+        texts_of_row.setdefault((*prompt, *continuation[:-1])[-room:], []).append(number)
+    rows = sorted(texts_of_row, key=len, reverse=True)
+    readings: dict[int, tuple[Tensor, Tensor]] = {}
+    while rows:
+        at_once = max(1, tokens_per_batch(model.device) // len(rows[0]))
+        batch, rows = rows[:at_once], rows[at_once:]
+        tokens = torch.tensor([(*row, *[0] * (len(batch[0]) - len(row))) for row in batch], device=model.device)
+        numbers = [number for row in batch for number in texts_of_row[row]]
+        written = [torch.tensor(texts[number].continuation, dtype=torch.long) for number in numbers]
+        lengths = [len(continuation) for continuation in written]
+        predicted = model(input_ids=tokens, use_cache=False).logits
+        targets = iter(torch.cat(written).to(predicted.device).split(lengths))
+        losses, chosen = [], []
+        # Text by text: float32 logits of a batch are the largest thing in memory.
+        for row, logits in zip(batch, predicted, strict=True):
+            for _ in texts_of_row[row]:
+                target = next(targets)
+                predictions = logits[len(row) - len(target) : len(row)].float()
+                losses.append(functional.cross_entropy(predictions, target, reduction="none"))
+                chosen.append(predictions.argmax(-1))
+        both = (torch.cat(parts).cpu().split(lengths) for parts in (losses, chosen))
+        readings |= dict(zip(numbers, zip(*both, strict=True), strict=True))
+    return [readings[number] for number in range(len(texts))]

@@ -1,0 +1,122 @@
+"""Refusal of models that llama.cpp would not compute exactly."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.architecture import architecture_of, lacks_attention
+from adapruner.options import GgufType
+
+# Families that llama.cpp's architectures `llama` and `deci` compute: Qwen 2 is Llama with biases on query, key, value.
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+
+# Made by llama.cpp's own quantizer.
+QUANTIZED_BY_LLAMA_CPP = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m")
+
+# Types of rotary embeddings that can be written, and the settings that each may have in addition to the base.
+_ROPE_SETTINGS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
+    """Refuses a model that llama.cpp would not compute exactly, or a type that needs llama.cpp, if that is not
+    installed. Needs no weights."""
+    if gguf_type in QUANTIZED_BY_LLAMA_CPP and find_spec("cyllama") is None:
+        raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
+    config = model.config
+    if config.model_type not in (*LLAMA_LIKE, "qwen3", "gemma3_text"):
+        raise AdaPrunerError(
+            f"GGUF export knows {', '.join(LLAMA_LIKE)}, qwen3 and gemma3_text, not {config.model_type!r};"
+            " use llama.cpp's own converter on a uniform checkpoint"
+        )
+    if config.model_type == "gemma3_text":
+        _check_gemma3(model)
+        return
+    if config.hidden_act != "silu":
+        raise AdaPrunerError(f"llama.cpp computes this family with silu only, not with {config.hidden_act}")
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window and "sliding_attention" in layer_types and window < config.max_position_embeddings:
+        raise AdaPrunerError(
+            f"llama.cpp has no sliding-window attention in this family, but this model has a window of {window} tokens:"
+            f" to export it exactly, set max_position_embeddings={window} in its config.json (now"
+            f" {config.max_position_embeddings})"
+        )
+    _check_rope(config)
+    if config.model_type == "qwen3":
+        _check_plain_layers(model)
+
+
+def layer_counts(config: PreTrainedConfig) -> list[tuple[int, int, int]]:
+    """Query heads, key/value heads and feed-forward channels of every layer."""
+    counts = []
+    for layer in config.per_layer_config:
+        heads = (0, 0) if lacks_attention(layer) else (layer.num_attention_heads, layer.num_key_value_heads)
+        counts.append((*heads, layer.intermediate_size))
+    return counts
+
+
+def layers_differ(config: PreTrainedConfig) -> bool:
+    """True if layers differ in the number of heads or channels."""
+    return len(set(layer_counts(config))) > 1
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    return architecture_of(config).head_dim(config.per_layer_config[0])
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    settings = {name for name, value in config.rope_parameters.items() if value is not None}
+    rope_type = config.rope_parameters["rope_type"]
+    supported = [name for name in _ROPE_SETTINGS if name != "llama3" or config.model_type in LLAMA_LIKE]
+    unknown = sorted(settings - {"rope_type", "type", "rope_theta"} - _ROPE_SETTINGS.get(rope_type, settings))
+    if rope_type not in supported or unknown:
+        raise AdaPrunerError(
+            f"rotary embeddings of the type {' with '.join([rope_type, *unknown])} cannot be exported to GGUF for"
+            f" {config.model_type}, only {', '.join(supported)}; change `rope_parameters` in config.json, where the"
+            " model allows it"
+        )
+
+
+def _check_gemma3(model: PreTrainedModel) -> None:
+    """llama.cpp's architecture `gemma3` has one width for all layers, and fixed values of many config fields."""
+    _check_plain_layers(model)
+    config, rope = model.config, model.config.rope_parameters
+    # Every sixth layer attends to everything.
+    layers = range(1, config.num_hidden_layers + 1)
+    expected_types = ["sliding_attention" if layer % 6 else "full_attention" for layer in layers]
+    fixed = {
+        "hidden_activation": (config.hidden_activation, "gelu_pytorch_tanh"),
+        "layer_types": (config.layer_types, expected_types),
+        "query_pre_attn_scalar": (config.query_pre_attn_scalar, head_dim(config)),
+        "final_logit_softcapping": (config.final_logit_softcapping, None),
+        "attn_logit_softcapping": (config.attn_logit_softcapping, None),
+        "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
+        "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
+        "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
+    }
+    for name, (value, expected) in fixed.items():
+        if value != expected:
+            raise AdaPrunerError(f"llama.cpp computes gemma3 with {name} {expected} only, not {value}")
+
+
+def _check_plain_layers(model: PreTrainedModel) -> None:
+    """Refuses biases, and layers that differ in width."""
+    family = model.config.model_type
+    if biases := [name for name, _ in model.named_parameters() if name.endswith(".bias")]:
+        raise AdaPrunerError(
+            f"llama.cpp reads no biases in {family} models, this one has {len(biases)} ({biases[0]}, …);"
+            " prune with a compensation that adds none, as `compensation` least-squares"
+        )
+    if layers_differ(model.config):
+        raise AdaPrunerError(
+            "llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only, not in"
+            f" {family}: prune with `layout` uniform"
+        )

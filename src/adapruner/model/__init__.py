@@ -1,0 +1,1 @@
+"""Models: their location, the architecture of their family, loading them, and their layers one at a time."""

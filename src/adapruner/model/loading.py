@@ -1,0 +1,227 @@
+"""Loading a causal language model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase as Tokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from adapruner.base.errors import AdaPrunerError
+from adapruner.model.architecture import architecture_of, family_named, is_pruned, new_model
+from adapruner.model.config import (
+    NO_REMOTE_CODE,
+    check_config,
+    clear_gguf_marks,
+    drop_negative_tokens,
+    find_wrapper,
+    load_config,
+    without_tokens,
+)
+from adapruner.model.device import resolve_devices
+from adapruner.model.layers import place_layers, share_out
+from adapruner.model.places import ModelLocation, quiet_panics, reported, reported_as_unloadable
+from adapruner.model.stored import (
+    StoredTensor,
+    are_stored_apart,
+    defer,
+    differences,
+    dtype_in_files,
+    has_own_output,
+    is_of_multi_token_head,
+    load_deferred,
+    load_streamed,
+    names_in_files,
+    refuse_files_elsewhere,
+    stored_tensors,
+)
+from adapruner.model.wrapper import decoder_alone, give_wrapper
+
+# Texts on which broken tokenizers fail: other letters and signs, and runs on which patterns backtrack.
+_TRIED = ("", "The 1st word, or the 2nd?\n\tWörter – 词, слова; 🙂", "ab" * 64, "a" * 64, "7" * 64, " " * 64 + "!")
+
+
+def load_tokenizer(location: ModelLocation) -> Tokenizer:
+    """Loads the tokenizer in the files of a model.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read, fails on text, or belongs to another model.
+    """
+    config = load_config(location)
+    with reported_as_unloadable(location, "the tokenizer of "), quiet_panics():
+        settings = Path(location.path) / "tokenizer_config.json"
+        if settings.is_file():
+            names = json.loads(settings.read_text(encoding="utf-8")).get("fast_tokenizer_files", [])
+            refuse_files_elsewhere(settings, names)
+        # Without a config, AutoTokenizer reads it with the stock class, which refuses layers that differ, and reads the
+        # whole of a GGUF file for it.
+        tokenizer: Tokenizer
+        if location.gguf_file:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(location.path, **location.arguments)
+        else:
+            wrapper = find_wrapper(location)
+            around = wrapper.config if wrapper else config
+            tokenizer = AutoTokenizer.from_pretrained(location.path, config=around, **NO_REMOTE_CODE)
+        for text in _TRIED:
+            tokens = tokenizer(text).input_ids
+            tokenizer.decode(tokens)
+            named = dict(zip(tokens, tokenizer.convert_ids_to_tokens(tokens), strict=True))
+            if unknown := [token for token, name in named.items() if name is None]:
+                raise AdaPrunerError(
+                    f"the tokenizer in {str(location)!r} puts token {unknown[0]:,} into texts, which its vocabulary of"
+                    f" {len(tokenizer):,} tokens does not have"
+                )
+        embedded = config.vocab_size
+    if isinstance(tokenizer.chat_template, dict):
+        # Each template is saved as a file of that name.
+        for name in tokenizer.chat_template:
+            if not re.fullmatch(r"\w[\w.-]{0,99}", str(name)):
+                raise AdaPrunerError(f"the tokenizer in {str(location)!r} names a chat template {str(name)[:100]!r}")
+    # Added tokens may be beyond the embedding, as long as no text has them.
+    if tokenizer.vocab_size > embedded:
+        raise AdaPrunerError(
+            f"the tokenizer in {str(location)!r} has {tokenizer.vocab_size:,} tokens, the embedding of the model only"
+            f" {embedded:,}: it is that of another model"
+        )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise AdaPrunerError(
+            f"the tokenizer in {str(location)!r} says model_max_length: {tokenizer.model_max_length!r}, no number"
+        )
+    return tokenizer
+
+
+def load_model(
+    location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False, deferred: bool = False
+) -> PreTrainedModel:
+    """Loads a dense or a pruned model, in evaluation mode.
+
+    Args:
+        dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
+        device: `auto` uses the first GPU if there is one, else the CPU; several devices, separated by commas, share
+            the decoder layers.
+        layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
+            `loaded_layer`), and its weights cannot be trained.
+        deferred: leave all weights in their files, until processes that share them read their parts (see `defer`). Of
+            a model that has to be read as a whole, they are in the memory of the CPU meanwhile.
+
+    Weights are read from the files into place, without a second copy of the model.
+
+    Raises:
+        AdaPrunerError: it cannot be found or read, or its files do not match its config.
+    """
+    target, *others = devices = resolve_devices(device)
+    config, wrapper, files = load_config(location), find_wrapper(location), dict[str, StoredTensor]()
+    model: Any
+    with reported_as_unloadable(location):
+        check_config(config, location)
+        if layer_wise:
+            check_streamable(location, config)
+        # Weights that do not match the config are refused before memory is allocated.
+        if is_streamable(location, config):
+            files = wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
+            empty = empty_model(config)
+            _refuse_other_weights(location, config, differences(empty, names_in_files(empty, files), files))
+        if not location.is_local:
+            # These see the files once they are downloaded.
+            config, wrapper = load_config(location), find_wrapper(location)
+        # Transformers compares two output matrices when it reads them.
+        if layer_wise or (deferred and files and not has_own_output(empty_model(config), files)):
+            wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
+            load = load_streamed if layer_wise else load_deferred
+            model = load(location.path, config, files, wanted, target)
+        else:
+            loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
+            in_files = config
+            if wrapper:
+                loader, in_files = wrapper.class_and_config(config)
+            # Tensors that do not fit are refused below, all in one message.
+            with without_tokens():
+                loaded, report = loader.from_pretrained(
+                    location.path,
+                    config=in_files,
+                    dtype=dtype,
+                    use_safetensors=location.gguf_file is None or None,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **NO_REMOTE_CODE,
+                    **location.arguments,
+                )
+            _refuse_other_weights(location, config, report)
+            model = decoder_alone(loaded, wrapper, config) if wrapper else loaded.eval()
+            if deferred:
+                defer(model, {name: weight.detach() for name, weight in model.named_parameters()}, target, None)
+            if others:
+                place_layers(model, target, share_out(model, devices))
+            else:
+                model.to(target)
+    give_wrapper(model, wrapper)
+    for marked in (model, model.config):
+        clear_gguf_marks(marked, location)
+    for settings in (model.config, model.generation_config):
+        drop_negative_tokens(settings)
+    return cast(PreTrainedModel, model)
+
+
+def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """True if the layers of a model can be read one by one: its weights are in safetensors files, one tensor each,
+    under known names."""
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if location.gguf_file or is_quantized or family_named(config.model_type) is None:
+        return False
+    wrapper = find_wrapper(location)
+    return not are_stored_apart(wrapper.around(config) if wrapper else empty_model(config))
+
+
+def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
+    """Refuses a model that has to be read as a whole: a GGUF file, or experts that are stored one by one."""
+    architecture_of(config)
+    if not is_streamable(location, config):
+        why = (
+            "a .gguf file is read as a whole"
+            if location.gguf_file
+            else "transformers puts those of this family together from several tensors in the files"
+        )
+        raise AdaPrunerError(f"`layer_wise` reads layers out of safetensors files, and {why}: leave it out")
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time.
+
+    Raises:
+        AdaPrunerError: its family is not known, or the values of the config contradict each other.
+    """
+    architecture_of(config)
+    with reported(f"this config makes no {config.model_type}"), torch.device("meta"):
+        return new_model(config)
+
+
+def _refuse_other_weights(location: ModelLocation, config: PreTrainedConfig, report: dict[str, Any]) -> None:
+    """Refuses weights for which transformers would draw random values (missing, or of another shape), or which it would
+    drop."""
+    known = family_named(config.model_type)
+    wrong = [
+        f"{name} is {tuple(stored)} in the files and {tuple(wanted)} by the config"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    wrong += [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    wrong += [
+        f"{name} has no place in the model"
+        for name in sorted(report["unexpected_keys"])
+        if known and name.startswith(f"{known.layers}.") and name.endswith((".weight", ".bias"))
+        if not is_of_multi_token_head(name, config)
+    ]
+    if wrong:
+        raise AdaPrunerError(
+            f"the files in {str(location)!r} do not hold the model of its config.json; {len(wrong)} tensors are wrong:"
+            f" {'; '.join(wrong[:3])}{'; …' if len(wrong) > 3 else ''}"
+        )

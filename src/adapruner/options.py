@@ -1,0 +1,360 @@
+"""Every option of a pruning run, once: type, default, range, help. The command line reads this module alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from adapruner.base.errors import AdaPrunerError, describe_invalid, reason
+from adapruner.base.files import parse_options
+from adapruner.base.values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens, TokensOrNone
+from adapruner.option_rules import (
+    CONFLICTS_OF_PRUNING,
+    CONFLICTS_OF_RECOVERY,
+    CONFLICTS_OF_SIZES,
+    CONFLICTS_OF_TRAINING,
+    EXPERT_TRIALS,
+    FEWEST_JUDGING_WINDOWS,
+    SEARCH_TRIALS,
+    Conflict,
+    fields_of,
+    searches,
+)
+
+Alignment = Literal["data", "paper"]
+CompensationForm = Literal["none", "least-squares"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Effort = Literal["quick", "standard", "thorough"]
+ExpertGranularity = Literal["expert", "channel"]
+ExportFormat = Literal["gguf", "decilm"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m"]
+HeadGranularity = Literal["kv-group", "query-head"]
+Layout = Literal["per-layer", "uniform"]
+RatioOf = Literal["parameters", "decoder", "groups"]
+Reduction = Literal["sum", "mean", "max", "prod"]
+ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
+Searched = Literal["joint", "calibration", "metric"]
+Space = Literal["paper", "extended"]
+Terms = Literal["all", "vector-wise"]
+TrainedWeights = Literal["lora", "ia3", "layers", "full"]
+
+
+# The options that only a search reads.
+OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment", "terms", "reduction")
+# The options for the amount to remove; a run has one of them.
+BUDGETS = ("ratio", "size", "memory")
+# The options for the length of a training; it has at most one of them.
+TRAINING_BUDGETS = ("steps", "epochs", "tokens")
+
+# The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
+_LARGEST_NUMBER = 2**32 - 1
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    _conflicts: ClassVar[tuple[Conflict, ...]] = ()
+
+    @field_validator("*")
+    @classmethod
+    def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Finds a conflict at the last of its fields, if the others are valid: all errors are reported at once."""
+        if isinstance(value, int) and value > _LARGEST_NUMBER:
+            raise ValueError(f"must be at most {_LARGEST_NUMBER}")
+        known, conflicts = {**info.data, str(info.field_name): value}, []
+        for test, message in cls._conflicts:
+            fields = fields_of(test)
+            if info.field_name in fields and fields <= known.keys() and test(*(known[name] for name in fields)):
+                conflicts.append(message.format(**known))
+        if conflicts:
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(conflicts)})
+        return value
+
+    @classmethod
+    def from_options(cls, /, **options: Any) -> Self:
+        """Builds the config from plain values.
+
+        Raises:
+            AdaPrunerError: options are unknown, of the wrong type or out of range, or conflict.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise AdaPrunerError(describe_invalid(error, [*cls.model_fields])) from None
+
+
+class RecoveryOptions(_Options):
+    """Options of fine-tuning a pruned model; the defaults are those of LLM-Pruner and the paper."""
+
+    train: TrainedWeights = Field(
+        default="lora",
+        description="Train adapters, merged at the end: those of LoRA, or with ia3 a scale for each input of a linear"
+        " layer; or all weights, with layers those of the decoder layers alone.",
+    )
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
+    epochs: int | None = Field(
+        default=None, ge=1, description="Passes over all examples; by default 2, without steps or tokens."
+    )
+    tokens: Tokens | None = Field(
+        default=None, description="Tokens to train on, prompts included, such as 300k or 2M; instead of epochs."
+    )
+    records: int | None = Field(
+        default=None,
+        ge=2,
+        description="Maximum number of examples of each dataset; by default all, or 1024 that the dense model writes.",
+    )
+    seq_len: int = Field(default=256, ge=2, description="Tokens per example; longer examples are truncated.")
+    batch_size: Count = Field(default=64, description="Examples per optimizer step.")
+    micro_batch_size: Count = Field(default=4, description="Examples per forward pass, limited by memory.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    optimizer: str = Field(
+        default="adamw_torch_fused",
+        description="Optimizer, by its name in the Trainer of transformers: adamw_8bit needs bitsandbytes, apollo_adamw"
+        " apollo-torch.",
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(default=100, ge=0, description="Warm-up steps, at most a tenth of all steps.")
+    lora_rank: Count = Field(default=8, description="Rank of the adapters.")
+    lora_alpha: Count = Field(default=16, description="Scale of the adapters, divided by their rank.")
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the adapters.")
+    temperature: float = Field(default=1.0, gt=0, description="Softmax temperature of distillation.")
+    teacher_top: int | None = Field(
+        default=None,
+        ge=1,
+        description="Write this number of most probable tokens of the teacher to disk for every learnt token before"
+        " the training, for a teacher that does not fit next to the model; by default it runs in every step.",
+    )
+    label_weight: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of the label loss in distillation; the teacher has the rest, and all of the text that it"
+        " wrote.",
+    )
+    validation: Count = Field(
+        default=2000,
+        description="Maximum number of examples held out to select the best weights, at most a tenth of all; and so"
+        " few that validation takes little of the time, but not below 16.",
+    )
+    report_to: str = Field(
+        default="none",
+        description="Experiment tracker for the training curves, by its name in the Trainer of transformers, as wandb;"
+        " tensorboard writes into the folder that the environment variable TENSORBOARD_LOGGING_DIR names.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
+
+    _conflicts = CONFLICTS_OF_TRAINING
+
+
+class PruneOptions(_Options):
+    """Options of pruning: the amount, the datasets and the search."""
+
+    ratio: Fraction = Field(
+        default=0.2, description="Fraction of all parameters to remove, tied embeddings counted once."
+    )
+    effort: Effort = Field(
+        default="standard",
+        description="Amount of text and training: quick corrects in closed form alone; standard also trains, and"
+        " reads more text; thorough does more of both. Options that are given count.",
+    )
+    ratio_of: RatioOf = Field(
+        default="parameters",
+        description="What the ratio is a fraction of: all parameters; those of the decoder of a multimodal model; or"
+        " the heads and channels of every layer that is not protected, as in LLM-Pruner and the paper.",
+    )
+    calibration: str = Field(
+        default="mix",
+        description="Text to measure, fit and train on: mix, which the model writes itself in seven kinds; a known"
+        " name, a file or hf:…; or several with their shares, as mix,notes.txt:0.5.",
+    )
+    objective: str | None = Field(
+        default=None,
+        description="Text on which the search judges, given in the same way; by default other documents of"
+        " calibration.",
+    )
+    evaluate: Names = Field(
+        default=(), description="Dataset to report perplexity on, before and after pruning; may be repeated."
+    )
+    pool: Count = Field(default=64, description="Calibration samples to measure.")
+    samples: Count = Field(default=10, description="Calibration samples that a trial selects from the pool.")
+    objective_windows: Count = Field(
+        default=96,
+        description=f"Held-out windows that judge every trial; down to {FEWEST_JUDGING_WINDOWS} if the text has no"
+        " more.",
+    )
+    evaluate_windows: int | None = Field(
+        default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
+    )
+    evaluate_bos: bool = Field(
+        default=True,
+        description="Begin every reported window with the token for the beginning of a text, if the tokenizer has one;"
+        " LLM-Pruner and the paper do not.",
+    )
+    seq_len: int = Field(default=128, ge=2, description="Tokens per window.")
+    trials: int | None = Field(
+        default=None,
+        ge=0,
+        description="Trials of the search over samples and metrics; by default none, as groups are ranked by the errors"
+        f" of their removal; {EXPERT_TRIALS} for a model with experts, and {SEARCH_TRIALS} where space is paper or"
+        " search is not joint.",
+    )
+    search: Searched = Field(
+        default="joint", description="Search everything, only the samples, or only the metric; for comparison."
+    )
+    alignment: Alignment = Field(
+        default="data", description="Scale the importance terms by their means, or by the fixed factors of the paper."
+    )
+    terms: Terms = Field(
+        default="all", description="Importance terms to measure; vector-wise omits the gradients of single weights."
+    )
+    reduction: Reduction = Field(default="sum", description="How the vectors of a group become one score.")
+    space: Space = Field(
+        default="extended",
+        description="paper mixes the Taylor terms; extended mixes all terms, and removes what costs least anywhere.",
+    )
+    for_: Annotated[tuple[ServingEngine, ...], ONE_OR_MORE] = Field(
+        default=(),
+        description="Engine that will load the model: sets layout and head_share, and refuses what the engine cannot"
+        " load; may be repeated; any is every engine.",
+    )
+    layout: Layout = Field(
+        default="per-layer",
+        description="Layers of different widths, or of equal widths, which every loader of the family supports.",
+    )
+    protect_first: int | None = Field(
+        default=None,
+        ge=0,
+        description="Layers at the input that are not pruned; by default 4, or as many as the ratio allows.",
+    )
+    protect_last: int | None = Field(
+        default=None,
+        ge=0,
+        description="Layers at the output that are not pruned; by default 3, or as many as the ratio allows.",
+    )
+    head_granularity: HeadGranularity = Field(
+        default="kv-group",
+        description="With GQA, remove whole KV groups, or the same number of query heads from each group.",
+    )
+    expert_granularity: ExpertGranularity = Field(
+        default="expert", description="Of mixtures, remove whole experts, or the same number of channels from each."
+    )
+    remove_attention: bool | None = Field(
+        default=None,
+        description="Remove whole attention layers where that costs least; by default where layers would lose more than"
+        " half of their channels otherwise.",
+    )
+    head_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Pruning of heads relative to channels: 0 none, 1 equal; by default 0 up to half of the channels,"
+        " then what costs least.",
+    )
+    round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
+    compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
+    compensation_windows: int = Field(
+        default=384, ge=2, description="Maximum number of calibration windows to fit the compensation on."
+    )
+    heal: TokensOrNone = Field(
+        default="50k",
+        description="Tokens on which the pruned model is trained to predict as the dense model does; or none.",
+    )
+    tasks: Names = Field(
+        default=(),
+        description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper,"
+        " generative is GSM8K and IFEval.",
+    )
+    task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
+    sources: str | None = Field(default=None, description="YAML file with more datasets.")
+    plugins: Names = Field(
+        default=(), description="Plugins of installed packages that add terms, datasets or families; may be repeated."
+    )
+    architectures: str | None = Field(default=None, description="YAML file or folder with more model families.")
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda, cuda:1, …; over cuda:0,cuda:1 the layers are spread."
+    )
+    layer_wise: bool | None = Field(
+        default=None, description="Keep one decoder layer in memory at a time; by default if the model does not fit."
+    )
+    ignore_memory: bool = Field(default=False, description="Start although the memory estimate is more than is free.")
+    dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
+    seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
+
+    _conflicts = CONFLICTS_OF_PRUNING
+
+    @model_validator(mode="after")
+    def _search_options_need_a_search(self) -> Self:
+        """Refuses options that would do nothing. The command line has no conflicts: a recipe may add the search."""
+        changed = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and self._conflicts and not searches(self.trials, self.space, self.search):
+            names = ", ".join(f"`{name}`" for name in changed)
+            message = f"without a search, {names} would do nothing: add `trials`"
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": message})
+        return self
+
+    @property
+    def objective_dataset(self) -> str:
+        """The dataset of the windows of the objective."""
+        return self.calibration if self.objective is None else self.objective
+
+
+class SizeLimit(_Options):
+    """A maximum size or memory of the pruned model, instead of a ratio."""
+
+    size: Size | None = Field(
+        default=None, description="Maximum size of the weights of the pruned model, as 400MB or 1.5GiB."
+    )
+    memory: Size | None = Field(default=None, description="Maximum memory of its weights and KV cache, as 12GB.")
+    context: Count = Field(default=2048, description="Tokens of each sequence in that cache.")
+    batch: Count = Field(default=1, description="Sequences in that cache.")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"] | None = Field(
+        default=None,
+        description="Count the weights as in a GGUF file of this type, for llama.cpp; by default as in the checkpoint.",
+    )
+
+    _conflicts = CONFLICTS_OF_SIZES
+
+
+class RecoverConfig(RecoveryOptions):
+    """Everything that a standalone recovery depends on."""
+
+    model: str
+    data: str
+    teacher: str | None = None
+    dtype: Dtype = "auto"
+
+    _conflicts = CONFLICTS_OF_RECOVERY
+
+
+class PruneConfig(PruneOptions):
+    """Everything that a run depends on: the model and the options.
+
+    Attributes:
+        searched: the ratio of the search, if that was taken from an earlier run.
+    """
+
+    model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
+    searched: float | None = None
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved options as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            AdaPrunerError: the file is not a config of this version.
+        """
+        try:
+            return cls.from_options(**parse_options(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AdaPrunerError) as error:
+            raise AdaPrunerError(f"{path} is not the config of a run: {reason(error)}") from error

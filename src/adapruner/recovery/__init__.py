@@ -1,1 +1,0 @@
-"""Recovery of a pruned model: fine-tuning or distillation, with LoRA or of all weights."""

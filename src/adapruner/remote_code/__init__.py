@@ -1,0 +1,1 @@
+"""Code that travels in checkpoints. Nothing in it imports this package."""

@@ -1,0 +1,246 @@
+"""Measured numbers of models, and the tables that a terminal, a page and a model card share."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from adapruner.base.tables import BARS, Cell, Cells, Column, Table, whiskers
+from adapruner.evaluation.abilities import Abilities
+from adapruner.evaluation.perplexity import Perplexity
+from adapruner.evaluation.speed import Speed
+from adapruner.evaluation.tasks import TaskScore, mean_accuracies
+
+Kind = Literal["cost", "text", "ability", "task", "mean"]
+# By metric.
+_PROTOCOLS_OF_ABILITIES = {
+    "agreement": "fraction of tokens at which the model predicts what the original does, in text of a kind that the"
+    " original wrote",
+    "loss": "nats per token of the original, in text of a kind that the original wrote",
+    "solved": "fraction of the items of built-in tasks whose right answer is the likeliest",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured number of a model.
+
+    Attributes:
+        kind: the size or speed of the model; on text; an ability; in a task; the mean over all tasks.
+        metric: its name, `perplexity` or `acc`.
+        dataset: the text or the task.
+        digits: shown after the decimal point.
+        error: standard error, if it is known.
+        protocol: how it was measured, on one line.
+        items: the number of items of the task.
+        right: a digit for each of them, see `TaskScore`.
+    """
+
+    kind: Kind
+    metric: str
+    dataset: str
+    value: float
+    digits: int
+    error: float | None = None
+    protocol: str = ""
+    items: int | None = None
+    right: str = ""
+
+    @property
+    def name(self) -> str:
+        """The metric and the dataset."""
+        return (
+            f"{self.metric} on {self.dataset}" if self.kind in ("text", "ability") else f"{self.dataset}, {self.metric}"
+        )
+
+    @property
+    def cell(self) -> Cell:
+        return with_error(self.value, self.error, self.digits)
+
+
+# Kind, metric and dataset.
+Key = tuple[Kind, str, str]
+Numbers = Mapping[Key, Number]
+
+
+def numbers_of(
+    perplexity: Mapping[str, Perplexity],
+    abilities: Abilities | None = None,
+    tasks: Mapping[str, TaskScore] | None = None,
+    speed: Speed | None = None,
+) -> dict[Key, Number]:
+    """The numbers of a model, and the means over its tasks.
+
+    Args:
+        perplexity: by text.
+        tasks: by task.
+        speed: of one sequence at a time.
+    """
+    numbers = list[Number]()
+    if speed:
+        protocol = (
+            "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
+        )
+        numbers.append(Number("cost", "MB", "", speed.weight_bytes / 1e6, 1))
+        numbers.append(Number("cost", "parameters", "", speed.parameters, 0))
+        for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
+            numbers.append(Number("cost", metric, "", rates[1].median, 1, None, protocol))
+    for text, measured in perplexity.items():
+        protocol, bits = measured.protocol, measured.bits_per_byte
+        numbers.append(Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol))
+        if bits is not None:
+            numbers.append(Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol))
+    numbers += [*(_abilities(abilities) if abilities else ()), *(_scores(tasks) if tasks else ())]
+    return {(number.kind, number.metric, number.dataset): number for number in numbers}
+
+
+def _abilities(abilities: Abilities) -> Iterator[Number]:
+    def number(metric: str, dataset: str, value: float, digits: int, right: str = "") -> Number:
+        return Number("ability", metric, dataset, value, digits, None, _PROTOCOLS_OF_ABILITIES[metric], right=right)
+
+    for kind, reading in abilities.reads.items():
+        yield number("loss", kind, reading.loss, 3)
+        if reading.agreement is not None:
+            yield number("agreement", kind, reading.agreement, 2)
+    if abilities.share_solved is not None:
+        yield number("solved", "built-in tasks", abilities.share_solved, 2, "".join(abilities.solved.values()))
+
+
+def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
+    for task, score in tasks.items():
+        for metric, value in score.metrics.items():
+            error, right = score.standard_errors.get(metric), score.right.get(metric, "")
+            yield Number("task", metric, task, value, 4, error, score.protocol, score.items, right)
+    # Tasks are independent of each other.
+    for metric, value in mean_accuracies(score.metrics for score in tasks.values()).items():
+        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in tasks.values()]
+        error = combined(*errors)
+        yield Number("mean", metric, "mean", value, 4, None if error is None else error / len(errors))
+
+
+def combined(*errors: float | None) -> float | None:
+    """The standard error of a sum or a difference of independent numbers; None if one of their errors is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def is_noise(difference: float, *errors: float | None) -> bool:
+    """True if a difference is within two standard errors of zero.
+
+    Args:
+        errors: standard errors of the two numbers, which are independent; if one is not known, nothing is noise.
+    """
+    error = combined(*errors)
+    return error is not None and abs(difference) < 2 * error
+
+
+def shortened(text: str, longest: int = 26) -> str:
+    """The name of a text source, or its end if it is too long for a table."""
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
+def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
+    """Size, perplexity, bits per byte and speed of every model, a row each."""
+    shown = _of_kind(models, "cost", "text")
+    columns = [
+        Column(f"{number.metric}\n{shortened(number.dataset)}" if number.dataset else number.metric)
+        for number in shown.values()
+    ]
+    rows: list[Cells] = [[name, *(_cell(numbers, key) for key in shown)] for name, numbers in models.items()]
+    return Table("model-table", title, [Column("model", is_number=False), *columns], rows, _protocols(shown))
+
+
+def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
+    """What models can still do, of those for which it is known, and their verdicts."""
+    shown = _of_kind(models, "ability")
+    if any(metric == "agreement" for _, metric, _ in shown):
+        shown = {key: number for key, number in shown.items() if number.metric != "loss"}
+    known = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("ability", is_number=False), Column("measured", is_number=False), *map(Column, known)]
+    rows: list[Cells] = [
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in known.values())]
+        for key, number in shown.items()
+    ]
+    if verdicts:
+        rows.append(["verdict", "", *(verdicts.get(name, "") for name in known)])
+    captions = {number.metric: f"{number.metric.capitalize()}: {number.protocol}." for number in shown.values()}
+    lines = [*captions.values()]
+    if verdicts and "solved" not in captions:
+        lines.append("Layer by layer, the models read built-in texts, and solve no tasks.")
+    return Table("ability-table", "What it can still do", columns, rows, [" ".join(lines)] if rows else [])
+
+
+def task_table(models: Mapping[str, Numbers]) -> Table:
+    """Scores of the models that ran tasks, with the means over all tasks, and the change from the first model to the
+    last."""
+    shown = _of_kind(models, "task", "mean")
+    scores = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("task", is_number=False), Column("metric", is_number=False), *map(Column, scores)]
+    rows: list[Cells] = [
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in scores.values())]
+        for key, number in shown.items()
+    ]
+    if len(scores) > 1:
+        columns += [Column("of the first", style="change"), Column("change", style="change", needs_width=True), BARS]
+        first, *_, last = scores.values()
+        changes = {key: difference(first[key], last[key]) for key in shown}
+        rows = [
+            [*cells, _share(first[key].value, *changes[key]), signed(*changes[key]), whisker]
+            for cells, key, whisker in zip(rows, shown, whiskers(changes.values()), strict=True)
+        ]
+    return Table("task-table", "Scores in tasks", columns, rows, _protocols(shown))
+
+
+def measured_table(models: Mapping[str, Numbers], *kinds: Kind) -> Table:
+    """A row for every number, with its protocol; a column for every model."""
+    shown = _of_kind(models, *kinds)
+    columns = [Column("measured", is_number=False), *map(Column, models), Column("protocol", is_number=False)]
+    rows: list[Cells] = [
+        [number.name, *(_cell(numbers, key) for numbers in models.values()), number.protocol]
+        for key, number in shown.items()
+    ]
+    return Table("measured", "", columns, rows)
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A cell with a number and its standard error."""
+    return Cell(f"{value:,.{digits}f}", "" if error is None else f"± {error:,.{digits}f}")
+
+
+def signed(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A cell with a change and its standard error."""
+    shown = "" if error is None else f"± {error:.{digits}f}"
+    return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
+
+
+def _share(first: float, growth: float, error: float | None) -> Cell:
+    """A score as a share of the first model's, with the error of the difference."""
+    if not first:
+        return Cell()
+    shown = "" if error is None else f"± {100 * error / first:.1f}"
+    return Cell(f"{100 * (1 + growth / first):.1f} %", shown, is_noise=is_noise(growth, error))
+
+
+def difference(before: Number, after: Number) -> tuple[float, float | None]:
+    """The growth of a number, and its standard error: of the differences item by item, if those are known."""
+    growth, count = after.value - before.value, len(before.right)
+    if count < 2 or count != len(after.right):
+        return growth, combined(before.error, after.error)
+    differences = [int(now) - int(then) for then, now in zip(before.right, after.right, strict=True)]
+    return growth, statistics.stdev(differences) / math.sqrt(count)
+
+
+def _cell(numbers: Numbers, key: Key) -> Cell:
+    return numbers[key].cell if key in numbers else Cell()
+
+
+def _of_kind(models: Mapping[str, Numbers], *kinds: Kind) -> dict[Key, Number]:
+    """A number of each metric and dataset with which a model was measured."""
+    return {key: number for numbers in models.values() for key, number in numbers.items() if number.kind in kinds}
+
+
+def _protocols(shown: Numbers) -> list[str]:
+    return list(dict.fromkeys(number.protocol for number in shown.values() if number.protocol))

@@ -1,0 +1,289 @@
+"""The choice of what is removed: measurements of the dense model, the search, and the plan of its best candidate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import is_whole, write_atomically
+from adapruner.base.progress import Reporter
+from adapruner.budget.counts import (
+    CHANNELS_BEFORE_HEADS,
+    Budget,
+    BudgetError,
+    ByCost,
+    Profile,
+    kept_counts,
+    largest_channel_share,
+)
+from adapruner.budget.plan import PruningPlan, make_plan
+from adapruner.evaluation.losses import window_losses
+from adapruner.graph.nodes import Form
+from adapruner.importance import TERMS, Term, needs_moments, needs_removal_errors
+from adapruner.measurement.moments import StoredMoments, measure_moments, projected_blocks, removal_errors
+from adapruner.measurement.taylor import Statistics, measure_in_parts
+from adapruner.option_rules import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, allocates_by_cost, searches, trials_of
+from adapruner.options import Layout, RatioOf, Searched, Space, Terms
+from adapruner.run.folder import RunFolder
+from adapruner.run.graph import TENSORS, json_form
+from adapruner.run.memory import Placement
+from adapruner.run.texts import GRAPH as GRAPH
+from adapruner.search.judging import Costs, Objective, cuts_to_measure, measure_costs, plan_candidate
+from adapruner.search.result import SearchResult
+from adapruner.search.space import ExtendedSpace, PaperSpace, SearchSpace, build_subset_family
+from adapruner.search.study import Search, StudyFile
+from adapruner.structure.blocks import Structure
+from adapruner.text.windows import Text
+
+MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
+STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
+PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
+
+# Measurements
+
+
+@GRAPH.kept("moments", MOMENTS, version=2, is_wanted=needs_moments)
+def moments(
+    dense_fast: PreTrainedModel, structure: Structure, text_to_learn: tuple[Text, Text], reporter: Reporter, work: Path
+) -> StoredMoments:
+    """Second moments of all blocks; those of finished blocks are kept."""
+    moments = StoredMoments(work)
+    missing = [index for index in projected_blocks(structure) if not is_whole(moments.path(index))]
+    if missing:
+        text, _ = text_to_learn
+        with reporter.stage("reading activations", structure.layers) as advance:
+            for index, of_block in measure_moments(dense_fast, structure, text.windows, missing, progress=advance):
+                write_atomically(moments.path(index), of_block.save)
+    return moments
+
+
+@GRAPH.kept("removals.safetensors", TENSORS, is_wanted=needs_removal_errors)
+def removals(
+    dense: PreTrainedModel, structure: Structure, moments: StoredMoments, is_searched: bool, reporter: Reporter
+) -> dict[str, Tensor]:
+    """The errors that removing groups makes, by their name in `Statistics`."""
+    with reporter.stage("comparing removals", len(moments)) as advance:
+        return removal_errors(dense, structure, moments, advance, variance=is_searched)
+
+
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=searches)
+def statistics(
+    dense: PreTrainedModel,
+    structure: Structure,
+    placement: Placement,
+    windows: dict[str, Text],
+    removals: dict[str, Tensor] | None,
+    terms: Terms,
+    reporter: Reporter,
+    work: Path,
+) -> Statistics:
+    """Statistics of the pool, measured part by part; finished parts are kept."""
+    pool, size = windows["pool"].windows, MEASURED_AT_ONCE[placement.layer_wise]
+    parts = {start: work / f"{start:06}.safetensors" for start in range(0, len(pool), size)}
+    missing = [start for start, path in parts.items() if not is_whole(path)]
+    with reporter.stage("measuring", len(parts)) as advance:
+        advance(len(parts) - len(missing))
+        measured = measure_in_parts(
+            dense, structure, pool, size, terms=terms, layer_wise=placement.layer_wise, folder=work, starts=missing
+        )
+        for start, part in measured:
+            write_atomically(parts[start], part.save)
+            advance()
+    statistics = Statistics.concatenate([Statistics.load(path) for path in parts.values()])
+    return replace(statistics, **removals or {})
+
+
+# How much is removed from each block
+
+
+@GRAPH.leaf(lambda allocation: allocation and [*asdict(allocation).values()])
+def allocation(
+    structure: Structure,
+    starting_budget: Budget,
+    space: Space,
+    layout: Layout,
+    ratio_of: RatioOf,
+    head_share: float | None,
+    remove_attention: bool | None,
+    is_searched: bool,
+) -> ByCost | None:
+    """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
+    layers would lose more than half of their channels otherwise."""
+    if remove_attention and not structure.attention_parameters:
+        raise AdaPrunerError(
+            f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
+        )
+    if structure.has_experts and not is_searched:
+        raise AdaPrunerError("`trials` 0: whole experts are ranked by a search alone; leave `trials` out")
+    profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
+    if structure.cuts_experts or not decides or not isinstance(profile, Profile):
+        return None
+    channels = largest_channel_share(structure, kept_counts(structure, starting_budget))
+    heads = bool(starting_budget.heads) or channels > CHANNELS_BEFORE_HEADS
+    whole = heads if remove_attention is None else remove_attention
+    return ByCost(profile.protect_first, profile.protect_last, heads and head_share is None, whole)
+
+
+@GRAPH.in_memory
+def moments_to_correct(moments: StoredMoments | None, compensation: str) -> StoredMoments | None:
+    """The second moments by which the remaining weights are corrected; None if they are not."""
+    return None if compensation == "none" else moments
+
+
+@GRAPH.kept("costs.json", json_form(Costs), version=2, is_wanted=allocates_by_cost)
+def costs(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    allocation: ByCost | None,
+    removals: dict[str, Tensor],
+    moments_to_correct: StoredMoments | None,
+    text_to_learn: tuple[Text, Text],
+    seq_len: int,
+    memory_for_moments: dict[torch.device, int],
+    reporter: Reporter,
+) -> Costs:
+    """The cost of cutting each block, on text that is not fitted where there is enough. It does not depend on the
+    ratio."""
+    cuts = cuts_to_measure(structure, allocation) if allocation else {}
+    learnt, held_out = (text.windows for text in text_to_learn)
+    text = (held_out if len(held_out) else learnt)[: max(8, TOKENS_FOR_COSTS // seq_len)]
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
+    with reporter.stage("measuring costs", len(cuts)) as advance:
+        return measure_costs(dense_fast, structure, removals["elimination_error"], held, text, cuts, advance)
+
+
+@GRAPH.costly
+def counts(
+    structure: Structure,
+    starting_budget: Budget,
+    allocation: ByCost | None,
+    costs: Costs | None,
+    removals: dict[str, Tensor] | None,
+) -> list[int]:
+    """The number of groups that each block keeps: by cost, or as options describe if the ratio is not met by that, as
+    where a whole head is too much."""
+    if allocation and costs and removals:
+        of_groups = costs.of_groups(structure, removals["elimination_error"])
+        with contextlib.suppress(BudgetError):
+            return kept_counts(structure, replace(starting_budget, allocation=allocation, heads=0.0), of_groups)
+    return kept_counts(structure, starting_budget)
+
+
+# The search
+
+
+def _content_of_term(term: Term) -> list[Any]:
+    """The declaration of a term; of one from outside this package, with what tells its code from another."""
+    code = list[str]()
+    if not term.function.__module__.startswith("adapruner."):
+        with contextlib.suppress(AdaPrunerError):  # defined on a prompt, which no later run is from
+            code = [_name_of_code(term.function)]
+    return [term.family, term.share, sorted(term.needs), *code]
+
+
+def _name_of_code(function: Callable[..., Any]) -> str:
+    """`NAME@HASH` of a function of the user: of the file that it is from, or of its own source where that is no file.
+    What else it depends on, such as data that it has read, is not seen."""
+    written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
+    code = written if inspect.isroutine(written) else type(written)
+    name = getattr(code, "__name__", type(code).__name__)
+    try:
+        file = Path(inspect.getsourcefile(code) or "")
+        content = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
+    except (OSError, TypeError):
+        raise AdaPrunerError(f"the source of {name} cannot be read") from None
+    return f"{name}@{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+@GRAPH.leaf(lambda terms: {name: _content_of_term(term) for name, term in terms.items()})
+def importance_terms() -> dict[str, Term]:
+    """The registered terms."""
+    return dict(TERMS)
+
+
+@GRAPH.costly
+def space_of_search(
+    structure: Structure,
+    statistics: Statistics,
+    counts: list[int],
+    importance_terms: dict[str, Term],
+    samples: int,
+    seed: int,
+    space: Any,
+    alignment: Any,
+    reduction: Any,
+    terms: Any,
+    search: Any,
+) -> SearchSpace:
+    """The candidates among which is searched."""
+    common = build_subset_family(statistics, structure, counts), samples, seed, reduction, terms, search
+    if space == "paper":
+        return PaperSpace(*common, alignment)
+    # The space reads the registry itself: `importance_terms` puts its content into the key.
+    is_routed = statistics.routed_share is not None and bool(statistics.routed_share.any())
+    return ExtendedSpace(*common, "none" if not structure.has_experts else "routing" if is_routed else "taylor")
+
+
+@GRAPH.costly
+def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tensor:
+    """[windows], float64: the losses of the dense model on the text of the objective."""
+    return window_losses(dense_fast, windows["objective"].windows)
+
+
+@GRAPH.kept("search.json", json_form(SearchResult), version=11, is_result=True, is_wanted=searches)
+def found(
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    dense_losses: Tensor,
+    statistics: Statistics,
+    counts: list[int],
+    moments_to_correct: StoredMoments | None,
+    space_of_search: SearchSpace,
+    windows: dict[str, Text],
+    placement: Placement,
+    trials: int | None,
+    space: Space,
+    search: Searched,
+    seed: int,
+    memory_for_moments: dict[torch.device, int],
+    reporter: Reporter,
+    run_folder: RunFolder,
+    key: str,
+) -> SearchResult:
+    """The outcome of the search."""
+    held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
+    text = windows["objective"]
+    judge = Objective(dense_fast, structure, statistics, counts, text.windows, dense_losses, held)
+    count = trials_of(trials, space, search)
+    judge_together = judge.together if placement.layer_wise else None
+    study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
+    with reporter.stage("searching", count) as advance:
+        study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
+        return study.result(text.kinds)
+
+
+@GRAPH.kept("plan.json", PLAN, version=3, is_result=True)
+def plan(
+    structure: Structure,
+    counts: list[int],
+    removals: dict[str, Tensor] | None,
+    statistics: Statistics | None,
+    found: SearchResult | None,
+) -> PruningPlan:
+    """The plan of the chosen candidate; without a search, what is eliminated last is kept."""
+    if found is None or statistics is None:
+        assert removals is not None
+        return make_plan(structure, removals["elimination_error"], counts)
+    return plan_candidate(structure, statistics, found.best, counts)

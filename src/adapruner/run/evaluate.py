@@ -1,0 +1,219 @@
+"""Perplexity and task scores of one model, and what it writes compared with the dense model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+
+from adapruner.base.errors import AdaPrunerError
+from adapruner.base.progress import Reporter
+from adapruner.checkpoint import read_origin
+from adapruner.evaluation.abilities import Abilities, Verdict, judge, measure_abilities, write_answers
+from adapruner.evaluation.perplexity import PROTOCOLS, Perplexity, measure_perplexity
+from adapruner.evaluation.speed import SPEED_TOKENS, Speed, measure_speed
+from adapruner.evaluation.tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
+from adapruner.model.architecture import check_length, check_tokens, family_named
+from adapruner.model.device import in_fastest_dtype, resolve_devices, usable_devices
+from adapruner.model.loading import check_streamable, empty_model, is_streamable
+from adapruner.options import Dtype
+from adapruner.run.given import ModelGiven, ModelSource
+from adapruner.run.memory import Placement, place_weights
+from adapruner.text.sources import Source, parse_source
+from adapruner.text.uses import overlaps
+from adapruner.text.windows import evaluation_text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a model, each number with its protocol.
+
+    Attributes:
+        overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
+        dense, abilities: what the model to compare with can do, and the model; None without `against`.
+        verdict: on these signs.
+        speed: size and speed, one sequence at a time; None if not requested, and layer by layer.
+    """
+
+    perplexity: list[Perplexity]
+    tasks: list[TaskScore]
+    overlaps: list[str] = field(default_factory=list)
+    dense: Abilities | None = None
+    abilities: Abilities | None = None
+    verdict: Verdict | None = None
+    speed: Speed | None = None
+
+    @property
+    def mean_accuracies(self) -> dict[str, float]:
+        """Means over the tasks, see `evaluation.mean_accuracies`."""
+        return mean_accuracies(score.metrics for score in self.tasks)
+
+
+def evaluate(
+    model: ModelGiven,
+    perplexity: str | Sequence[str] | Mapping[str, Iterable[str]] = (),
+    protocol: str | None = None,
+    seq_len: int = 128,
+    stride: int | None = None,
+    bos: bool = True,
+    tasks: str | Sequence[str] = (),
+    limit: int | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    layer_wise: bool | None = None,
+    against: ModelGiven | None = None,
+    speed: bool = False,
+) -> Evaluation:
+    """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, what it
+    can still do and the verdict.
+
+    Args:
+        model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
+        perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
+        protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
+        seq_len: tokens per window of the texts in `perplexity`.
+        stride: tokens between the beginnings of these windows; by default they do not overlap.
+        bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
+            do not.
+        tasks: tasks of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
+        limit: maximum number of windows of each dataset and of items of each task, evenly spaced.
+        tokenizer: of a model in memory.
+        device: `auto` uses as many GPUs as the weights need.
+        layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
+            reads the weights a few times, tasks once for every batch.
+        against: the dense model, as for `model`. It writes text that both read; layer by layer they read built-in
+            text. Where the two have different tokens, their predictions are not compared.
+        speed: also measure size and tokens per second, one sequence at a time; not layer by layer.
+
+    Raises:
+        AdaPrunerError: an option, the model, a text or a task is invalid; before the weights are loaded.
+    """
+    perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+    if protocol is None and not perplexity and not tasks and (against is None or speed):
+        protocol = "llm-pruner"
+    _check_options(protocol, seq_len, stride, limit)
+    names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
+    published, given = _named_texts(names), _named_texts(perplexity)
+    source = ModelSource.of(model, dtype, device)
+    dense = None if against is None else ModelSource.of(against, dtype, device)
+    placement = _placement(source, dtype, device, layer_wise)
+    config, tokenizer = source.config, source.tokenizer(tokenizer)
+    texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
+    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
+    for _, text in texts:
+        check_tokens(config, int(text.windows.max()))
+    to_run = load_tasks(tasks, limit) if tasks else None
+    sources = dict.fromkeys(text for _, text in (*published, *given) if isinstance(text, Source))
+    origin = (read_origin(source.location) if source.location else None) or {"texts": []}
+    known_uses = [
+        f"the perplexity on {text} is optimistic: the checkpoint was {use}, which holds some of the same documents"
+        for text in sources
+        for use in overlaps(origin["texts"], text)
+    ]
+    reporter = Reporter()
+    warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
+    reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
+    scores, measured_speed = [], None
+    compared: tuple[Abilities | None, Abilities | None, Verdict | None] = (None, None, None)
+    with contextlib.ExitStack() as using:
+        with reporter.stage("loading"):
+            loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
+        perplexities: list[Perplexity] = []
+        if texts:
+            with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
+                perplexities = [
+                    measure_perplexity(loaded, text.windows, name, advance, **text.about) for name, text in texts
+                ]
+        if any(math.isnan(measured.perplexity) for measured in perplexities):
+            raise AdaPrunerError(
+                f"the model predicts numbers that are NaN: its weights are broken, or {loaded.dtype} is too narrow"
+            )
+        if speed and not placement.layer_wise:
+            with reporter.stage("measuring speed", None) as advance:
+                measured_speed = measure_speed({"": loaded}, (1,), progress=advance)[""]
+        if to_run:
+            with reporter.stage("running tasks", len(to_run)) as advance:
+                scores = measure_tasks(loaded, tokenizer, to_run, advance)
+        if dense:
+            of_dense = dense.tokenizer(None) if dense.location else tokenizer
+            with reporter.stage("loading"):
+                dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
+            with reporter.stage("comparing abilities"):
+                compared = _compare((dense_loaded, of_dense), (loaded, tokenizer))
+    return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
+
+
+def evaluate_each(models: Sequence[str], against: str | None = None, **options: Any) -> dict[str, Evaluation]:
+    """Evaluates models one after the other, each with its size and speed, once all of them were found.
+
+    Args:
+        against: the dense model; if it is one of the models, it is not compared with itself.
+        options: further arguments of `evaluate`.
+    """
+    for source in map(ModelSource.of, models):
+        check_length(source.config, sum(SPEED_TOKENS))
+        source.tokenizer(None)
+    return {
+        model: evaluate(model, against=None if model == against else against, speed=True, **options) for model in models
+    }
+
+
+def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit: int | None) -> None:
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
+
+
+def _compare(
+    dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer]
+) -> tuple[Abilities, Abilities, Verdict]:
+    """What two models with their tokenizers can do, and the verdict on the second."""
+    (original, vocabulary), (model, tokenizer) = ((in_fastest_dtype(model), own) for model, own in (dense, pruned))
+    answers = write_answers(original, vocabulary, positions=getattr(model.config, "max_position_embeddings", None))
+    other = None if tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
+    both = (
+        measure_abilities(original, vocabulary, answers),
+        measure_abilities(model, tokenizer, answers, tokenizer_of_answers=other),
+    )
+    return *both, judge(*both)
+
+
+def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
+    """The devices of the layers; refuses `layer_wise` and several devices where they are impossible."""
+    named = resolve_devices(device)
+    if source.location is None:
+        if layer_wise is not None:
+            raise AdaPrunerError("a model in memory is used as it is: leave `layer_wise` out")
+        return Placement(named, False)
+    if layer_wise:
+        check_streamable(source.location, source.config)
+        return Placement(named[:1], True)
+    config = source.config
+    # The shapes of a quantized model do not tell its size.
+    if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
+        if len(named) > 1:
+            raise AdaPrunerError(
+                f"`device` {device}: this {config.model_type} cannot be spread over several devices: name one"
+            )
+        return Placement(named, False)
+    least = 1 if device == "auto" else len(named)
+    may_stream = layer_wise is None and is_streamable(source.location, config)
+    return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
+
+
+def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:
+    """The texts that a user named or gave, by the name that is shown."""
+    if isinstance(perplexity, Mapping):
+        return [(name, text if isinstance(text, str) else "\n\n".join(text)) for name, text in perplexity.items()]
+    return [(str(source), source) for source in (parse_source(name, "report") for name in perplexity)]

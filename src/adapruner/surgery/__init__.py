@@ -1,1 +1,0 @@
-"""Cutting a model by a plan, and compensation for what was removed."""

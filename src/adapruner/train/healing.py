@@ -1,0 +1,191 @@
+"""Healing: a cut model is trained to predict as the dense model does, at a learning rate that is found on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ValidationError
+from transformers import PreTrainedModel
+
+from adapruner.base.errors import AdaPrunerError, NonFiniteError, reason
+from adapruner.base.files import write_text
+from adapruner.options import RecoveryOptions, TrainedWeights
+from adapruner.text.windows import Text
+from adapruner.train.examples import Examples, examples_of_windows
+from adapruner.train.training import RecoveryRecord, train, try_training
+
+# The record of healing, in the folder of the model.
+HEALING = "healing.json"
+# Learning rates that are tried, by what is trained, from the lowest until one is no better than that before, and the
+# share of all steps that each trial takes, at least so many, but never more than a tenth: a training that does not help
+# ends after the first (research/experiments/healing.md).
+_RATES: dict[TrainedWeights, tuple[float, ...]] = {
+    "layers": (5e-6, 3e-5, 1.5e-4),
+    "lora": (3e-5, 1e-4, 5e-4),
+    "ia3": (3e-4, 1.5e-3, 6e-3),
+}
+_TRIED, _FEWEST_STEPS = 0.03, 4
+# Of many weights, few tokens give a gradient that is mostly noise.
+_TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia3": 512}
+_TOKENS_AT_ONCE = 512
+# With 98,000 tokens, scales bring three quarters of what all weights bring, in half of the time
+# (research/experiments/scales.md). From where on all weights pay was not measured.
+TOKENS_FOR_ALL_WEIGHTS = 200_000
+_LORA_RANK = 32
+
+
+class Healing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """The record of healing.
+
+    Attributes:
+        trained: the weights that were trained.
+        losses_by_rate: the divergence from the dense model on held-out windows after a few steps at each learning rate,
+            in nats per token; after all steps, if those made the model worse than it was.
+        loss_before: the same before the first step.
+        record: of the training at the best of these rates; None if none of them brought the model nearer to the dense
+            one, or the training did not: the weights are as they were.
+    """
+
+    trained: TrainedWeights
+    losses_by_rate: dict[float, float]
+    loss_before: float
+    record: RecoveryRecord | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why the weights were left as they were."""
+        tried = ", ".join(f"{loss:.4f} at a rate of {rate:g}" for rate, loss in self.losses_by_rate.items())
+        return (
+            f"after training, the divergence from the dense model, which was {self.loss_before:.4f} nats per token, is"
+            f" {tried}"
+        )
+
+
+def healing_options(
+    weights: TrainedWeights, tokens: int, seq_len: int, seed: int, device: torch.device, layer_wise: bool
+) -> RecoveryOptions:
+    """The options of healing.
+
+    Args:
+        weights: what is trained.
+        tokens: to train on.
+        seq_len: tokens of an example.
+        device: of the model. On an accelerator, memory is short and gradient checkpointing is on.
+        layer_wise: the layers of both models are streamed, which recomputes activations as gradient checkpointing does.
+    """
+    batch_size = max(1, _TOKENS_PER_STEP[weights] // seq_len)
+    return RecoveryOptions(
+        train=weights,
+        steps=max(1, round(tokens / (batch_size * seq_len))),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        micro_batch_size=min(batch_size, max(1, _TOKENS_AT_ONCE // seq_len)),
+        gradient_checkpointing=device.type != "cpu" and not layer_wise,
+        warmup_steps=20,
+        lora_rank=_LORA_RANK,
+        lora_alpha=2 * _LORA_RANK,
+        lora_dropout=0.0,
+        label_weight=0.0,
+        seed=seed,
+    )
+
+
+def heal(
+    load: Callable[[], PreTrainedModel],
+    text: Text,
+    held_out: Text,
+    teacher: PreTrainedModel,
+    options: RecoveryOptions,
+    folder: Path,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> tuple[PreTrainedModel | None, Healing]:
+    """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first,
+    from the lowest until one is no better; then the model is trained at the best of them, from the beginning.
+
+    Args:
+        load: gives the model to train.
+        text: to train on.
+        held_out: text of the same kinds, on which the learning rate is chosen and the result judged.
+        teacher: the dense model.
+        folder: for the checkpoints of a training that resumes.
+        progress: called with the number of steps done, those of the trials included; see `steps_of_healing`.
+
+    Returns:
+        The trained model and the record; None if it comes no nearer to the dense model.
+    """
+    blend, tried = _examples(text, held_out), folder / "rates.json"
+    if tried.is_file():
+        record = Healing.model_validate_json(tried.read_bytes())
+        progress(steps_of_healing(options) - (options.steps or 0))
+    else:
+        record = _try_rates(load, blend, teacher, options, folder, progress)
+        write_text(tried, record.model_dump_json())
+    best = min(record.losses_by_rate, key=record.losses_by_rate.__getitem__)
+    if not record.losses_by_rate[best] < record.loss_before:
+        return None, record
+    settings = options.model_copy(update={"learning_rate": best})
+    model, of_training = train(load, blend, settings, folder, teacher, progress, record.loss_before)
+    if not of_training.loss_after < of_training.loss_before:
+        losses = record.losses_by_rate | {best: of_training.loss_after}
+        return None, record.model_copy(update={"losses_by_rate": losses})
+    return model, record.model_copy(update={"record": of_training})
+
+
+def _try_rates(
+    load: Callable[[], PreTrainedModel],
+    blend: Sequence[Examples],
+    teacher: PreTrainedModel,
+    options: RecoveryOptions,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> Healing:
+    """The losses after a few steps at each rate, up to the first that is no better than the one before."""
+    losses, before, least = dict[float, float](), None, math.inf
+    for rate in _RATES[options.train]:
+        settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
+        try:
+            before, losses[rate] = try_training(load, blend, settings, folder / "trial", teacher, progress, before)
+            least = min(least, before)
+        except NonFiniteError:
+            losses[rate] = math.inf
+        if not losses[rate] < least:
+            break
+        least = losses[rate]
+    progress((len(_RATES[options.train]) - len(losses)) * _steps_of_a_trial(options))
+    return Healing(trained=options.train, losses_by_rate=losses, loss_before=math.inf if before is None else before)
+
+
+def read_healing(model: Path) -> Healing | None:
+    """The record of healing in the folder of a model; None if there is none.
+
+    Raises:
+        AdaPrunerError: it cannot be read.
+    """
+    path = model / HEALING
+    try:
+        return Healing.model_validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValidationError) as error:
+        raise AdaPrunerError(f"{path} is not the record of a training after a cut ({reason(error)})") from None
+
+
+def steps_of_healing(options: RecoveryOptions) -> int:
+    """The number of steps, those of the trials included."""
+    return (options.steps or 0) + len(_RATES[options.train]) * _steps_of_a_trial(options)
+
+
+def _steps_of_a_trial(options: RecoveryOptions) -> int:
+    steps = options.steps or 0
+    return max(1, min(_FEWEST_STEPS, steps // 10), round(_TRIED * steps))
+
+
+def _examples(text: Text, held_out: Text) -> list[Examples]:
+    """The windows of every kind that has held-out ones, in their shares."""
+    learnt, validation = text.by_kind, held_out.by_kind
+    count = sum(len(learnt[kind]) for kind in validation)
+    return [
+        Examples(kind, examples_of_windows(learnt[kind], 0.0), examples_of_windows(own, 0.0), len(learnt[kind]) / count)
+        for kind, own in validation.items()
+    ]

@@ -1,0 +1,214 @@
+"""The loss of training, of labels and of a teacher's predictions, whose gradient is computed in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from adapruner.model.architecture import architecture_of
+from adapruner.model.layers import other_forwards
+from adapruner.train.examples import IGNORED
+
+# Predictions that are in memory at once, in float32.
+PREDICTIONS_AT_ONCE = 256
+
+
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, label_weights: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of labels and the divergence from a teacher, KL(teacher ‖ student) · T² (Hinton et
+    al., arXiv 1503.02531), each with a weight. Published kernels compute one of the two alone.
+
+    Args:
+        student, teacher: logits, [predictions, vocabulary], float32 or wider; without a teacher, labels alone.
+        labels: [predictions], int64.
+        label_weights: [predictions], from 0 to 1; the divergence has the rest.
+        temperature: divides the logits of both models in the divergence.
+
+    Returns:
+        A scalar, in nats, summed over the predictions; and its gradient with respect to the logits of the student.
+    """
+    weights, of_labels = label_weights[:, None].to(student), labels[:, None]
+    likelihoods = student.log_softmax(-1)
+    total = -(weights * likelihoods.gather(-1, of_labels)).sum()
+    if teacher is None:
+        gradient = likelihoods.exp_().mul_(weights)
+    else:
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        softened = likelihoods if temperature == 1 else student.log_softmax(-1)
+        taught = teacher.log_softmax(-1)
+        probabilities = taught.exp()
+        divergences = torch.linalg.vecdot(probabilities, taught.sub_(softened))
+        total = total + temperature**2 * ((1 - label_weights.to(student)) * divergences).sum()
+        if temperature == 1:
+            gradient = likelihoods.exp_()
+        else:
+            gradient = softened.exp_().mul_((1 - weights) * temperature).add_(likelihoods.exp_().mul_(weights))
+        gradient.sub_(probabilities.mul_((1 - weights) * temperature))
+    return total, gradient.scatter_add_(-1, of_labels, -weights)
+
+
+def fill_teacher(student: Tensor, tokens: Tensor, log_probabilities: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits of a teacher whose most probable tokens are known: the mass of the others is distributed as the student
+    distributes its own. With them, `loss_and_gradient` computes the divergence over these tokens and one class of all
+    others, which is at most the full one.
+
+    Args:
+        student: logits, [predictions, vocabulary].
+        tokens: [predictions, tokens that are known], int64.
+        log_probabilities: of these at the temperature, in nats, float32.
+
+    Returns:
+        [predictions, vocabulary], in the dtype of the student.
+    """
+    filled = (student / temperature).log_softmax(-1)
+    smallest = torch.finfo(filled.dtype).tiny
+    of_teacher, of_student = (
+        (1 - known.to(filled).exp().sum(-1, keepdim=True)).clamp_min(smallest).log()
+        for known in (log_probabilities, filled.gather(-1, tokens))
+    )
+    filled += of_teacher - of_student
+    return filled.scatter_(-1, tokens, log_probabilities.to(filled)).mul_(temperature)
+
+
+class Predictor:
+    """A model whose predictions are made from hidden states, some tokens at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._forward = model, type(model).forward
+        self.device = model.device  # of the tokens
+        self._decoder: Any = model.get_submodule(architecture_of(model.config).layers.rpartition(".")[0])
+        self._output_class: Any = None
+        self._others: dict[str, Any] = {}
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that makes the logits."""
+        return cast(nn.Module, self._model.get_output_embeddings())
+
+    def called(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """`hidden_states` in a call of the model: with FSDP, its weights outside of layers are whole from then on."""
+        with other_forwards({self._model: self.hidden_states}):
+            return cast(Tensor, self._model(tokens, attention_mask))
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """[sequences, tokens, width]: the output of the decoder, for tokens and mask of [sequences, tokens]."""
+        output = self._decoder(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+        self._others = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        self._output_class = type(output)
+        return cast(Tensor, output.last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, vocabulary] of hidden states of [rows, width], by the model's own forward, with all that a family does
+        around its head."""
+        # Some families read the shape of the tokens after their decoder.
+        tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+        output = self._output_class(last_hidden_state=hidden[None], **self._others)
+        with other_forwards({self._decoder: lambda *arguments, **named: output}):
+            return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
+
+
+def loss_of_batch(
+    student: Predictor,
+    hidden: Tensor,
+    labels: Tensor,
+    label_weights: Tensor,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    teacher: Predictor | None = None,
+    taught: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The loss of a batch: see `loss_and_gradient`. Logits are in memory for some predictions at a time.
+
+    Args:
+        hidden: of the student, [sequences, tokens, width].
+        labels: [sequences, tokens], int64; -100 for tokens that are not learnt.
+        label_weights: [sequences], from 0 to 1.
+        scale: factor of the sum. In bfloat16, gradients depend in their last bits on where they are multiplied.
+        teacher: with `taught`, its hidden states.
+        taught: without a teacher, its most probable tokens and their log-probabilities for all learnt tokens, each
+            [learnt tokens, tokens that are known]; None learns the labels alone.
+
+    Returns:
+        A scalar: nats, summed over the learnt tokens, times the scale.
+    """
+    labels = labels[:, 1:].to(hidden.device)
+    learnt = labels != IGNORED
+    weights = label_weights[:, None].to(hidden.device).expand(labels.shape)[learnt]
+    rows, labels = hidden[:, :-1][learnt], labels[learnt]
+    wanted = taught[:, :-1][learnt.to(taught.device)] if isinstance(taught, Tensor) else None
+
+    def loss_of(hidden: Tensor, start: int) -> Tensor:
+        chunk = slice(start, start + PREDICTIONS_AT_ONCE)
+        logits = student.logits(hidden)
+        with torch.no_grad():
+            expected = None
+            if teacher is not None and wanted is not None:
+                expected = teacher.logits(wanted[chunk])
+            elif isinstance(taught, tuple):
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                tokens, log_probabilities = taught
+                expected = fill_teacher(wide, tokens[chunk], log_probabilities[chunk], temperature)
+        apply: Any = _LossOfLogits.apply
+        return cast(Tensor, apply(logits, expected, labels[chunk], weights[chunk], scale, temperature))
+
+    chunks = [(chunk, number * PREDICTIONS_AT_ONCE) for number, chunk in enumerate(rows.split(PREDICTIONS_AT_ONCE))]
+    if isinstance(student.head, FSDPModule):
+        # Its weights are whole only while it runs.
+        losses = [checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    elif not torch.is_grad_enabled():
+        losses = [loss_of(*chunk) for chunk in chunks]
+    else:
+        losses = [_with_gradients(loss_of, rows, chunks, [w for w in student.head.parameters() if w.requires_grad])]
+    return torch.stack(losses).sum()
+
+
+def _with_gradients(
+    loss_of: Any, rows: Tensor, chunks: list[tuple[Tensor, int]], weights: list[nn.Parameter]
+) -> Tensor:
+    """The sum of the losses of all chunks of rows. Its gradients with respect to the rows and the weights of the head
+    are computed now, so that no logits are computed twice."""
+    total = torch.zeros((), device=rows.device)
+    of_rows = []
+    of_weights = [
+        torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights
+    ]
+    for chunk, start in chunks:
+        inputs = chunk.detach().requires_grad_()
+        loss = loss_of(inputs, start)
+        total = total + loss.detach()
+        of_inputs, *further = torch.autograd.grad(loss, [inputs, *weights])
+        of_rows.append(of_inputs)
+        for accumulated, gradient in zip(of_weights, further, strict=True):
+            accumulated += gradient
+    # Linear in all that the loss depends on, with the gradients of the loss.
+    pairs = zip([rows, *weights], [torch.cat(of_rows), *of_weights], strict=True)
+    dots = [torch.dot(value.flatten(), gradient.to(value).flatten()).to(total) for value, gradient in pairs]
+    linear = torch.stack(dots).sum()
+    return total + (linear - linear.detach())
+
+
+class _LossOfLogits(torch.autograd.Function):
+    """`loss_and_gradient` of logits in any dtype, times a scale."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, expected: Tensor | None, *settings: Any) -> Tensor:
+        labels, weights, scale, temperature = settings
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        with torch.autocast(logits.device.type, enabled=False):
+            teacher = None if expected is None else expected.to(logits.device, wide)
+            loss, gradient = loss_and_gradient(logits.to(wide), teacher, labels, weights, temperature)
+        context.save_for_backward(gradient.mul_(scale).to(logits.dtype))
+        scaled: Tensor = loss * scale
+        return scaled
+
+    @staticmethod
+    def backward(context: Any, *outer: Any) -> Any:
+        (gradient,) = context.saved_tensors
+        return gradient * outer[0], None, None, None, None, None
