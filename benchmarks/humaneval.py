@@ -25,9 +25,8 @@ from typing import Annotated, Any
 import torch
 from cyclopts import Parameter, run
 
-from adapruner.model.device import in_fastest_dtype
 from adapruner.model.generation import NO_TOKEN, continue_texts, end_tokens
-from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.model.loading import in_fastest_dtype, load_model, load_tokenizer
 from adapruner.model.places import find_model
 
 # What follows the function that a problem begins.

@@ -31,9 +31,8 @@ from cyclopts import Parameter, run
 
 from adapruner.base.progress import Reporter
 from adapruner.checkpoint import save_checkpoint
-from adapruner.evaluation.perplexity import measure_perplexity
-from adapruner.model.device import computing_repeatably, in_fastest_dtype
-from adapruner.model.loading import load_model, load_tokenizer
+from adapruner.evaluation.losses import measure_perplexity
+from adapruner.model.loading import computing_repeatably, in_fastest_dtype, load_model, load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.run.folder import RunFolder
 from adapruner.run.given import save_text

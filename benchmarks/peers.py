@@ -28,8 +28,8 @@ from adapruner.evaluation.losses import window_losses
 from adapruner.importance import LLM_PRUNER_METRICS, score_groups
 from adapruner.measurement.moments import StoredMoments, factorize, measure_moments, removal_errors
 from adapruner.measurement.taylor import measure
-from adapruner.model.device import in_fastest_dtype
 from adapruner.model.layers import decoder_layers
+from adapruner.model.loading import in_fastest_dtype
 from adapruner.structure.blocks import Block, Structure
 from adapruner.surgery import prune_model
 

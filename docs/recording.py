@@ -15,8 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.terminal_theme import MONOKAI
 
-from adapruner.base.terminal import PlainConsole
-from adapruner.report.result import RunResult, tables_of, titles
+from adapruner.base.progress import PlainConsole
+from adapruner.report.result import RunResult, tables_of
 
 PICTURE = Path(__file__).parent / "images" / "first-run.svg"
 # Without the font that rich takes from the web: a picture in a page may load nothing.
@@ -32,12 +32,11 @@ def draw(result: RunResult, command: str) -> str:
             minutes, seconds = divmod(round(cost.seconds), 60)
             bars.add_row(stage, ProgressBar(1, 1, width=56), f"{minutes}:{seconds:02}")
     console.print(bars)
-    names = titles(result.config, result.search.best_fixed_name)
     title = f"{result.config.model}: {result.removed_share:.1%} of all parameters removed"
-    console.print(tables_of(title, result.models, names)[0])
+    console.print(tables_of(title, result.models)[0])
     for model in result.models:
         if model.verdict:
-            console.print(f"verdict, {names[model.role]}: {model.verdict}")
+            console.print(f"verdict: {model.verdict}")
     return console.export_svg(title="adapruner", theme=MONOKAI, code_format=FORMAT, unique_id="run")
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from cyclopts import run as run_script
 from playwright.sync_api import sync_playwright
 
-from adapruner.run.folder import RunFolder
-from adapruner.run.result import write_report
+from adapruner.run.folder import RunFolder, write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PICTURES = {

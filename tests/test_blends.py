@@ -17,8 +17,8 @@ from adapruner.run.recover import RecoveryFolder
 from adapruner.text.blends import absolute_blend, parse_blend
 from adapruner.text.sources import parse_source
 from adapruner.text.windows import text_windows
-from adapruner.train.examples import Example, Examples, MixedExamples, Unwritten, most_held_out, read_examples
-from adapruner.train.training import collate, total_steps
+from adapruner.train.examples import Example, Examples, MixedExamples, Unwritten, collate, most_held_out, read_examples
+from adapruner.train.training import total_steps
 from run_helpers import exit_code
 
 SHORT: dict[str, Any] = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 3e-3}

@@ -23,11 +23,11 @@ from tokenizers.processors import TemplateProcessing
 from adapruner.base.errors import AdaPrunerError
 from adapruner.options import PruneConfig
 from adapruner.text import reading as _reading, sources as _sources, windows as _tokenizing
+from adapruner.text.blends import assign_texts
 from adapruner.text.reading import fingerprint, provenance, read_documents, read_records, stream_documents
 from adapruner.text.sources import Source, parse_source, register_sources
-from adapruner.text.uses import assign_texts
 from adapruner.text.windows import draw_windows, evaluation_text, text_windows, tokens_of
-from adapruner.tokens.selecting import count_tokens
+from adapruner.tokens.model import count_tokens
 from machine import memory, reset_peak
 
 

@@ -18,8 +18,7 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.families import learn
 from adapruner.families.inference import random_model
-from adapruner.model.device import in_fastest_dtype
-from adapruner.model.loading import load_tokenizer
+from adapruner.model.loading import in_fastest_dtype, load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.remote_code import modeling_pruned
 from adapruner.structure.build import build_structure

@@ -82,8 +82,7 @@ def test_a_dry_run_says_what_the_run_then_makes(model_folder, text_file, tmp_pat
     made = {json.loads(file.read_text())["name"] for file in (folder / "keys").iterdir()}
     assert set(foreseen["missing"]) == made
     dense, pruned = (
-        next(model["parameters"] for model in result["models"] if model["role"] == role)
-        for role in ("dense", "searched")
+        next(model["parameters"] for model in result["models"] if model["role"] == role) for role in ("dense", "pruned")
     )
     assert foreseen["parameters_before"] == dense
     assert abs(foreseen["parameters_after"] - pruned) <= 0.01 * dense

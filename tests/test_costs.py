@@ -167,7 +167,7 @@ def test_without_a_search_nothing_is_made_for_one(closed):
     result = json.loads((closed.output / "result.json").read_text())
     assert result["search"] is None
     assert result["costs"] == json.loads((closed.output / "costs.json").read_text())
-    assert [model.role for model in closed.result.models] == ["dense", "searched"]
+    assert [model.role for model in closed.result.models] == ["dense", "pruned"]
     page, card = ((closed.output / name).read_text() for name in ("report.html", "model/README.md"))
     assert "What a cut costs" in page
     assert "Chosen calibration samples" not in page

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adapruner.model.device import copy_in_dtype
-from adapruner.model.loading import load_model
+from adapruner.model.loading import copy_in_dtype, load_model
 from adapruner.model.places import find_model
 from adapruner.model.stored import deferred_by_module, read_all
 from tiny_families import tiny_config

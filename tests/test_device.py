@@ -2,8 +2,8 @@
 
 import torch
 
-from adapruner.model.device import computing_repeatably
 from adapruner.model.layers import decoder_layers, share_out
+from adapruner.model.loading import computing_repeatably
 from adapruner.run.memory import Memory, room_for_moments
 
 

@@ -28,7 +28,7 @@ from adapruner.cli import _known_options, app, main
 from adapruner.importance import TERMS
 from adapruner.model.architecture import Architecture, known_architectures
 from adapruner.model.places import ModelLocation
-from adapruner.run.graph import GRAPH
+from adapruner.run.inputs import GRAPH
 from adapruner.text.written import kinds
 from adapruner.train.examples import _PROMPT
 from run_helpers import byte_tokenizer, flags

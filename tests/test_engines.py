@@ -8,7 +8,7 @@ import adapruner
 from adapruner.base.errors import AdaPrunerError
 from adapruner.families import learn
 from adapruner.options import PruneConfig
-from adapruner.run.engines import options_for, serving_commands
+from adapruner.run.options import options_for, serving_commands
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import tiny_config
 

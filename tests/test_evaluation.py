@@ -32,8 +32,7 @@ from adapruner.evaluation.abilities import (
     measure_abilities,
     write_answers,
 )
-from adapruner.evaluation.losses import finite_windows, may_overflow, window_losses
-from adapruner.evaluation.perplexity import Perplexity, measure_perplexity
+from adapruner.evaluation.losses import Perplexity, finite_windows, may_overflow, measure_perplexity, window_losses
 from adapruner.evaluation.speed import count_macs, measure_speed
 from adapruner.model.layers import is_streamed
 from adapruner.model.loading import load_model
@@ -42,9 +41,8 @@ from adapruner.options import PruneConfig
 from adapruner.run import evaluate as _evaluate, given as _source
 from adapruner.run.given import ModelSource
 from adapruner.run.memory import Placement
-from adapruner.structure.build import build_structure
 from adapruner.text import written as _probes
-from adapruner.text.uses import assign_texts
+from adapruner.text.blends import assign_texts
 from adapruner.text.written import kinds, probe_texts, prompts_to_show
 from test_generation import continued_alone
 from tiny_families import cut_to
@@ -160,7 +158,7 @@ def test_built_in_tasks_have_a_right_answer_and_others():
 def test_two_models_are_compared_as_in_a_run(finished, model, model_folder, tokenizer, capsys):
     result, run = adapruner.evaluate(finished.model_folder, against=model_folder), finished.result
     assert (result.perplexity, result.tasks) == ([], [])
-    assert (result.dense, result.abilities) == tuple(run.model(role).abilities for role in ("dense", "searched"))
+    assert (result.dense, result.abilities) == tuple(run.model(role).abilities for role in ("dense", "pruned"))
     assert adapruner.evaluate(model, against=model, tokenizer=tokenizer).verdict == "usable"
     arguments = ["evaluate", str(finished.model_folder), "--against", str(model_folder)]
     app([*arguments, "--json"], exit_on_error=False, result_action="return_value")
@@ -379,7 +377,6 @@ def test_models_are_measured_in_turn(model):
     assert speeds["dense"].parameters - speeds["cut"].parameters == 17 * (3 * 48 + 2)
     assert speeds["cut"].weight_bytes == 4 * speeds["cut"].parameters
     assert speeds["cut"].prompt_macs < speeds["dense"].prompt_macs
-    assert (speeds["dense"].unfriendly_widths, speeds["cut"].unfriendly_widths) == ({}, {1: 7})
     for speed in speeds.values():
         for rates in (speed.prefill, speed.decode):
             assert list(rates) == [1, 2]
@@ -388,10 +385,8 @@ def test_models_are_measured_in_turn(model):
 
 def test_a_model_that_cannot_be_pruned_has_a_speed(make_model):
     other = make_model("stablelm", qk_layernorm=True)
-    with pytest.raises(AdaPrunerError, match="cannot be pruned"):
-        build_structure(other)
     [speed] = measure_speed({"stablelm": other}, (1,), 8, 2, 1).values()
-    assert (speed.parameters, speed.unfriendly_widths) == (other.num_parameters(), {})
+    assert speed.parameters == other.num_parameters()
     assert speed.prompt_macs > 0
 
 
@@ -407,13 +402,12 @@ def test_mapped_weights_count_once_at_one_batch_size(make_model, tmp_path):
         assert speed.peak_memory_bytes < 1.5 * speed.weight_bytes
 
 
-def test_the_command_warns_of_unfriendly_widths(model, model_folder, tmp_path, capsys):
+def test_the_command_compares_two_models(model, model_folder, tmp_path, capsys):
     cut_some_channels(model).save_pretrained(tmp_path / "cut")
     options = f"--against {model_folder} --batch-size 1 --prompt 8 --new-tokens 2 --repetitions 1 --json".split()
     app(["benchmark", str(tmp_path / "cut"), *options], exit_on_error=False, result_action="return_value")
     captured = capsys.readouterr()
     assert list(json.loads(captured.out)) == [str(model_folder), str(tmp_path / "cut")]
-    assert "widths of layers 1 are no multiples of 8" in captured.err
     with pytest.raises(AdaPrunerError, match="at least 1"):
         adapruner.benchmark(model_folder, batch_sizes=(0,))
 

@@ -18,8 +18,7 @@ from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement.moments import InputMoments, measure_moments
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.model.architecture import Architecture, remember_family, using_architecture
-from adapruner.option_rules import EXPERT_TRIALS
-from adapruner.options import OF_A_SEARCH
+from adapruner.options import EXPERT_TRIALS, OF_A_SEARCH
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model

@@ -79,7 +79,6 @@ FILES = {
     "model/model.safetensors": "model",
     "model/config.json": "model",
     "evaluation/perplexity-dense.json": "evaluation/perplexity-dense.json",
-    "evaluation/perplexity-best_fixed.json": "evaluation/perplexity-best_fixed.json",
     "evaluation/perplexity-searched.json": "evaluation/perplexity-searched.json",
     "evaluation/abilities-searched.json": "evaluation/abilities-searched.json",
     "result.json": "result.json",

@@ -12,9 +12,7 @@ from transformers import PreTrainedModel
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.model.loading import empty_model
-from adapruner.option_rules import EFFORTS
 from adapruner.options import OF_A_SEARCH
-from adapruner.report.result import roles_of
 from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.recover import read_record
@@ -103,22 +101,6 @@ def test_a_finished_run_is_complete(healed, model_folder, text_file, tmp_path):
     (run / "result.json").unlink()
     again = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **OPTIONS)
     assert again.result.healing == healed.result.healing
-
-
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({}, []),
-        (EFFORTS["thorough"], []),
-        ({"trials": 7}, []),
-        ({"trials": 8}, ["best_fixed"]),
-        ({"search": "metric"}, ["best_fixed"]),
-        ({"space": "paper", "compensation": "none"}, ["best_fixed"]),
-    ],
-)
-def test_models_on_the_way_are_those_of_a_search(options, steps):
-    config = adapruner.PruneConfig.from_options(model="m", calibration="mine", **options)
-    assert roles_of(config) == ["dense", *steps, "searched"]
 
 
 def test_without_it_the_compensated_model_is_saved(healed, compensated, model_folder, text_file, tmp_path):

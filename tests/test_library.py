@@ -14,7 +14,7 @@ import adapruner
 from adapruner import AdaPrunerError, PruneOptions
 from adapruner.measurement.taylor import Statistics
 from adapruner.run.choice import _name_of_code
-from adapruner.run.texts import HELD_OUT_TO_HEAL
+from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.text.windows import load_texts_by_use
 from run_helpers import QUICK, RUN_OPTIONS, stages_done
 

@@ -22,12 +22,11 @@ from adapruner.cli import main
 from adapruner.measurement.moments import StoredMoments
 from adapruner.measurement.taylor import saved_activations
 from adapruner.model.architecture import known_architectures
-from adapruner.model.device import in_fastest_dtype, trial_dtype
-from adapruner.model.loading import empty_model, load_model
+from adapruner.model.loading import empty_model, in_fastest_dtype, load_model, trial_dtype
 from adapruner.model.places import find_model
 from adapruner.run import memory, models
 from adapruner.run.memory import GIB, Memory, choose_placement, estimate_memory
-from adapruner.run.preview import estimate
+from adapruner.run.prune import estimate
 from adapruner.structure.build import build_structure
 from run_helpers import RUN_OPTIONS, flags
 
@@ -296,7 +295,7 @@ def test_inspect_says_if_a_model_fits(tmp_path, capsys):
 
 def test_trials_run_in_one_dtype_layer_by_layer_and_not(model_folder, windows, monkeypatch):
     """As on a processor that multiplies bfloat16."""
-    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: True)
+    monkeypatch.setattr("adapruner.model.loading.computes_bfloat16_natively", lambda _: True)
     whole, streamed = (load_model(find_model(str(model_folder)), layer_wise=way) for way in (False, True))
     assert trial_dtype(whole.dtype, whole.device) == torch.bfloat16
     copies = [in_fastest_dtype(model) for model in (whole, streamed)]

@@ -16,10 +16,9 @@ from adapruner.measurement.moments import (
     removal_errors,
     solve_damped,
 )
-from adapruner.model.device import in_fastest_dtype
-from adapruner.model.loading import load_model
+from adapruner.model.loading import in_fastest_dtype, load_model
 from adapruner.model.places import find_model
-from adapruner.run.texts import HELD_OUT_TO_HEAL
+from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import compensate

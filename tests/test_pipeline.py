@@ -1,6 +1,7 @@
 """The whole job on a tiny model: what comes out, in every mode, and how it is saved, shown and exported."""
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from adapruner.budget.plan import PruningPlan
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import shared as cli_options, with_options
 from adapruner.evaluation.abilities import Abilities, Reading, Verdict
+from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.model.places import find_model
 from adapruner.report.card import _what_was_removed, model_card
 from adapruner.report.result import ModelNumbers, RunResult
-from adapruner.run.preview import estimate
-from adapruner.search.result import SearchResult
+from adapruner.run.prune import estimate
+from adapruner.search.study import SearchResult
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
 from adapruner.text.windows import load_texts_by_use
@@ -45,13 +47,13 @@ def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, 
     pruned = adapruner.load(finished.model_folder)
     result = RunResult.model_validate_json((finished.output / "result.json").read_bytes())
     assert result == finished.result
-    assert [model.role for model in result.models] == ["dense", "best_fixed", "searched"]
+    assert [model.role for model in result.models] == ["dense", "pruned"]
     assert result.final.parameters == sum(parameter.numel() for parameter in pruned.parameters())
     assert 0.095 <= result.removed_share <= 0.105
     assert result.plan_hash == finished.plan.hash == PruningPlan.load(finished.output / "plan.json").hash
     assert result.search.best_loss <= result.search.best_fixed_loss
     text = f"{text_file}@report"
-    for folder, role in ((finished.model_folder, "searched"), (model_folder, "dense")):
+    for folder, role in ((finished.model_folder, "pruned"), (model_folder, "dense")):
         [evaluated] = adapruner.evaluate(folder, [text], seq_len=16).perplexity
         assert evaluated.perplexity == result.model(role).perplexity[text].perplexity
     assert set(result.stages) == {
@@ -75,8 +77,8 @@ def test_the_run_folder_holds_what_the_design_says(finished):
     files += " search.json plan.json result.json report.html log.jsonl"
     folders = {"keys", "moments", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
-    perplexities = {f"perplexity-{role}.json" for role in ("dense", "best_fixed", "searched")}
-    abilities = {f"abilities-{role}.json" for role in ("dense", "searched")} | {"answers.safetensors"}
+    perplexities = {f"perplexity-{role}.json" for role in ("dense", "pruned")}
+    abilities = {f"abilities-{role}.json" for role in ("dense", "pruned")} | {"answers.safetensors"}
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | abilities | {
         "texts.safetensors"
     }
@@ -90,9 +92,9 @@ def test_parts_of_the_space_can_be_searched_alone(space, alignment, search, run,
     result = SearchResult.model_validate_json((run / "search.json").read_bytes())
     assert len(result.points) == 9
     if search == "calibration":
-        assert result.best.point == result.best_fixed.point
+        assert result.best.point == LLM_PRUNER_METRICS[result.best_fixed_name]
     else:
-        assert result.best.samples == result.best_fixed.samples
+        assert list(result.best.samples) == sorted(random.Random(0).sample(range(OPTIONS["pool"]), OPTIONS["samples"]))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_the_model_card_says_what_the_result_says(finished, text_file):
     assert card.data.library_name == "transformers"
     assert card.data.license == "other"
     assert card.data.base_model is None  # a local folder is no address on the hub
-    perplexities = [result.model(role).perplexity[f"{text_file}@report"].perplexity for role in ("dense", "searched")]
+    perplexities = [result.model(role).perplexity[f"{text_file}@report"].perplexity for role in ("dense", "pruned")]
     assert card.data.eval_results[0].metric_value == round(perplexities[1], 3)
     assert all(f"| {perplexity:.2f} " in card.text for perplexity in perplexities)
     assert result.plan_hash[:12] in card.text
@@ -296,8 +298,10 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     def advice(dense: float = 20, final: float = 30, compensation: int = 768, widths: int = 24, **changes: Any) -> str:
         blocks = [block.model_copy(update={"kept": tuple(range(widths))}) for block in finished.plan.blocks]
         models = [
-            ModelNumbers(role=role, parameters=1, perplexity={"text": known.model_copy(update={"perplexity": value})})
-            for role, value in (("dense", dense), ("searched", final))
+            finished.result.final.model_copy(
+                update={"role": role, "perplexity": {"text": known.model_copy(update={"perplexity": value})}}
+            )
+            for role, value in (("dense", dense), ("pruned", final))
         ]
         changes |= {"models": tuple(models), "windows": {"compensation": {"text": compensation}}}
         point = finished.result.search.points[0].model_copy(update={"starting_point": False})
@@ -316,7 +320,7 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
             abilities = Abilities(reads=reads, solved={}, writes={})
             return ModelNumbers(role=role, parameters=1, abilities=abilities, verdict=verdict)
 
-        result = finished.result.model_copy(update={"models": (of("dense"), of("searched", code, verdict))})
+        result = finished.result.model_copy(update={"models": (of("dense"), of("pruned", code, verdict))})
         return " | ".join(adapruner.PruneResult(tmp_path, finished.plan, result).advice())
 
     assert "lost" not in damaged(0.0, "usable")

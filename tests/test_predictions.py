@@ -14,7 +14,7 @@ from adapruner.options import RecoveryOptions
 from adapruner.run.recover import RecoveryFolder
 from adapruner.text.blends import BlendPart
 from adapruner.train.examples import Examples, window_examples
-from adapruner.train.predictions import write_predictions
+from adapruner.train.loss import write_predictions
 from adapruner.train.training import RecoveryRecord, train
 from tiny_families import tiny_config
 

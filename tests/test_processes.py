@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import adapruner
 from adapruner.base.errors import AdaPrunerError, describe_failure
 from adapruner.base.processes import Process, this_process
-from adapruner.model.device import resolve_device
+from adapruner.model.loading import resolve_device
 from run_helpers import exit_code, fast_starts, flags
 
 VARIABLES = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

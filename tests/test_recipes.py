@@ -17,7 +17,7 @@ from adapruner.cli import app
 from adapruner.model.loading import empty_model
 from adapruner.recipes import read_recipe, recipes
 from adapruner.run.memory import GIB
-from adapruner.run.preview import estimate
+from adapruner.run.prune import estimate
 from adapruner.structure.build import build_structure
 
 Resolved = Callable[[list[str]], PruneConfig]

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions
 from adapruner.base.processes import Process
-from adapruner.model.device import in_fastest_dtype
+from adapruner.model.loading import in_fastest_dtype
 from adapruner.report.card import card_of_recovered
 from adapruner.run.recover import RecoveryFolder, read_record
 from adapruner.text.blends import BlendPart, parse_blend

@@ -22,13 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 import adapruner
 from adapruner import PruneConfig
-from adapruner.base.tables import BARS, Column, Table
+from adapruner.base.tables import Column, Table
 from adapruner.cli import app, main
 from adapruner.evaluation.abilities import Verdict
-from adapruner.report.figures import Axis
-from adapruner.report.page import command, next_commands
-from adapruner.run.folder import RunFolder
-from adapruner.run.result import write_report
+from adapruner.report.page import Axis, command, next_commands
+from adapruner.run.folder import RunFolder, write_report
 
 EVIL = "</script><script>alert(1)</script>"
 OPTIONS = {
@@ -174,8 +172,7 @@ def page_of(run: RunFolder) -> Page:
 def test_models_are_those_of_the_result(finished, page):
     result = content_of(finished, "result.json")
     rows = page.rows("model-table")
-    names = ["dense", "best fixed metric", "pruned"]
-    assert [name.split(" (")[0] for name in rows] == names
+    assert [*rows] == ["dense", "pruned"]
     for model, cells in zip(result["models"], rows.values(), strict=True):
         expected = [f"{model['parameters']:,}"]
         for measured in model["perplexity"].values():
@@ -200,15 +197,15 @@ def test_terminal_page_and_card_show_the_same_cells(finished, page):
 
 
 def test_rows_that_differ_in_their_names_alone_are_merged():
-    rows = [["0", "2 of 4", ""], ["1", "none", ""], ["2", "none", ""], ["3", "none", ""], ["4", "2 of 4", ""]]
-    table = Table("t", "T", [Column("layer"), Column("kept|by\nlayer"), BARS], rows)
+    rows = [["0", "2 of 4"], ["1", "none"], ["2", "none"], ["3", "none"], ["4", "2 of 4"]]
+    table = Table("t", "T", [Column("layer"), Column("kept|by\nlayer")], rows)
     expected = "| layer | kept/by, layer |\n|---|---|\n| 0 | 2 of 4 |\n| 1–3 | none |\n| 4 | 2 of 4 |"
     assert table.merged().markdown(lambda text: text.replace("|", "/")) == expected
 
 
 def test_abilities_are_those_of_the_result(finished, page):
-    models = [model for model in content_of(finished, "result.json")["models"] if model["abilities"]]
-    assert [model["role"] for model in models] == ["dense", "searched"]
+    models = content_of(finished, "result.json")["models"]
+    assert [model["role"] for model in models] == ["dense", "pruned"]
     abilities = [model["abilities"] for model in models]
     expected = [
         [kind, "agreement", *(f"{each['reads'][kind]['agreement']:.2f}" for each in abilities)]
@@ -225,7 +222,7 @@ def test_abilities_are_those_of_the_result(finished, page):
 
 
 def test_texts_of_the_models_are_shown_side_by_side(finished, page):
-    models = [model["abilities"] for model in content_of(finished, "result.json")["models"] if model["abilities"]]
+    models = [model["abilities"] for model in content_of(finished, "result.json")["models"]]
     header, *rows = page.cells("text-table")
     assert header == ["prompt", "dense", "pruned"]
     assert len(rows) == 5
@@ -236,7 +233,7 @@ def test_texts_of_the_models_are_shown_side_by_side(finished, page):
 
 
 def test_the_first_screen_is_of_the_result(finished, page):
-    dense, _, pruned = content_of(finished, "result.json")["models"]
+    dense, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
     assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * 2 + ["solved"]
     for (text, before), perplexity, bits in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
@@ -278,16 +275,13 @@ def test_the_speed_is_shown_once_it_was_measured(run, finished):
 def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
     """An accuracy of 0.5 with a standard error of 0.04 beside one with 0.03: their difference has 0.05."""
     with edited(run, "result.json") as result:
-        dense, _, searched = result["models"]
-        dense["tasks"], searched["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
+        dense, pruned = result["models"]
+        dense["tasks"], pruned["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
     html, shown = write_report(run).read_text(), page_of(run)
     assert shown.rows("task-table")["piqa"][4] == f"{change:+.4f} ± 0.0500".replace("-", "−")
     assert ("within noise" in shown.rows("loss-table")["acc piqa"][2]) == is_noise
     row = html.partition('id="task-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
     assert ('<tr class="noise">' in row) == is_noise
-    # What is drawn reaches two errors to both sides of the change, in the scale of the whole column.
-    line, scale = shown.drawn("task-table", "range")[0], 48 / (abs(change) + 0.1)
-    assert [line["x1"], line["x2"]] == pytest.approx([50 + scale * (change + side) for side in (-0.1, 0.1)], abs=0.01)
 
 
 def task_score(accuracy: float, error: float) -> dict[str, Any]:
@@ -325,26 +319,6 @@ def test_attention_that_is_removed_whole_stands_out(run):
     assert "none left in layer 1" in shown.text
 
 
-def test_the_ladder_tells_the_search_from_the_compensation(finished, page):
-    search = content_of(finished, "search.json")
-    models = {one["role"]: one for one in content_of(finished, "result.json")["models"]}
-    rows = page.tables["ladder-table"][1:]
-    names = [row[0] for row in rows]
-    steps = len(search["steps"])
-    assert names[0] == f"best fixed metric ({search['best_fixed_name']}), not compensated"
-    assert names[1] == "same metric, compensated"
-    assert names[-2:] == ["final compensation, healed, saved", "dense, to compare with"]
-    assert len(rows) == 1 + steps + 2
-    assert [row[2] for row in rows[1 : 1 + steps]] == [f"{step['loss']:.4f}" for step in search["steps"]]
-    gains = [(step["gain"], step["standard_error"]) for step in search["steps"][1:]]
-    assert [row[3].split() for row in rows[2:-2]] == [[f"{gain:.4f}", "±", f"{error:.4f}"] for gain, error in gains]
-    measured = {0: "best_fixed", -2: "searched", -1: "dense"}
-    for row, role in ((rows[number], role) for number, role in measured.items()):
-        first = next(iter(models[role]["perplexity"].values()))
-        assert row[5].split()[0] == f"{first['bits_per_byte']:.4f}"
-    assert all(not row[5].strip() for row in rows[1:-2])
-
-
 def test_the_search_is_that_of_its_files(finished, page):
     search = content_of(finished, "search.json")
     weights = search["best"]["point"]["weights"]
@@ -366,20 +340,7 @@ def test_the_search_is_that_of_its_files(finished, page):
     span = (max(heights) - min(heights)) / (max(losses) - min(losses))
     assert heights == pytest.approx([min(heights) + span * (max(losses) - loss) for loss in losses], abs=0.02)
     assert page.drawn("trials", "chosen") == [drawn[search["best_trial"]]]
-    # A row for every parameter of the space; the importance of so few trials is not told.
-    rows = page.rows("parameter-table")
-    assert len(rows) == len(search["ranges"])
-    assert search["importance"] == {}
-    assert page.tables["parameter-table"][0][-1] == "chosen"
-
-
-def test_importance_is_shown_once_it_is_known(run):
-    with edited_search(run) as search:
-        search["importance"] = {name: 0.5 if name == "metric.fine" else 0.0 for name in sorted(search["ranges"])}
-    shown = page_of(run)
-    assert shown.tables["parameter-table"][0][-1] == "importance"
-    [fine] = [cells for name, cells in shown.rows("parameter-table").items() if "metric: fine 0" in name]
-    assert fine[-1] == "50 %"
+    assert f"{search['best_fixed_name']} came nearest: {search['best_fixed_loss']:.4f}" in page.text
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-6, 2e-6], [2.0, 7.5, 30.0], [-5.0, 1e6]])
@@ -435,7 +396,9 @@ def test_no_command_is_suggested_that_would_be_refused(options, said, finished):
 
 
 def test_the_command_makes_the_same_run(finished, page):
-    assert parsed(page.texts["command"]) == PruneConfig.load(finished.output / "config.yaml")
+    config = PruneConfig.load(finished.output / "config.yaml")
+    assert {"ratio", "trials"} < {*config.given}
+    assert parsed(page.texts["command"]) == config.model_copy(update={"given": ()})
 
 
 @pytest.mark.parametrize(
@@ -543,7 +506,7 @@ def test_a_folder_that_holds_no_run(tmp_path, capsys):
 def test_a_report_that_fails_does_not_lose_the_run(model_folder, text_file, tmp_path, monkeypatch):
     options = OPTIONS | {"calibration": str(text_file), "trials": 1}
     with monkeypatch.context() as patch:
-        patch.setattr("adapruner.run.evaluation.page_of", lambda *_: pytest.fail("it cannot be drawn"))
+        patch.setattr("adapruner.run.models.page_of", lambda *_: pytest.fail("it cannot be drawn"))
         with pytest.raises(pytest.fail.Exception):
             adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
     written = (tmp_path / "run" / "result.json").stat().st_mtime_ns

@@ -17,7 +17,7 @@ import adapruner
 from adapruner import AdaPrunerError, PruneConfig
 from adapruner.budget.plan import PruningPlan
 from adapruner.model.architecture import known_architectures, using_architecture
-from adapruner.option_rules import EFFORTS
+from adapruner.options import EFFORTS
 from adapruner.run.folder import RunFolder
 from adapruner.run.options import resolve
 from adapruner.text.windows import load_texts_by_use
@@ -232,9 +232,10 @@ def test_another_effort_than_that_of_a_run_replaces_what_it_set(model_folder, tm
     earlier = RunFolder(tmp_path / "earlier")
     given = {"model": str(model_folder), "effort": "quick", "seq_len": 16, "round_to": 8}
     earlier.path.mkdir()
-    earlier.save_config(PruneConfig.from_options(**EFFORTS["quick"] | given))
+    earlier.save_config(PruneConfig.from_options(**EFFORTS["quick"] | given, given=sorted(given)))
     config = resolve({"effort": "thorough"}, None, RunFolder(tmp_path / "run"), None, None, earlier)
-    assert config == PruneConfig.from_options(**EFFORTS["thorough"] | given | {"effort": "thorough"})
+    expected = EFFORTS["thorough"] | given | {"effort": "thorough", "given": sorted(given), "trials": 0}
+    assert config == PruneConfig.from_options(**expected)
 
 
 def test_a_folder_in_which_a_command_is_running_is_refused(again, run):

@@ -11,28 +11,18 @@ import optuna
 import pytest
 import torch
 from optuna import create_study
-from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 from torch import Tensor
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
 from adapruner.measurement.moments import measure_moments, removal_errors
 from adapruner.measurement.taylor import Statistics, measure
-from adapruner.option_rules import trials_of
+from adapruner.options import PruneOptions
 from adapruner.search.judging import plan_candidate
-from adapruner.search.result import SearchResult, importance_of
-from adapruner.search.space import (
-    START,
-    Candidate,
-    ExtendedSpace,
-    PaperSpace,
-    SearchSpace,
-    SubsetFamily,
-    build_subset_family,
-)
-from adapruner.search.study import Search, StudyFile
+from adapruner.search.space import Candidate, ExtendedSpace, PaperSpace, SearchSpace, SubsetFamily, build_subset_family
+from adapruner.search.study import Search, SearchResult, StudyFile
 from adapruner.structure.build import build_structure
 
 
@@ -74,7 +64,6 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets, tmp_
     assert result.best_loss < result.best_fixed_loss
     assert result.best_loss == a_smooth_loss(result.best)
     assert result.best_fixed_name in {"vectorize", "param_first", "param_second", "param_mix"}
-    assert result.best_fixed.samples == tuple(space.first_draw)
     few = search(space, a_smooth_objective, 7, 0, tmp_path / "few")
     assert result.best_loss < few.best_loss
 
@@ -230,32 +219,6 @@ def test_the_extended_space_searches_all_terms(subsets):
     } == of_all_models
 
 
-def test_a_parameter_that_one_trial_has_is_no_reason_to_warn():
-    """How much of the heads goes is searched only where some go."""
-    whole = FloatDistribution(0, 1)
-    trials = [create_trial(params={"tilt": n / 120}, distributions={"tilt": whole}, value=n / 120) for n in range(120)]
-    both = {"tilt": whole, "head_share": whole}
-    trials.append(create_trial(params={"tilt": 0.5, "head_share": 0.5}, distributions=both, value=0.0))
-    assert importance_of(trials)["tilt"] > 0
-    # The best tenth of fewer trials is a handful, which says nothing.
-    assert importance_of(trials[:99]) == {}
-
-
-def test_starting_points_have_no_part_in_the_importance():
-    """They are the best for what they have in common, and the losses of the others rise with the tilt."""
-    kinds = dict.fromkeys(("tilt", "bend"), FloatDistribution(0, 1))
-    values = [{"tilt": number / 120, "bend": number * 7 % 120 / 120} for number in range(120)]
-    searched = [create_trial(params=each, distributions=kinds, value=each["tilt"]) for each in values]
-    starts = [
-        create_trial(params={"tilt": n / 40, "bend": 0.5}, distributions=kinds, value=-1.0, user_attrs={START: n})
-        for n in range(40)
-    ]
-    importance = importance_of(searched)
-    assert importance["tilt"] > 0.9
-    assert importance_of([*starts, *searched]) == importance
-    assert importance_of([*starts, *searched[:99]]) == {}
-
-
 @pytest.mark.parametrize("searched", ["joint", "calibration", "metric"])
 def test_no_starting_point_is_tried_twice(searched, subsets):
     """But for LLM-Pruner's metrics, which are tried whether or not two of them agree."""
@@ -279,32 +242,6 @@ def test_a_result_is_the_same_when_read_again(subsets, tmp_path):
     assert result.searched == 24 - result.starting_points == 16
 
 
-def test_steps_are_compared_window_by_window(subsets, tmp_path):
-    space = ExtendedSpace(subsets, 4, 0)
-
-    def judged(candidate: Candidate) -> list[Tensor]:
-        loss = a_smooth_loss(candidate)
-        return [torch.tensor([2 * loss, 4 * loss], dtype=torch.float64), torch.tensor([3 * loss], dtype=torch.float64)]
-
-    result = search(space, judged, 20, 0, tmp_path)
-    fixed, start, searched = result.steps
-    assert [step.name for step in result.steps] == ["fixed metric", "starting point", "searched"]
-    assert result.points[fixed.trial].fixed_metric == result.best_fixed_name
-    assert result.points[start.trial].starting_point
-    assert not result.points[start.trial].fixed_metric
-    assert not result.points[searched.trial].starting_point
-    assert fixed.gain is None
-    for before, step in itertools.pairwise(result.steps):
-        own, earlier = (result.points[one.trial].loss for one in (step, before))
-        assert step.loss == pytest.approx(own)
-        assert step.gain == pytest.approx(earlier - own)
-        assert step.standard_error == pytest.approx(abs(earlier - own) / 3 / math.sqrt(3))
-    assert all(step.windows == 3 for step in result.steps)
-    few = search(space, judged, 4, 0, tmp_path / "none")
-    assert [step.name for step in few.steps] == ["starting point"]
-    assert (few.best_fixed, few.best_fixed_loss, few.best_fixed_name) == (None, None, "")
-
-
 def test_no_kind_of_text_pays_for_the_others(subsets, tmp_path):
     """The lowest mean is not chosen where one kind is hit hard."""
     space = ExtendedSpace(subsets, 4, 0)
@@ -325,14 +262,13 @@ def test_no_kind_of_text_pays_for_the_others(subsets, tmp_path):
 
 
 def test_only_what_is_there_to_compare_with_is_searched_by_default(subsets, tmp_path):
-    assert trials_of(None, "extended", "joint") == 0
-    assert trials_of(None, "paper", "joint") == trials_of(None, "extended", "metric") == 48
-    assert trials_of(5, "extended", "joint") == 5
+    for trials, options in ((0, {}), (48, {"space": "paper"}), (48, {"search": "metric"}), (5, {"trials": 5})):
+        assert PruneOptions.from_options(**options).default_trials == trials
     for space in ExtendedSpace(subsets, 4, 0), PaperSpace(subsets, 4, 0):
         count = len(space.starting_points())
         result = search(space, a_smooth_objective, count, 0, tmp_path / type(space).__name__)
         assert (len(result.points), result.searched) == (count, 0)
-        assert result.best_fixed
+        assert result.best_fixed_name
 
 
 def test_nothing_finite_is_no_result(subsets, tmp_path):
@@ -425,6 +361,6 @@ def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
 
     result = search(space, objective, 24, 0, tmp_path)
     proposed = [candidate.point.weights for candidate in seen[10:]]
-    assert {"term.tilt", "family.magnitude"} <= result.ranges.keys()
+    assert all({"term.tilt", "family.magnitude"} <= point.parameters.keys() for point in result.points[10:])
     for name in ("tilt", "size"):
         assert len({weights[name] for weights in proposed}) > 10

@@ -25,10 +25,9 @@ from adapruner.measurement.taylor import measure
 from adapruner.model import generation as _generation
 from adapruner.model.architecture import architecture_of, known_architectures
 from adapruner.model.config import load_config
-from adapruner.model.device import in_fastest_dtype
 from adapruner.model.generation import continue_texts
 from adapruner.model.layers import decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers, whole_state
-from adapruner.model.loading import check_streamable, empty_model, load_model
+from adapruner.model.loading import check_streamable, empty_model, in_fastest_dtype, load_model
 from adapruner.model.places import find_model
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
@@ -101,7 +100,7 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
     head_share, copied, model, windows, tokenizer, tmp_path, monkeypatch
 ):
     # What is in memory would run in bfloat16 where that is fast; a streamed model runs as it is.
-    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: False)
+    monkeypatch.setattr("adapruner.model.loading.computes_bfloat16_natively", lambda _: False)
     if copied:  # as layers are that go to a GPU
         monkeypatch.setattr(
             "adapruner.model.layers._FromMemory.__call__",
@@ -182,7 +181,7 @@ def test_the_same_texts_are_written_with_one_reading_for_a_token(family, make_mo
 @pytest.mark.parametrize(("family", "native"), [("llama", False), ("llama", True), ("gpt2", False)])
 def test_scales_are_tuned_as_in_memory(family, native, make_model, tmp_path, monkeypatch):
     """Of weights that were changed at random; in every step a layer is read twice."""
-    monkeypatch.setattr("adapruner.model.device.computes_bfloat16_natively", lambda _: native)
+    monkeypatch.setattr("adapruner.model.loading.computes_bfloat16_natively", lambda _: native)
     model = make_model(family)
     dense = on_disk(model, tmp_path / "dense")
     with torch.no_grad():

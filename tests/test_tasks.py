@@ -17,7 +17,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.evaluation import tasks as _tasks
 from adapruner.evaluation.tasks import check_tasks, load_tasks, mean_accuracies, measure_tasks
-from adapruner.report.numbers import Number, difference, task_table
+from adapruner.report.result import Number, difference, task_table
 
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
 

@@ -12,11 +12,10 @@ from hypothesis import given, strategies as st
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.options import PruneConfig
-from adapruner.run.texts import drawn_to_report
-from adapruner.text.blends import sources_of
+from adapruner.run.inputs import drawn_to_report
+from adapruner.text.blends import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of, sources_of
 from adapruner.text.reading import read_documents
 from adapruner.text.sources import parse_source
-from adapruner.text.uses import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of
 from adapruner.text.windows import EvaluationText
 
 
@@ -204,7 +203,7 @@ def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch):
         limits.append(arguments[3])
         return EvaluationText(torch.zeros(1, 2, dtype=torch.int64), 2, {})
 
-    monkeypatch.setattr("adapruner.run.texts.evaluation_text", note_limit)
+    monkeypatch.setattr("adapruner.run.inputs.evaluation_text", note_limit)
     empty = SimpleNamespace(config=SimpleNamespace(vocab_size=1))
     for evaluate, evaluate_windows in ((("ptb",), None), ((), None), ((), 7)):
         drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, evaluate_windows, True)

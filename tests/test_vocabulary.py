@@ -32,8 +32,7 @@ from adapruner.model.loading import load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.text.reading import read_documents
 from adapruner.text.sources import parse_source, source_names
-from adapruner.tokens.model import Vocabulary, cut_vocabulary, named_tokens
-from adapruner.tokens.selecting import choose_tokens, count_tokens
+from adapruner.tokens.model import Vocabulary, choose_tokens, count_tokens, cut_vocabulary, named_tokens
 from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import exit_code

@@ -21,20 +21,19 @@ _MODULES = {
         "base.errors": "AdaPrunerError",
         "base.progress": "StageCost",
         "budget.plan": "PruningPlan",
-        "evaluation.perplexity": "Perplexity",
+        "evaluation.losses": "Perplexity",
         "evaluation.speed": "Speed",
         "evaluation.tasks": "TaskScore",
         "measurement.taylor": "measure",
         "options": "PruneConfig PruneOptions RecoveryOptions",
         "report.result": "RunResult",
         "run.evaluate": "Evaluation evaluate",
-        "run.export": "export",
+        "run.export": "PrunedVocabulary export vocabulary",
+        "run.folder": "PruneResult",
         "run.prune": "prune",
         "run.recover": "recover",
-        "run.result": "PruneResult",
         "run.steps": "benchmark compensate cut inspect load load_tokenizer make_windows score",
-        "search.result": "TriedPoint",
-        "run.vocabulary": "PrunedVocabulary vocabulary",
+        "search.study": "TriedPoint",
     }.items()
     for name in names.split()
 }
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from adapruner.base.errors import AdaPrunerError as AdaPrunerError
     from adapruner.base.progress import StageCost as StageCost
     from adapruner.budget.plan import PruningPlan as PruningPlan
-    from adapruner.evaluation.perplexity import Perplexity as Perplexity
+    from adapruner.evaluation.losses import Perplexity as Perplexity
     from adapruner.evaluation.speed import Speed as Speed
     from adapruner.evaluation.tasks import TaskScore as TaskScore
     from adapruner.measurement.taylor import measure as measure
@@ -55,10 +54,10 @@ if TYPE_CHECKING:
     )
     from adapruner.report.result import RunResult as RunResult
     from adapruner.run.evaluate import Evaluation as Evaluation, evaluate as evaluate
-    from adapruner.run.export import export as export
+    from adapruner.run.export import PrunedVocabulary as PrunedVocabulary, export as export, vocabulary as vocabulary
+    from adapruner.run.folder import PruneResult as PruneResult
     from adapruner.run.prune import prune as prune
     from adapruner.run.recover import recover as recover
-    from adapruner.run.result import PruneResult as PruneResult
     from adapruner.run.steps import (
         benchmark as benchmark,
         compensate as compensate,
@@ -69,8 +68,7 @@ if TYPE_CHECKING:
         make_windows as make_windows,
         score as score,
     )
-    from adapruner.run.vocabulary import PrunedVocabulary as PrunedVocabulary, vocabulary as vocabulary
-    from adapruner.search.result import TriedPoint as TriedPoint
+    from adapruner.search.study import TriedPoint as TriedPoint
 else:
     __all__ = [*_MODULES]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.hub import cached_file
 
 from adapruner.base.errors import without_secrets
-from adapruner.base.files import replace, saying_what_cannot_be_written, write_text
-from adapruner.base.terminal import printable
+from adapruner.base.files import replace, staging_folder, write_text
+from adapruner.base.progress import printable
 from adapruner.model.layers import whole_state
 from adapruner.model.places import ModelLocation, quiet_transformers
 from adapruner.model.wrapper import wrapper_of
@@ -69,7 +68,7 @@ def save_checkpoint(
     Raises:
         AdaPrunerError: it cannot be written.
     """
-    with _valid_generation_config(model), made_beside(folder) as made:
+    with _valid_generation_config(model), staging_folder(folder) as made:
         write(model, made, shard_size)
         tokenizer.save_pretrained(made)
         origin = (record or {}) | {"format": _ORIGIN_FORMAT}
@@ -80,15 +79,6 @@ def save_checkpoint(
         if card is not None:
             write_card(made, card)
         replace(made, folder)
-
-
-@contextlib.contextmanager
-def made_beside(path: Path) -> Iterator[Path]:
-    """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete."""
-    with saying_what_cannot_be_written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=path.parent) as scratch:
-            yield Path(scratch) / path.name
 
 
 def is_replaceable(folder: Path) -> bool:

@@ -1,30 +1,77 @@
-"""Every option of a pruning run, once: type, default, range, help. The command line reads this module alone."""
+"""Every option, once: type, default, range, help, and what excludes what. The command line reads this module alone."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from adapruner.base.errors import AdaPrunerError, describe_invalid, reason
 from adapruner.base.files import parse_options
-from adapruner.base.values import ONE_OR_MORE, Count, Fraction, Names, Size, Tokens, TokensOrNone
-from adapruner.option_rules import (
-    CONFLICTS_OF_PRUNING,
-    CONFLICTS_OF_RECOVERY,
-    CONFLICTS_OF_SIZES,
-    CONFLICTS_OF_TRAINING,
-    EXPERT_TRIALS,
-    FEWEST_JUDGING_WINDOWS,
-    SEARCH_TRIALS,
-    Conflict,
-    fields_of,
-    searches,
-)
+
+
+def _check_fraction(value: float) -> float:
+    if not 0 < value < 1:
+        percent = value if 1 < value < 100 else 20
+        raise ValueError(f"is not a fraction between 0 and 1: {percent / 100:g} removes {percent:g} %")
+    return value
+
+
+def size_in_bytes(value: Any) -> int:
+    """Bytes of a size such as 400MB or 1.5GiB.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("is not a size: expected a number with a unit, as 400MB or 1.5GiB") from None
+
+
+def _check_size(value: Any) -> str:
+    if not size_in_bytes(value):
+        raise ValueError("must be positive")
+    return str(value)
+
+
+def _check_tokens(value: Any) -> str:
+    """A number of tokens in digits, of one such as 300k or 2M."""
+    text = str(value).strip()
+    number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
+    if number is None or (tokens := float(number[1]) * _THOUSANDS[number[2]]) < 1:
+        raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000")
+    return str(round(tokens))
+
+
+_THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[str, BeforeValidator(_check_tokens)]
+TokensOrNone = Annotated[str, BeforeValidator(lambda value: value if value == "none" else _check_tokens(value))]
+Size = Annotated[str, BeforeValidator(_check_size)]
+Fraction = Annotated[float, AfterValidator(_check_fraction)]
+# One value stands for a tuple of one.
+ONE_OR_MORE = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
+Names = Annotated[tuple[str, ...], ONE_OR_MORE]
+
 
 Alignment = Literal["data", "paper"]
 CompensationForm = Literal["none", "least-squares"]
@@ -44,13 +91,24 @@ Terms = Literal["all", "vector-wise"]
 TrainedWeights = Literal["lora", "ia3", "layers", "full"]
 
 
+# What `effort` sets, by its value: points on the frontier of quality and time (research/results.md).
+EFFORTS: dict[str, dict[str, object]] = {
+    "quick": {"compensation_windows": 192, "heal": "none"},
+    "standard": {},
+    "thorough": {"compensation_windows": 768, "heal": "400000"},
+}
 # The options that only a search reads.
 OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment", "terms", "reduction")
 # The options for the amount to remove; a run has one of them.
 BUDGETS = ("ratio", "size", "memory")
 # The options for the length of a training; it has at most one of them.
 TRAINING_BUDGETS = ("steps", "epochs", "tokens")
-
+# The fewest windows that judge trials, unless fewer are asked for: results on few do not carry over
+# (research/experiments/windows-and-trials.md).
+FEWEST_JUDGING_WINDOWS = 64
+# Trials of a search for comparison; of a model with experts, whose ranking has no closed form: its starting points.
+# From so many trials on, LLM-Pruner's metrics are among them.
+SEARCH_TRIALS, EXPERT_TRIALS, TRIALS_WITH_FIXED = 48, 8, 8
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
 _LARGEST_NUMBER = 2**32 - 1
 
@@ -58,22 +116,22 @@ _LARGEST_NUMBER = 2**32 - 1
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
-    _conflicts: ClassVar[tuple[Conflict, ...]] = ()
-
     @field_validator("*")
     @classmethod
-    def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:
-        """Finds a conflict at the last of its fields, if the others are valid: all errors are reported at once."""
+    def _is_possible(cls, value: object) -> object:
         if isinstance(value, int) and value > _LARGEST_NUMBER:
             raise ValueError(f"must be at most {_LARGEST_NUMBER}")
-        known, conflicts = {**info.data, str(info.field_name): value}, []
-        for test, message in cls._conflicts:
-            fields = fields_of(test)
-            if info.field_name in fields and fields <= known.keys() and test(*(known[name] for name in fields)):
-                conflicts.append(message.format(**known))
-        if conflicts:
-            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": "; ".join(conflicts)})
         return value
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> Self:
+        if conflicts := "; ".join(self._conflicts()):
+            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": conflicts})
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """What is wrong with options that are possible one by one."""
+        yield from ()
 
     @classmethod
     def from_options(cls, /, **options: Any) -> Self:
@@ -150,7 +208,9 @@ class RecoveryOptions(_Options):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the adapters and of the order of the examples.")
 
-    _conflicts = CONFLICTS_OF_TRAINING
+    def _conflicts(self) -> Iterator[str]:
+        if sum(getattr(self, name) is not None for name in TRAINING_BUDGETS) > 1:
+            yield "`steps`, `epochs` and `tokens` each say how long the training is: give one"
 
 
 class PruneOptions(_Options):
@@ -287,22 +347,43 @@ class PruneOptions(_Options):
     dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
-    _conflicts = CONFLICTS_OF_PRUNING
-
-    @model_validator(mode="after")
-    def _search_options_need_a_search(self) -> Self:
-        """Refuses options that would do nothing. The command line has no conflicts: a recipe may add the search."""
+    def _conflicts(self) -> Iterator[str]:
+        is_extended, is_uniform = self.space == "extended", self.layout == "uniform"
+        if self.trials == 0 and not (is_extended and self.search == "joint"):
+            yield "`trials` 0: `space` paper and `search` calibration or metric are searches; leave `trials` out"
+        if is_uniform and (self.protect_first or self.protect_last):
+            yield "`layout` uniform prunes all layers equally: remove `protect_first` and `protect_last`"
+        if is_uniform and self.remove_attention:
+            yield "`layout` uniform prunes all layers equally: remove `remove_attention`"
+        if self.remove_attention and not is_extended:
+            yield "`space` paper removes no whole attention: remove `remove_attention`, or set `space` extended"
+        if self.alignment == "paper" and is_extended:
+            yield "`alignment` paper only supports the Taylor terms: set `space` paper"
+        if self.ratio_of == "groups" and is_extended:
+            yield "`ratio_of` groups leaves no allocation to search: set `space` paper"
+        if self.samples > self.pool:
+            yield f"`samples` {self.samples} is more than the {self.pool} of `pool`: lower one or raise the other"
         changed = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
-        if changed and self._conflicts and not searches(self.trials, self.space, self.search):
+        if changed and not self.default_trials:
             names = ", ".join(f"`{name}`" for name in changed)
-            message = f"without a search, {names} would do nothing: add `trials`"
-            raise PydanticCustomError("conflict", "{conflicts}", {"conflicts": message})
-        return self
+            yield f"without a search, {names} would do nothing: add `trials`"
 
     @property
-    def objective_dataset(self) -> str:
-        """The dataset of the windows of the objective."""
-        return self.calibration if self.objective is None else self.objective
+    def default_trials(self) -> int:
+        """The number of trials; without `trials`, only what is there for comparison searches."""
+        if self.trials is not None:
+            return self.trials
+        return 0 if (self.space, self.search) == ("extended", "joint") else SEARCH_TRIALS
+
+    @property
+    def tokens_to_heal(self) -> int:
+        """The number of tokens on which the pruned model is trained; 0 for none."""
+        return 0 if self.heal == "none" else int(self.heal)
+
+
+def allocates_by_cost(space: str, layout: str, ratio_of: str, head_share: float | None) -> bool:
+    """True if what each layer loses follows from its cost, and not from options."""
+    return (space, layout) == ("extended", "per-layer") and ratio_of != "groups" and not head_share
 
 
 class SizeLimit(_Options):
@@ -314,12 +395,10 @@ class SizeLimit(_Options):
     memory: Size | None = Field(default=None, description="Maximum memory of its weights and KV cache, as 12GB.")
     context: Count = Field(default=2048, description="Tokens of each sequence in that cache.")
     batch: Count = Field(default=1, description="Sequences in that cache.")
-    gguf_type: Literal["f32", "f16", "bf16", "q8_0", "q4_k_m"] | None = Field(
-        default=None,
-        description="Count the weights as in a GGUF file of this type, for llama.cpp; by default as in the checkpoint.",
-    )
 
-    _conflicts = CONFLICTS_OF_SIZES
+    def _conflicts(self) -> Iterator[str]:
+        if (self.context, self.batch) != (2048, 1) and self.memory is None:
+            yield "`context` and `batch` are those of a KV cache: add `memory`"
 
 
 class RecoverConfig(RecoveryOptions):
@@ -330,17 +409,23 @@ class RecoverConfig(RecoveryOptions):
     teacher: str | None = None
     dtype: Dtype = "auto"
 
-    _conflicts = CONFLICTS_OF_RECOVERY
+    def _conflicts(self) -> Iterator[str]:
+        yield from super()._conflicts()
+        if self.teacher_top is not None and self.teacher is None:
+            yield "`teacher_top` needs the dense model: add `teacher`"
 
 
 class PruneConfig(PruneOptions):
     """Everything that a run depends on: the model and the options.
 
     Attributes:
+        given: the options that somebody gave; the others are defaults, some of which follow from these and from the
+            model.
         searched: the ratio of the search, if that was taken from an earlier run.
     """
 
     model: str = Field(description="Hub id, model folder, .gguf file, or smollm2.")
+    given: tuple[str, ...] = ()
     searched: float | None = None
 
     def save(self, path: Path) -> None:

@@ -37,8 +37,8 @@ def finished(tmp_path_factory, model_folder, text_file, data):
 
 def test_the_result_holds_all_models(finished):
     result = finished.result
-    assert [model.role for model in result.models] == ["dense", "searched"]
-    assert [model.role for model in result.models if model.tasks] == ["dense", "searched"]
+    assert [model.role for model in result.models] == ["dense", "pruned"]
+    assert [model.role for model in result.models if model.tasks] == ["dense", "pruned"]
     assert all(model.mean_accuracies for model in result.models if model.tasks)
     assert result.healing.record.method == "distillation"
     assert result.healing.record.loss_after < result.healing.record.loss_before

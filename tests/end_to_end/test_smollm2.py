@@ -66,7 +66,7 @@ def test_pruned_for_real(dense, tmp_path, monkeypatch):
     )
     assert 0.195 <= result.result.removed_share <= 0.205
     perplexity = {model.role: model.perplexity["boolq-passages@report"].perplexity for model in result.result.models}
-    assert 15 < perplexity["dense"] < perplexity["searched"] < 200
+    assert 15 < perplexity["dense"] < perplexity["pruned"] < 200
 
     model = adapruner.load(result.model_folder)
     tokenizer = load_tokenizer(find_model(str(result.model_folder)))

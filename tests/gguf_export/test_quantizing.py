@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.gguf.sizes import read_stored_types
+from adapruner.gguf.checks import read_stored_types
 from adapruner.gguf.write import write_gguf
 from adapruner.options import GgufType
 from tiny_families import cut_to

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.gguf.write import write_gguf
-from adapruner.tokens.selecting import choose_tokens, count_tokens
+from adapruner.tokens.model import choose_tokens, count_tokens
 from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 
 LLAMA_3 = TikTokenConverter().pattern

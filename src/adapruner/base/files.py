@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,23 @@ os.umask(_UMASK)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file next to its place and renames it (see `being_written`).
+    """Writes a file next to its place and renames it (see `atomic_path`).
 
     Args:
         write: called with the path to write to.
     """
-    with being_written(path) as partial:
+    with atomic_path(path) as partial:
         write(partial)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8 as `write_atomically` does."""
-    with being_written(path) as partial:
+    with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def being_written(path: Path, writer: str = "") -> Iterator[Path]:
+def atomic_path(path: Path, writer: str = "") -> Iterator[Path]:
     """A path to write a file to. It is flushed to the disk and moved to its place if the block ends without an error.
 
     Args:
@@ -47,7 +48,7 @@ def being_written(path: Path, writer: str = "") -> Iterator[Path]:
         AdaPrunerError: it cannot be written; an existing file is kept.
     """
     partial = path.with_name(f"{path.name}{writer}.partial")
-    with saying_what_cannot_be_written(path):
+    with report_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -87,7 +88,7 @@ def is_whole(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """Turns errors of the system into one line.
 
     Raises:
@@ -98,6 +99,15 @@ def saying_what_cannot_be_written(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or str(error)
         raise AdaPrunerError(f"cannot write {path}: {cause}. What was written before is kept") from None
+
+
+@contextlib.contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """A path in a new folder on the same disk, whose content can be moved to `path` once it is complete."""
+    with report_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".adapruner-", dir=path.parent) as scratch:
+            yield Path(scratch) / path.name
 
 
 def copy_folder(source: Path, target: Path) -> None:

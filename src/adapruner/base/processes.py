@@ -1,18 +1,46 @@
-"""The processes that a launcher started together, and the signals that end one."""
+"""The processes that a launcher started with this one, and state of PyTorch that belongs to the program."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as distributed
+
+
+def accelerator_in_use() -> tuple[str, Any] | None:
+    """Device type of the accelerator and the module of PyTorch for it; None if there is none, or if nothing has used it
+    yet, since any query would initialise it."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    module: Any = torch.get_device_module(device) if device else None
+    if device is None or not getattr(module, "is_initialized", lambda: False)():
+        return None
+    return device.type, module
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restores the random states of Python, NumPy and PyTorch afterwards, on the CPU and on all accelerators."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    in_use = accelerator_in_use()
+    devices: dict[str, Any] = {"devices": ()}
+    if in_use:
+        devices = {"devices": range(torch.accelerator.device_count()), "device_type": in_use[0]}
+    with torch.random.fork_rng(**devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 @dataclass(frozen=True)
@@ -61,54 +89,3 @@ def this_process() -> Process:
         return Process()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return Process(*(int(os.environ[name]) for name in names))
-
-
-_INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Installs a handler of the interrupts that are not ignored, as `nohup` ignores some, and restores the earlier
-    ones; does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heeded = [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, earlier_handler in before.items():
-            signal.signal(number, earlier_handler)
-
-
-@contextlib.contextmanager
-def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
-    """Defers interrupts in the main thread until a good moment; a second signal ends the process at once.
-
-    Args:
-        notice: printed on stderr when a signal comes.
-
-    Yields:
-        A function to call at good moments; it raises `KeyboardInterrupt` if a signal came.
-    """
-    heard: list[int] = []
-
-    def hear(number: int, frame: Any) -> None:
-        if heard:
-            raise KeyboardInterrupt(number)
-        heard.append(number)
-        with contextlib.suppress(OSError):  # the terminal is closed
-            sys.stderr.write(f"\n{notice}\n")
-
-    def raise_if_heard() -> None:
-        if heard:
-            raise KeyboardInterrupt(heard[0])
-
-    with handling_interrupts(hear):
-        yield raise_if_heard
-
-
-def end_by_interrupt(number: int, frame: Any) -> NoReturn:
-    """A handler of signals that lets a process clean up before it ends."""
-    raise KeyboardInterrupt(number)

@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal and in a notebook, elsewhere a line per stage and minute; and the log file of a run."""
+"""Progress and text on a terminal: bars, elsewhere a line per stage and minute; and the log file of a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,42 @@ from typing import Any
 
 import psutil
 from pydantic import BaseModel
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
-from adapruner.base.terminal import PlainConsole
+# Line ends and tabs; and the joiners of Indic scripts, Persian and emoji.
+_HARMLESS = "\n\t\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped: they could move the cursor of a terminal, or colour or turn round
+    what follows."""
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(sign: str) -> str:
+    is_shown = sign.isprintable() or sign in _HARMLESS or unicodedata.category(sign) == "Zs"
+    return sign if is_shown else ascii(sign)[1:-1]
+
+
+class PlainConsole(Console):
+    """Names of models, files and datasets may look like markup or emoji, or have control characters, or characters that
+    the encoding of the terminal lacks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    @property
+    def encoding(self) -> str:
+        """That of stdout or stderr too; rich reads that of a given file alone, and draws tables accordingly."""
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        encoded = printable(text).encode(self.encoding, "backslashreplace")
+        return super().render_str(encoded.decode(self.encoding), **options)
+
 
 # At INFO, which the package sets, stages are shown; at DEBUG, what is recorded of them is logged too.
 _logger = logging.getLogger("adapruner")
@@ -199,7 +232,7 @@ def _accelerator() -> Any:
     """The module of PyTorch for the accelerator in use. PyTorch is not imported for it, so that `--help` is fast."""
     if "torch" not in sys.modules:
         return None
-    from adapruner.base.torch_state import accelerator_in_use
+    from adapruner.base.processes import accelerator_in_use
 
     in_use = accelerator_in_use()
     return in_use and in_use[1]

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 from rich import table as rich_table
-
-
-@dataclass(frozen=True)
-class Whisker:
-    """A difference from zero with two standard errors on both sides.
-
-    Attributes:
-        place: percent from the left; zero is at 50.
-        ends: of the line, in the same percentages; None if the error is not known.
-        is_noise: True if the difference is within two standard errors of zero.
-    """
-
-    place: float
-    ends: tuple[float, float] | None
-    is_noise: bool
 
 
 @dataclass(frozen=True)
@@ -32,14 +17,12 @@ class Cell:
     Attributes:
         error: the standard error or the range of the number, or another remark on it.
         detail: the subject of the text: a dataset, a range.
-        drawing: shown only on a page.
         is_noise: True for a change within two standard errors of zero.
     """
 
     text: str = ""
     error: str = ""
     detail: str = ""
-    drawing: Whisker | None = None
     is_noise: bool = False
 
     def __str__(self) -> str:
@@ -53,17 +36,14 @@ class Column:
     Attributes:
         title: its lines, separated by line breaks.
         is_number: True to align to the right.
-        style: on a page: `change` or `bar`.
-        needs_width: True to show the column only on a page.
+        style: on a page: `change` or `written`.
     """
 
     title: str
     is_number: bool = True
     style: str = ""
-    needs_width: bool = False
 
 
-BARS = Column("", is_number=False, style="bar", needs_width=True)
 Cells = Sequence[str | Cell]
 
 
@@ -96,41 +76,18 @@ class Table:
         Args:
             shown: escapes a text.
         """
-        columns = self._narrow()
-        titles = [self.columns[column].title.replace("\n", ", ") for column in columns]
-        lines = [titles, *([str(row[column]) for column in columns] for row in self.rows)]
-        head, *body = (f"| {' | '.join(map(shown, cells))} |" for cells in lines)
-        return "\n".join([head, "|---" * len(columns) + "|", *body])
+        titles = [column.title.replace("\n", ", ") for column in self.columns]
+        head, *body = (f"| {' | '.join(map(shown, map(str, cells)))} |" for cells in (titles, *self.rows))
+        return "\n".join([head, "|---" * len(titles) + "|", *body])
 
     def __rich__(self) -> rich_table.Table:
         caption = "\n".join(self.caption) or None
         shown = rich_table.Table(title=self.title or None, caption=caption, caption_justify="left")
-        columns = self._narrow()
-        for place in columns:
-            column = self.columns[place]
+        for column in self.columns:
             justify: Literal["left", "right"] = "right" if column.is_number else "left"
             # Names of datasets are long: their part is on a separate line.
             title = column.title.replace("@", "\n@")
             shown.add_column(title, justify=justify, overflow="fold")
         for row in self.rows:
-            shown.add_row(*(str(row[place]) for place in columns))
+            shown.add_row(*map(str, row))
         return shown
-
-    def _narrow(self) -> list[int]:
-        """The places of the columns that are not only for a page."""
-        return [place for place, column in enumerate(self.columns) if not column.needs_width]
-
-
-def whiskers(differences: Iterable[tuple[float, float | None] | None]) -> list[Cell]:
-    """The cells of a column that draws differences with their standard errors, all to one scale."""
-    drawn = list(differences)
-    reach = max((abs(value) + 2 * (error or 0.0) for value, error in filter(None, drawn)), default=0.0)
-    scale = 48 / reach if reach else 0.0
-    return [Cell(drawing=_whisker(*difference, scale)) if difference else Cell() for difference in drawn]
-
-
-def _whisker(value: float, error: float | None, scale: float) -> Whisker:
-    if error is None:
-        return Whisker(round(50 + scale * value, 2), None, is_noise=False)
-    ends = max(1.0, 50 + scale * (value - 2 * error)), min(99.0, 50 + scale * (value + 2 * error))
-    return Whisker(round(50 + scale * value, 2), (round(ends[0], 2), round(ends[1], 2)), abs(value) < 2 * error)

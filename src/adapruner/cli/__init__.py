@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from adapruner import __version__
 from adapruner.base.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
-from adapruner.base.processes import end_by_interrupt, handling_interrupts
+from adapruner.base.signals import end_by_interrupt, handling_interrupts
 from adapruner.cli.installation import env, recipes
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import inspect, prune, report

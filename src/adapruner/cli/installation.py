@@ -31,7 +31,7 @@ def env(*, json: Json = False) -> None:
     with starting():
         import torch
 
-        from adapruner.model.device import describe_device
+        from adapruner.model.loading import describe_device
     packages: dict[str, str | None] = {}
     for requirement in requires("adapruner") or []:
         name = re.split(r"[^\w.-]", requirement)[0]

@@ -241,7 +241,7 @@ def vocabulary(
         overwrite: Replace a folder that adapruner wrote.
     """
     with starting():
-        from adapruner.run.vocabulary import vocabulary as run
+        from adapruner.run.export import vocabulary as run
 
     pruned = run(model, vocabulary, output, vocabulary_size, vocabulary_multiple, overwrite, dtype)
     removed, before = pruned.vocabulary.removed_parameters, pruned.vocabulary.parameters_before
@@ -252,7 +252,7 @@ def vocabulary(
 
 
 def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
-    from adapruner.report.numbers import ability_table, measured_table, model_table, numbers_of, task_table
+    from adapruner.report.result import ability_table, measured_table, model_table, numbers_of, task_table
 
     if len(results) > 1:
         rows = {}
@@ -311,14 +311,7 @@ def _shown_rate(rate: Rate) -> str:
 
 
 def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
-    """Reasons why the model is not faster."""
-    if speed.unfriendly_widths:
-        numbers = [str(layer) for layer in speed.unfriendly_widths]
-        layers = ", ".join(numbers[:8]) + (" …" if len(numbers) > 8 else "")
-        yield (
-            f"the feed-forward widths of layers {layers} are no multiples of {speed.friendly_multiple}, with which this"
-            f" device is faster: prune with `round_to` {speed.friendly_multiple}"
-        )
+    """Where the model is not faster."""
     for kind, verb in (("prefill", "reads prompts"), ("decode", "generates")):
         for batch, rate in getattr(speed, kind).items():
             if dense and rate.median <= getattr(dense, kind)[batch].median:

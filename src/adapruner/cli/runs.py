@@ -29,13 +29,13 @@ from adapruner.cli.shared import (
 from adapruner.recipes import override, read_recipe
 
 if TYPE_CHECKING:
-    from adapruner.run.preview import Preview
+    from adapruner.run.prune import Preview
 import yaml
 from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from adapruner.run.preview import Estimate
+    from adapruner.run.prune import Estimate
     from adapruner.structure.blocks import Structure
 
 
@@ -79,7 +79,7 @@ def prune(
         output = _default_output(model, recipe, chosen)
         print_note(f"run folder: {output}")
     with starting():
-        from adapruner.run import engines, preview, prune as api
+        from adapruner.run import options as engines, prune as api, prune as preview
     if dry_run:
         previewed = preview.preview(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
         print_output(previewed, json, _lines_of_preview(previewed))
@@ -131,9 +131,8 @@ def report(run: Path, /, *, open: Flag = False, json: Json = False) -> None:
 
     with starting():
         from adapruner.base.files import given_path
-        from adapruner.run.folder import RunFolder
+        from adapruner.run.folder import RunFolder, write_report
         from adapruner.run.options import register_extensions
-        from adapruner.run.result import write_report
 
     folder = RunFolder(given_path(run))
     register_extensions(folder.read_config())
@@ -177,7 +176,7 @@ def inspect(
     if cost:
         with starting():
             from adapruner.cli import with_options
-            from adapruner.run.preview import estimate
+            from adapruner.run.prune import estimate
         estimated = estimate(model, memory, **pruning)
         place, needed = estimated.placement, estimated.memory
         content = {

@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from rich.console import RenderableType
 
 from adapruner import options as config
-from adapruner.base.terminal import PlainConsole
+from adapruner.base.progress import PlainConsole
 
 if TYPE_CHECKING:
     from adapruner.run.memory import Memory
@@ -78,7 +78,7 @@ else:
         return create_model(options.__name__, __base__=options, **fields)
 
     PruneOptions = _for_command_line(config.PruneOptions)
-    PruneOptions._conflicts = ()  # they are found with the options of the recipe
+    PruneOptions._conflicts = lambda _: ()  # they are found with the options of the recipe
     SizeLimit = _for_command_line(config.SizeLimit)
 
 

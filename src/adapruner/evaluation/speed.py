@@ -15,13 +15,8 @@ from pydantic import BaseModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from adapruner.base.errors import AdaPrunerError
 from adapruner.base.progress import held_memory, peak_memory, reset_peak_memory
 from adapruner.model.architecture import new_model
-from adapruner.structure.build import build_structure
-
-# Multiples of widths that fill the matrix units: vector registers of a processor, tiles of a GPU's tensor cores.
-_FRIENDLY_ON_CPU, _FRIENDLY_MULTIPLE = 8, 64
 
 # Tokens of a prompt, and tokens generated after it, unless others are given.
 SPEED_TOKENS = 128, 32
@@ -45,8 +40,6 @@ class Speed(BaseModel, frozen=True):
         peak_memory_bytes: weights and the most memory held beyond them at the largest batch size; None if the system
             does not report it.
         prefill, decode: rates of reading a prompt and of generating after it, by batch size.
-        unfriendly_widths: feed-forward widths that are not a multiple of `friendly_multiple`, by layer; empty for a
-            family that cannot be pruned, whose widths are not known.
     """
 
     parameters: int
@@ -56,8 +49,6 @@ class Speed(BaseModel, frozen=True):
     peak_memory_bytes: int | None
     prefill: dict[int, Rate]
     decode: dict[int, Rate]
-    unfriendly_widths: dict[int, int]
-    friendly_multiple: int
 
 
 def measure_speed(
@@ -95,11 +86,6 @@ def measure_speed(
         weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
         weight_bytes, peak = sum(parameter.numel() * parameter.element_size() for parameter in weights), peaks[name]
         prompt_macs, new_token_macs = count_macs(model, prompt)
-        multiple = _FRIENDLY_ON_CPU if model.device.type == "cpu" else _FRIENDLY_MULTIPLE
-        try:
-            blocks = build_structure(model).blocks
-        except AdaPrunerError:  # the family cannot be pruned
-            blocks = ()
         seconds = {size: [times[name, size] for times in rounds] for size in batch_sizes}
         speeds[name] = Speed(
             parameters=sum(parameter.numel() for parameter in weights),
@@ -109,10 +95,6 @@ def measure_speed(
             peak_memory_bytes=None if peak is None else weight_bytes + peak,
             prefill={size: _rate(size * prompt, [read for read, _ in times]) for size, times in seconds.items()},
             decode={size: _rate(size * new_tokens, [new for _, new in times]) for size, times in seconds.items()},
-            unfriendly_widths={
-                block.layer: block.groups for block in blocks if block.kind == "channels" and block.groups % multiple
-            },
-            friendly_multiple=multiple,
         )
     return speeds
 

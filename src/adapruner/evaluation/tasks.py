@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError, reason
 from adapruner.base.files import find_local_data, parse_yaml
-from adapruner.base.torch_state import random_state_kept
+from adapruner.base.processes import random_state_kept
 
 COMMONSENSE, GENERATIVE = "commonsense", "generative"
 # Tasks that judge the content of text that the model writes. HumanEval and MBPP run code that the model writes.

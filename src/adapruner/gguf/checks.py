@@ -1,9 +1,17 @@
-"""Refusal of models that llama.cpp would not compute exactly."""
+"""Which models llama.cpp computes exactly, and the types in which a GGUF file stores tensors."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
+import gguf
+from gguf import GGMLQuantizationType
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
@@ -120,3 +128,75 @@ def _check_plain_layers(model: PreTrainedModel) -> None:
             "llama.cpp runs layers that differ in width in Llama, Mistral and Qwen 2 only, not in"
             f" {family}: prune with `layout` uniform"
         )
+
+
+# Types that llama.cpp uses instead if rows are not a multiple of the 256 weights of a superblock.
+_WITHOUT_SUPERBLOCKS = {
+    GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
+}
+# Weights in a block of K-quants, and of the older types.
+_K_BLOCK, _BLOCK = 256, 32
+
+
+def tensor_bytes(shape: Sequence[int], matrix_type: GGMLQuantizationType) -> int:
+    """Bytes of a tensor in a file of a type, see `stored_type`."""
+    return math.prod(gguf.quant_shape_to_byte_shape(tuple(shape), stored_type(shape, matrix_type)))
+
+
+def stored_type(shape: Sequence[int], matrix_type: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of a tensor in a file of a type: norms and biases are float32, and matrices whose rows do not fit into
+    blocks are float16."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    for fitting in (matrix_type, _WITHOUT_SUPERBLOCKS.get(matrix_type, matrix_type)):
+        if shape[-1] % gguf.GGML_QUANT_SIZES[fitting][0] == 0:
+            return fitting
+    return GGMLQuantizationType.F16
+
+
+@dataclass(frozen=True)
+class StoredTypes:
+    """The types of the tensors in a GGUF file.
+
+    Attributes:
+        tensor_bytes: bytes of all tensors of a type, by its name in llama.cpp.
+        fallbacks: the number of matrices in another type than requested, because the length of their rows is not a
+            multiple of `block`; by the name of that type.
+        matrices: the number of matrices.
+        block: weights that the requested type stores together.
+    """
+
+    tensor_bytes: dict[str, int]
+    fallbacks: dict[str, int]
+    matrices: int
+    block: int
+
+    @property
+    def k_quant_share(self) -> float:
+        """The fraction of the bytes of all tensors that is in K-quants."""
+        in_k_quants = sum(size for name, size in self.tensor_bytes.items() if re.fullmatch("Q[2-6]_K", name))
+        return in_k_quants / sum(self.tensor_bytes.values())
+
+    @property
+    def sentence(self) -> str:
+        """The storage in one line, for the user."""
+        parts = [f"{self.k_quant_share:.1%} of the bytes are in K-quants"] if self.block == _K_BLOCK else []
+        if self.fallbacks:
+            parts.append(
+                f"{sum(self.fallbacks.values())} of {self.matrices} matrices are stored as"
+                f" {' and '.join(sorted(self.fallbacks))}, because their rows are no multiple of {self.block} long"
+            )
+        return "; ".join(parts)
+
+
+def read_stored_types(path: Path, gguf_type: GgufType) -> StoredTypes:
+    """Reads the types of a file that was written as `gguf_type`."""
+    block = _K_BLOCK if "_k" in gguf_type else _BLOCK
+    tensors = gguf.GGUFReader(path).tensors
+    stored = Counter[str]()
+    for tensor in tensors:
+        stored[tensor.tensor_type.name] += int(tensor.n_bytes)
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    fallbacks = Counter(tensor.tensor_type.name for tensor in matrices if int(tensor.shape[0]) % block)
+    return StoredTypes(dict(stored), dict(fallbacks), len(matrices), block)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import gguf
@@ -18,10 +17,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.base.files import being_written
-from adapruner.checkpoint import made_beside
-from adapruner.gguf.checks import QUANTIZED_BY_LLAMA_CPP, check_gguf, head_dim, layer_counts, layers_differ
-from adapruner.gguf.sizes import aligned, gguf_tensor_bytes, stored_type, tensor_bytes
+from adapruner.base.files import atomic_path, staging_folder
+from adapruner.gguf.checks import (
+    QUANTIZED_BY_LLAMA_CPP,
+    check_gguf,
+    head_dim,
+    layer_counts,
+    layers_differ,
+    stored_type,
+    tensor_bytes,
+)
 from adapruner.gguf.tokenizer import add_tokenizer
 from adapruner.options import GgufType
 
@@ -48,8 +53,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
             tokenizer; or it is needed and not installed.
     """
     check_gguf(model, gguf_type)
-    with made_beside(path) as made:
-        with being_written(made) as partial:
+    with staging_folder(path) as made:
+        with atomic_path(made) as partial:
             if gguf_type in QUANTIZED_BY_LLAMA_CPP:
                 exact = made.with_name(f"{made.name}.exact")
                 _write(model, tokenizer, exact, path.stem, _EXACT_TYPES.get(model.dtype, "f32"))
@@ -97,26 +102,6 @@ def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUF
     writer.add_name(name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return writer
-
-
-def gguf_bytes(model: PreTrainedModel, tokenizer: Tokenizer, gguf_type: GgufType, round_to: int | None = None) -> int:
-    """Bytes of the file that `write_gguf` writes or llama.cpp quantizes; the model needs no weights.
-
-    Args:
-        round_to: the model will be pruned to multiples of this number of channels: matrices that may then be stored in
-            a larger type are counted in it.
-
-    Raises:
-        AdaPrunerError: see `write_gguf`.
-    """
-    check_gguf(model)
-    tensors = _named_tensors(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    steps = None if round_to is None else {"ffn_down": round_to, "attn_output": head_dim(model.config)}
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_new_writer(model, tokenizer, "model")) as writer:
-        writer.add_file_type(LlamaFileType.ALL_F32)
-        _write_header(writer, path := Path(folder) / "model.gguf", tensors, GGMLQuantizationType.F32)
-        return aligned(path.stat().st_size) + gguf_tensor_bytes(shapes, gguf_type, steps)
 
 
 def _tensor_names(model: PreTrainedModel) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.base.files import replace, saying_what_cannot_be_written
+from adapruner.base.files import replace, report_write_errors
 from adapruner.base.progress import Reporter
 from adapruner.graph.folder import Folder
 from adapruner.graph.nodes import (
@@ -191,7 +191,7 @@ class Making:
             value = self._called(node, work=work, key=record.key)
         path = self.folder.place(node.path)
         partial_path = path.with_name(f".{path.name}.partial")
-        with saying_what_cannot_be_written(path):
+        with report_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial_path, ignore_errors=True)
             node.form.save(value, partial_path)

@@ -23,6 +23,8 @@ from adapruner.model.layers import decoder_layers, enter_layers, loaded_layer, s
 from adapruner.options import Terms
 from adapruner.structure.blocks import Structure
 
+# Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
+MEASURED_AT_ONCE = {False: 4, True: 16}
 _OF_ALL_SAMPLES = ("column_absolute", "column_squared", "removal_error", "elimination_error", "conditional_variance")
 
 

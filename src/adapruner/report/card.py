@@ -23,9 +23,8 @@ from adapruner.model.architecture import is_pruned
 from adapruner.model.config import find_wrapper, load_config
 from adapruner.model.places import ModelLocation, quiet_transformers
 from adapruner.model.stored import has_multi_token_head
-from adapruner.report.numbers import Number, measured_table
-from adapruner.report.result import RunResult, shown_name
-from adapruner.tokens.selecting import VocabularySummary
+from adapruner.report.result import Number, RunResult, measured_table, shown_name
+from adapruner.tokens.model import VocabularySummary
 from adapruner.train.healing import Healing
 from adapruner.train.training import RecoveryRecord
 
@@ -71,13 +70,13 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
             if number.kind in ("text", "ability") or (number.kind == "task" and (number.items or 0) >= _FEWEST_ITEMS)
         ],
         base=base,
-        removed=dense.parameters - result.model("searched").parameters,
+        removed=dense.parameters - model.parameters,
         parameters=dense.parameters,
         parts=_what_was_removed(plan),
         trained=healed_sentence(result.healing) if result.healing and result.healing.record else _NOT_TRAINED,
         plan=plan,
         verdict=model.verdict,
-        solves=bool(model.abilities and model.abilities.solved),
+        solves=bool(model.abilities.solved),
         cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,
         chosen=chosen,

@@ -1,9 +1,12 @@
-"""The outcome of a run: `result.json`, the numbers of its models, and advice."""
+"""The outcome of a run, `result.json`: the numbers of its models, their tables, and advice."""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -11,49 +14,271 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from adapruner.base.progress import StageCost
-from adapruner.base.tables import Table
+from adapruner.base.tables import Cell, Cells, Column, Table
 from adapruner.budget.plan import PruningPlan
-from adapruner.evaluation.abilities import Abilities, Verdict, damaged, judge
-from adapruner.evaluation.perplexity import Perplexity
+from adapruner.evaluation.abilities import Abilities, Verdict, damaged
+from adapruner.evaluation.losses import Perplexity
+from adapruner.evaluation.speed import Speed
 from adapruner.evaluation.tasks import TaskScore, mean_accuracies
-from adapruner.option_rules import fields_of, tries_fixed_metrics
 from adapruner.options import PruneConfig
-from adapruner.report.numbers import Number, Numbers, ability_table, model_table, numbers_of, task_table
 from adapruner.search.judging import Costs
-from adapruner.search.result import SearchResult
+from adapruner.search.study import SearchResult
 from adapruner.train.healing import Healing
+
+Kind = Literal["cost", "text", "ability", "task", "mean"]
+# By metric.
+_PROTOCOLS_OF_ABILITIES = {
+    "agreement": "fraction of tokens at which the model predicts what the original does, in text of a kind that the"
+    " original wrote",
+    "loss": "nats per token of the original, in text of a kind that the original wrote",
+    "solved": "fraction of the items of built-in tasks whose right answer is the likeliest",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured number of a model.
+
+    Attributes:
+        kind: the size or speed of the model; on text; an ability; in a task; the mean over all tasks.
+        metric: its name, `perplexity` or `acc`.
+        dataset: the text or the task.
+        digits: shown after the decimal point.
+        error: standard error, if it is known.
+        protocol: how it was measured, on one line.
+        items: the number of items of the task.
+        right: a digit for each of them, see `TaskScore`.
+    """
+
+    kind: Kind
+    metric: str
+    dataset: str
+    value: float
+    digits: int
+    error: float | None = None
+    protocol: str = ""
+    items: int | None = None
+    right: str = ""
+
+    @property
+    def name(self) -> str:
+        """The metric and the dataset."""
+        return (
+            f"{self.metric} on {self.dataset}" if self.kind in ("text", "ability") else f"{self.dataset}, {self.metric}"
+        )
+
+    @property
+    def cell(self) -> Cell:
+        return with_error(self.value, self.error, self.digits)
+
+
+# Kind, metric and dataset.
+Key = tuple[Kind, str, str]
+Numbers = Mapping[Key, Number]
+
+
+def numbers_of(
+    perplexity: Mapping[str, Perplexity],
+    abilities: Abilities | None = None,
+    tasks: Mapping[str, TaskScore] | None = None,
+    speed: Speed | None = None,
+) -> dict[Key, Number]:
+    """The numbers of a model, and the means over its tasks.
+
+    Args:
+        perplexity: by text.
+        tasks: by task.
+        speed: of one sequence at a time.
+    """
+    numbers = list[Number]()
+    if speed:
+        protocol = (
+            "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
+        )
+        numbers.append(Number("cost", "MB", "", speed.weight_bytes / 1e6, 1))
+        numbers.append(Number("cost", "parameters", "", speed.parameters, 0))
+        for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
+            numbers.append(Number("cost", metric, "", rates[1].median, 1, None, protocol))
+    for text, measured in perplexity.items():
+        protocol, bits = measured.protocol, measured.bits_per_byte
+        numbers.append(Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol))
+        if bits is not None:
+            numbers.append(Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol))
+    numbers += [*(_abilities(abilities) if abilities else ()), *(_scores(tasks) if tasks else ())]
+    return {(number.kind, number.metric, number.dataset): number for number in numbers}
+
+
+def _abilities(abilities: Abilities) -> Iterator[Number]:
+    def number(metric: str, dataset: str, value: float, digits: int, right: str = "") -> Number:
+        return Number("ability", metric, dataset, value, digits, None, _PROTOCOLS_OF_ABILITIES[metric], right=right)
+
+    for kind, reading in abilities.reads.items():
+        yield number("loss", kind, reading.loss, 3)
+        if reading.agreement is not None:
+            yield number("agreement", kind, reading.agreement, 2)
+    if abilities.share_solved is not None:
+        yield number("solved", "built-in tasks", abilities.share_solved, 2, "".join(abilities.solved.values()))
+
+
+def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
+    for task, score in tasks.items():
+        for metric, value in score.metrics.items():
+            error, right = score.standard_errors.get(metric), score.right.get(metric, "")
+            yield Number("task", metric, task, value, 4, error, score.protocol, score.items, right)
+    # Tasks are independent of each other.
+    for metric, value in mean_accuracies(score.metrics for score in tasks.values()).items():
+        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in tasks.values()]
+        error = combined(*errors)
+        yield Number("mean", metric, "mean", value, 4, None if error is None else error / len(errors))
+
+
+def combined(*errors: float | None) -> float | None:
+    """The standard error of a sum or a difference of independent numbers; None if one of their errors is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def is_noise(difference: float, *errors: float | None) -> bool:
+    """True if a difference is within two standard errors of zero.
+
+    Args:
+        errors: standard errors of the two numbers, which are independent; if one is not known, nothing is noise.
+    """
+    error = combined(*errors)
+    return error is not None and abs(difference) < 2 * error
+
+
+def shortened(text: str, longest: int = 26) -> str:
+    """The name of a text source, or its end if it is too long for a table."""
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
+def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
+    """Size, perplexity, bits per byte and speed of every model, a row each."""
+    shown = _of_kind(models, "cost", "text")
+    columns = [
+        Column(f"{number.metric}\n{shortened(number.dataset)}" if number.dataset else number.metric)
+        for number in shown.values()
+    ]
+    rows: list[Cells] = [[name, *(_cell(numbers, key) for key in shown)] for name, numbers in models.items()]
+    return Table("model-table", title, [Column("model", is_number=False), *columns], rows, _protocols(shown))
+
+
+def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
+    """What models can still do, of those for which it is known, and their verdicts."""
+    shown = _of_kind(models, "ability")
+    if any(metric == "agreement" for _, metric, _ in shown):
+        shown = {key: number for key, number in shown.items() if number.metric != "loss"}
+    known = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("ability", is_number=False), Column("measured", is_number=False), *map(Column, known)]
+    rows: list[Cells] = [
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in known.values())]
+        for key, number in shown.items()
+    ]
+    if verdicts:
+        rows.append(["verdict", "", *(verdicts.get(name, "") for name in known)])
+    captions = {number.metric: f"{number.metric.capitalize()}: {number.protocol}." for number in shown.values()}
+    lines = [*captions.values()]
+    if verdicts and "solved" not in captions:
+        lines.append("Layer by layer, the models read built-in texts, and solve no tasks.")
+    return Table("ability-table", "What it can still do", columns, rows, [" ".join(lines)] if rows else [])
+
+
+def task_table(models: Mapping[str, Numbers]) -> Table:
+    """Scores of the models that ran tasks, with the means over all tasks, and the change from the first model to the
+    last."""
+    shown = _of_kind(models, "task", "mean")
+    scores = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
+    columns = [Column("task", is_number=False), Column("metric", is_number=False), *map(Column, scores)]
+    rows: list[Cells] = [
+        [number.dataset, number.metric, *(_cell(numbers, key) for numbers in scores.values())]
+        for key, number in shown.items()
+    ]
+    if len(scores) > 1:
+        columns += [Column("of the first", style="change"), Column("change", style="change")]
+        first, *_, last = scores.values()
+        changes = {key: difference(first[key], last[key]) for key in shown}
+        rows = [
+            [*cells, _share(first[key].value, *changes[key]), signed(*changes[key])]
+            for cells, key in zip(rows, shown, strict=True)
+        ]
+    return Table("task-table", "Scores in tasks", columns, rows, _protocols(shown))
+
+
+def measured_table(models: Mapping[str, Numbers], *kinds: Kind) -> Table:
+    """A row for every number, with its protocol; a column for every model."""
+    shown = _of_kind(models, *kinds)
+    columns = [Column("measured", is_number=False), *map(Column, models), Column("protocol", is_number=False)]
+    rows: list[Cells] = [
+        [number.name, *(_cell(numbers, key) for numbers in models.values()), number.protocol]
+        for key, number in shown.items()
+    ]
+    return Table("measured", "", columns, rows)
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A cell with a number and its standard error."""
+    return Cell(f"{value:,.{digits}f}", "" if error is None else f"± {error:,.{digits}f}")
+
+
+def signed(value: float, error: float | None, digits: int = 4) -> Cell:
+    """A cell with a change and its standard error."""
+    shown = "" if error is None else f"± {error:.{digits}f}"
+    return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
+
+
+def _share(first: float, growth: float, error: float | None) -> Cell:
+    """A score as a share of the first model's, with the error of the difference."""
+    if not first:
+        return Cell()
+    shown = "" if error is None else f"± {100 * error / first:.1f}"
+    return Cell(f"{100 * (1 + growth / first):.1f} %", shown, is_noise=is_noise(growth, error))
+
+
+def difference(before: Number, after: Number) -> tuple[float, float | None]:
+    """The growth of a number, and its standard error: of the differences item by item, if those are known."""
+    growth, count = after.value - before.value, len(before.right)
+    if count < 2 or count != len(after.right):
+        return growth, combined(before.error, after.error)
+    differences = [int(now) - int(then) for then, now in zip(before.right, after.right, strict=True)]
+    return growth, statistics.stdev(differences) / math.sqrt(count)
+
+
+def _cell(numbers: Numbers, key: Key) -> Cell:
+    return numbers[key].cell if key in numbers else Cell()
+
+
+def _of_kind(models: Mapping[str, Numbers], *kinds: Kind) -> dict[Key, Number]:
+    """A number of each metric and dataset with which a model was measured."""
+    return {key: number for numbers in models.values() for key, number in numbers.items() if number.kind in kinds}
+
+
+def _protocols(shown: Numbers) -> list[str]:
+    return list(dict.fromkeys(number.protocol for number in shown.values() if number.protocol))
+
 
 # Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
 _MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
 
-Role = Literal["dense", "best_fixed", "searched"]
-# For options by name, true if a run with them evaluates the model. That of a step on the way takes as long as the final
-# one, and shows what the search gained.
-IS_WANTED: dict[Role, Callable[..., bool]] = {
-    "dense": lambda: True,
-    "best_fixed": tries_fixed_metrics,
-    "searched": lambda: True,
-}
+Role = Literal["dense", "pruned"]
 
 
 class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     """The numbers of one model of a run.
 
     Attributes:
-        role: `dense`; `best_fixed`, pruned by the best of LLM-Pruner's metrics, neither compensated nor healed, only
-            where they were tried; `searched`, the pruned model.
         parameters: tied ones counted once.
         perplexity: by text.
         tasks: scores, by task.
-        abilities: what it can do; None for `best_fixed`.
-        verdict: on its abilities; None for the dense model and `best_fixed`.
+        abilities: what it can do.
+        verdict: on its abilities; None for the dense model.
     """
 
     role: Role
     parameters: int
     perplexity: dict[str, Perplexity] = {}
     tasks: dict[str, TaskScore] = {}
-    abilities: Abilities | None = None
+    abilities: Abilities
     verdict: Verdict | None = None
 
     @property
@@ -77,14 +302,14 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         costs: of cutting each block; None if options decided how much each loses.
         search: the chosen candidate and all trials; None without a search.
         healing: the record of the training after the cut, if there was any.
-        models: the models, in the order in which they were made.
+        models: the dense and the pruned model.
         windows: the number of windows, by use and kind of text.
         stages: seconds and peak memory of every stage.
         versions: of the packages that decide numbers.
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[9] = 9
+    schema_version: Literal[10] = 10
     config: PruneConfig
     plan_hash: str
     costs: Costs | None = None
@@ -113,7 +338,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     @property
     def removed_share(self) -> float:
         """The fraction of all parameters that was removed."""
-        return 1 - self.model("searched").parameters / self.model("dense").parameters
+        return 1 - self.final.parameters / self.model("dense").parameters
 
 
 def advice_on(result: RunResult, plan: PruningPlan) -> list[str]:
@@ -135,23 +360,12 @@ def advice_on(result: RunResult, plan: PruningPlan) -> list[str]:
     return lines
 
 
-def tables_of(title: str, models: Sequence[ModelNumbers], names: Mapping[Role, str]) -> list[Table]:
-    """The tables of models, as far as they were measured.
-
-    Args:
-        title: of the first table.
-        names: of the models, by role.
-    """
-    numbers = {names[model.role]: model.numbers for model in models}
-    verdicts = {names[model.role]: model.verdict for model in models if model.verdict}
+def tables_of(title: str, models: Sequence[ModelNumbers]) -> list[Table]:
+    """The tables of models, as far as they were measured; the title is that of the first table."""
+    numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
+    verdicts: dict[str, str] = {model.role: model.verdict for model in models if model.verdict}
     tables = (model_table(title, numbers), ability_table(numbers, verdicts), task_table(numbers))
     return [table for table in tables if table.rows]
-
-
-def verdict_of(role: Role, abilities: Mapping[Role, Abilities | None]) -> Verdict | None:
-    """The verdict on a model, from the abilities of all models; None for the dense model, and if they are not known."""
-    dense, pruned = abilities.get("dense"), abilities.get(role)
-    return judge(dense, pruned) if dense and pruned and role != "dense" else None
 
 
 def _damage(result: RunResult) -> Iterator[str]:
@@ -162,28 +376,12 @@ def _damage(result: RunResult) -> Iterator[str]:
         before, after = dense.perplexity[text].perplexity, measured.perplexity
         if not after <= _MUCH_WORSE * before:
             yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
-    if dense.abilities is None or final.abilities is None:
-        return
     if final.verdict == "broken":
         yield "the model is broken"
     elif final.verdict == "recover first":
         yield "the model should be trained further before use"
     if lost := damaged(dense.abilities, final.abilities):
         yield f"what it lost most: {', '.join(lost)}"
-
-
-def roles_of(config: PruneConfig) -> list[Role]:
-    """The models that a run with this config may have."""
-    return [
-        role for role, test in IS_WANTED.items() if test(**{name: getattr(config, name) for name in fields_of(test)})
-    ]
-
-
-def titles(result: RunResult) -> dict[Role, str]:
-    """The names of the models of a run, by role."""
-    fixed = result.search.best_fixed_name if result.search else ""
-    how = "" if result.config.compensation == "none" else ", not compensated"
-    return {"dense": "dense", "best_fixed": f"best fixed metric ({fixed}){how}", "searched": "pruned"}
 
 
 def shown_name(model: str) -> str:

@@ -33,17 +33,14 @@ from adapruner.evaluation.losses import window_losses
 from adapruner.graph.nodes import Form
 from adapruner.importance import TERMS, Term, needs_moments, needs_removal_errors
 from adapruner.measurement.moments import StoredMoments, measure_moments, projected_blocks, removal_errors
-from adapruner.measurement.taylor import Statistics, measure_in_parts
-from adapruner.option_rules import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, allocates_by_cost, searches, trials_of
-from adapruner.options import Layout, RatioOf, Searched, Space, Terms
+from adapruner.measurement.taylor import MEASURED_AT_ONCE, Statistics, measure_in_parts
+from adapruner.options import Layout, RatioOf, Space, Terms, allocates_by_cost
 from adapruner.run.folder import RunFolder
-from adapruner.run.graph import TENSORS, json_form
+from adapruner.run.inputs import GRAPH as GRAPH, TENSORS, json_form
 from adapruner.run.memory import Placement
-from adapruner.run.texts import GRAPH as GRAPH
-from adapruner.search.judging import Costs, Objective, cuts_to_measure, measure_costs, plan_candidate
-from adapruner.search.result import SearchResult
+from adapruner.search.judging import TOKENS_FOR_COSTS, Costs, Objective, cuts_to_measure, measure_costs, plan_candidate
 from adapruner.search.space import ExtendedSpace, PaperSpace, SearchSpace, build_subset_family
-from adapruner.search.study import Search, StudyFile
+from adapruner.search.study import Search, SearchResult, StudyFile
 from adapruner.structure.blocks import Structure
 from adapruner.text.windows import Text
 
@@ -78,7 +75,7 @@ def removals(
         return removal_errors(dense, structure, moments, advance, variance=is_searched)
 
 
-@GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=searches)
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=lambda trials: trials)
 def statistics(
     dense: PreTrainedModel,
     structure: Structure,
@@ -242,8 +239,8 @@ def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tenso
     return window_losses(dense_fast, windows["objective"].windows)
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=11, is_result=True, is_wanted=searches)
-def found(
+@GRAPH.kept("search.json", json_form(SearchResult), version=11, is_result=True, is_wanted=lambda trials: trials)
+def search_result(
     dense_fast: PreTrainedModel,
     structure: Structure,
     dense_losses: Tensor,
@@ -253,9 +250,7 @@ def found(
     space_of_search: SearchSpace,
     windows: dict[str, Text],
     placement: Placement,
-    trials: int | None,
-    space: Space,
-    search: Searched,
+    trials: int,
     seed: int,
     memory_for_moments: dict[torch.device, int],
     reporter: Reporter,
@@ -266,10 +261,9 @@ def found(
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     text = windows["objective"]
     judge = Objective(dense_fast, structure, statistics, counts, text.windows, dense_losses, held)
-    count = trials_of(trials, space, search)
     judge_together = judge.together if placement.layer_wise else None
-    study = Search(space_of_search, judge, count, seed, StudyFile(run_folder.study, key), judge_together)
-    with reporter.stage("searching", count) as advance:
+    study = Search(space_of_search, judge, trials, seed, StudyFile(run_folder.study, key), judge_together)
+    with reporter.stage("searching", trials) as advance:
         study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
         return study.result(text.kinds)
 
@@ -280,10 +274,10 @@ def plan(
     counts: list[int],
     removals: dict[str, Tensor] | None,
     statistics: Statistics | None,
-    found: SearchResult | None,
+    search_result: SearchResult | None,
 ) -> PruningPlan:
     """The plan of the chosen candidate; without a search, what is eliminated last is kept."""
-    if found is None or statistics is None:
+    if search_result is None or statistics is None:
         assert removals is not None
         return make_plan(structure, removals["elimination_error"], counts)
-    return plan_candidate(structure, statistics, found.best, counts)
+    return plan_candidate(structure, statistics, search_result.best, counts)

@@ -14,17 +14,23 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.base.progress import Reporter
 from adapruner.checkpoint import read_origin
 from adapruner.evaluation.abilities import Abilities, Verdict, judge, measure_abilities, write_answers
-from adapruner.evaluation.perplexity import PROTOCOLS, Perplexity, measure_perplexity
+from adapruner.evaluation.losses import PROTOCOLS, Perplexity, measure_perplexity
 from adapruner.evaluation.speed import SPEED_TOKENS, Speed, measure_speed
 from adapruner.evaluation.tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
 from adapruner.model.architecture import check_length, check_tokens, family_named
-from adapruner.model.device import in_fastest_dtype, resolve_devices, usable_devices
-from adapruner.model.loading import check_streamable, empty_model, is_streamable
+from adapruner.model.loading import (
+    check_streamable,
+    empty_model,
+    in_fastest_dtype,
+    is_streamable,
+    resolve_devices,
+    usable_devices,
+)
 from adapruner.options import Dtype
 from adapruner.run.given import ModelGiven, ModelSource
 from adapruner.run.memory import Placement, place_weights
+from adapruner.text.blends import overlaps
 from adapruner.text.sources import Source, parse_source
-from adapruner.text.uses import overlaps
 from adapruner.text.windows import evaluation_text
 
 

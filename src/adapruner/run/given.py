@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.base.files import replace
-from adapruner.checkpoint import made_beside, save_checkpoint
+from adapruner.base.files import replace, staging_folder
+from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn, open_config, open_model
 from adapruner.model.architecture import architecture_of
 from adapruner.model.loading import load_tokenizer
@@ -106,7 +106,7 @@ def save_text(data: TextData, folder: Path, use: str) -> str:
 
 def _save(folder: Path, name: str, suffix: str, write: Callable[[Path], object]) -> str:
     """Writes a file or folder under a name that has a hash of its content, unless it exists; returns the path."""
-    with made_beside(folder / name) as made:
+    with staging_folder(folder / name) as made:
         write(made)
         files = sorted(made.rglob("*")) if made.is_dir() else [made]
         digest = hashlib.sha256(

@@ -18,14 +18,13 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.base.processes import this_process
 from adapruner.budget.counts import Budget, kept_counts
 from adapruner.importance import needs_moments
-from adapruner.measurement.taylor import saved_activations
+from adapruner.measurement.taylor import MEASURED_AT_ONCE, saved_activations
 from adapruner.model.architecture import architecture_of, is_pruned
-from adapruner.model.device import trial_dtype
 from adapruner.model.generation import batches_together, texts_at_once
 from adapruner.model.layers import decoder_layers
-from adapruner.option_rules import MEASURED_AT_ONCE, TOKENS_FOR_COSTS, allocates_by_cost, healed_tokens, searches
-from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights
-from adapruner.search.judging import JUDGED_TOGETHER
+from adapruner.model.loading import trial_dtype
+from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights, allocates_by_cost
+from adapruner.search.judging import JUDGED_TOGETHER, TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
 from adapruner.text.blends import parse_blend
 from adapruner.train.healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
@@ -121,7 +120,7 @@ def estimate_memory(
     chosen = config.space, config.layout, config.ratio_of, config.head_share
     share = 1.0 if allocates_by_cost(*chosen) else max((share for share in shares if share < 1), default=0.0)
     is_written = any(part.is_written for part in parse_blend(config.calibration, missing_ok=True))
-    is_searched = structure.cuts_experts or searches(config.trials, config.space, config.search)
+    is_searched = structure.cuts_experts or config.default_trials > 0
     pool = config.pool * is_searched
     written = max(pool, config.compensation_windows) * is_written
     has_moments = needs_moments(config.compensation, config.space, config.terms)
@@ -190,7 +189,7 @@ def healing_within(
         weights: of the pruned model.
         devices, by_layer, stated: see `estimate_memory`.
     """
-    if not (tokens := healed_tokens(config.heal)) or len(devices) > 1:
+    if not (tokens := config.tokens_to_heal) or len(devices) > 1:
         return None
     total, dtype = stated or _total(devices[0]), dtype_of_weights(model, config.dtype)
     kinds: tuple[TrainedWeights, ...] = ("layers", "lora", "ia3")

@@ -1,4 +1,4 @@
-"""The pruned model: cut, compensated and healed."""
+"""The pruned model, cut, compensated and healed; the numbers of both models, the result and the page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import copy_folder, write_text
-from adapruner.base.progress import Reporter
+from adapruner.base.progress import Reporter, StageCost
 from adapruner.budget.counts import Budget, kept_counts
 from adapruner.budget.plan import PruningPlan
-from adapruner.checkpoint import read_origin, save_checkpoint
+from adapruner.checkpoint import read_origin, save_checkpoint, write_card
+from adapruner.evaluation.abilities import (
+    Abilities,
+    judge,
+    measure_abilities,
+    number_of_answers,
+    windows_of,
+    write_answers,
+)
+from adapruner.evaluation.losses import Perplexity, measure_perplexity
+from adapruner.evaluation.tasks import Tasks, TaskScore, load_tasks, measure_tasks
 from adapruner.graph.nodes import Form
 from adapruner.measurement.moments import StoredMoments
-from adapruner.model.loading import empty_model, load_model
+from adapruner.model.config import load_config
+from adapruner.model.loading import describe_device, empty_model, in_fastest_dtype, load_model
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import PruneConfig, RecoveryOptions
-from adapruner.report.result import shown_name
+from adapruner.report.card import model_card
+from adapruner.report.result import ModelNumbers, RunResult, shown_name
 from adapruner.run.choice import GRAPH as GRAPH
+from adapruner.run.folder import RunFolder, page_of
+from adapruner.run.inputs import TENSORS, json_form
 from adapruner.run.memory import Placement, healing_within
+from adapruner.search.judging import Costs
+from adapruner.search.study import SearchResult
 from adapruner.structure.blocks import Structure
+from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
-from adapruner.text.uses import Texts
-from adapruner.text.windows import Text
+from adapruner.text.blends import Texts
+from adapruner.text.windows import EvaluationText, Text
 from adapruner.train.healing import HEALING, Healing, heal, read_healing, steps_of_healing
 from adapruner.train.trainer import check_adapters, check_device
 
@@ -124,3 +141,157 @@ def healed(pruned: Path) -> Healing | None:
 @GRAPH.costly
 def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
     return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
+
+
+PAGE: Form[str] = Form(
+    lambda page, path: path.write_text(page, encoding="utf-8"), lambda path: path.read_text(encoding="utf-8")
+)
+
+
+@GRAPH.costly
+def pruned_fast(pruned_model: PreTrainedModel) -> PreTrainedModel:
+    return in_fastest_dtype(pruned_model)
+
+
+def measured_perplexity(
+    model: PreTrainedModel, texts: dict[str, EvaluationText], reporter: Reporter
+) -> dict[str, Perplexity]:
+    """The perplexity of a model on every text of the report, by name."""
+    with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
+        return {
+            name: measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts.items()
+        }
+
+
+# What the models can do
+
+
+@GRAPH.kept("evaluation/answers.safetensors", TENSORS)
+def answers(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, torch.Tensor]:
+    """What the dense model writes for both models to read, and predicts in it."""
+    with reporter.stage("writing answers", number_of_answers()) as advance:
+        return write_answers(dense_fast, tokenizer, advance)
+
+
+def measured_abilities(
+    model: PreTrainedModel, tokenizer: Tokenizer, answers: dict[str, torch.Tensor], reporter: Reporter
+) -> Abilities:
+    """What a model can do."""
+    with reporter.stage("comparing abilities", sum(map(len, windows_of(answers).values()))) as advance:
+        return measure_abilities(model, tokenizer, answers, advance=advance)
+
+
+# Tasks
+
+
+@GRAPH.leaf()
+def used_documents(texts: Texts) -> Callable[[], list[str]]:
+    return texts.used_documents
+
+
+@GRAPH.in_memory
+def loaded_tasks(
+    tasks: tuple[str, ...],
+    task_limit: int | None,
+    used_documents: Callable[[], list[str]],
+    calibration_texts: Any,
+    objective_texts: Any,
+) -> Tasks:
+    """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
+    # The documents are read when they are needed: the texts put their content into the key.
+    return load_tasks(tasks, task_limit, used_documents())
+
+
+def measured_tasks(
+    model: PreTrainedModel, tokenizer: Tokenizer, loaded_tasks: Tasks, reporter: Reporter
+) -> dict[str, TaskScore]:
+    """The scores of a model in every task, by name."""
+    with reporter.stage("running tasks", len(loaded_tasks)) as advance:
+        scores = measure_tasks(model, tokenizer, loaded_tasks, advance)
+        return {score.task: score for score in scores}
+
+
+# By role, the model in its own dtype, in which perplexity is measured, and in that of trials for all else.
+for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "pruned_model", "pruned_fast")):
+    GRAPH.kept(
+        f"evaluation/perplexity-{_role}.json",
+        json_form(dict[str, Perplexity]),
+        name=f"perplexity_{_role}",
+        needs={"model": _model, "texts": "report_texts"},
+        version=2,
+    )(measured_perplexity)
+    GRAPH.kept(
+        f"evaluation/tasks-{_role}.json",
+        json_form(dict[str, TaskScore]),
+        name=f"tasks_{_role}",
+        needs={"model": _fast},
+        version=2,
+        is_wanted=lambda tasks: tasks,
+    )(measured_tasks)
+    GRAPH.kept(
+        f"evaluation/abilities-{_role}.json", json_form(Abilities), name=f"abilities_{_role}", needs={"model": _fast}
+    )(measured_abilities)
+
+
+# The result
+
+
+@GRAPH.kept("result.json", json_form(RunResult), version=8, is_result=True, is_record=True, beside=("model/README.md",))
+def result(
+    config: PruneConfig,
+    location: ModelLocation,
+    windows: dict[str, Text],
+    costs: Costs | None,
+    search_result: SearchResult | None,
+    plan: PruningPlan,
+    pruned: Path,
+    healed: Healing | None,
+    perplexity_dense: dict[str, Perplexity],
+    perplexity_pruned: dict[str, Perplexity],
+    tasks_dense: dict[str, TaskScore] | None,
+    tasks_pruned: dict[str, TaskScore] | None,
+    abilities_dense: Abilities,
+    abilities_pruned: Abilities,
+    main_device: torch.device,
+    stage_costs: Callable[[], dict[str, StageCost]],
+) -> RunResult:
+    """All numbers of a run; the model card is written too, which shows them."""
+    config_after = load_config(find_model(str(pruned)))
+    after = build_structure(empty_model(config_after)).total_parameters
+    dense = ModelNumbers(
+        role="dense",
+        parameters=plan.total_parameters,
+        perplexity=perplexity_dense,
+        tasks=tasks_dense or {},
+        abilities=abilities_dense,
+    )
+    final = ModelNumbers(
+        role="pruned",
+        parameters=after,
+        perplexity=perplexity_pruned,
+        tasks=tasks_pruned or {},
+        abilities=abilities_pruned,
+        verdict=judge(abilities_dense, abilities_pruned),
+    )
+    result = RunResult(
+        config=config,
+        plan_hash=plan.hash,
+        costs=costs,
+        search=search_result,
+        healing=healed,
+        models=(dense, final),
+        windows={use: {kind: len(own) for kind, own in text.by_kind.items()} for use, text in windows.items()},
+        stages=stage_costs(),
+        device=describe_device(main_device),
+    )
+    write_card(pruned, model_card(location, config_after, plan, result))
+    return result
+
+
+@GRAPH.kept("report.html", PAGE, is_result=True)
+def report(result: RunResult, plan: PruningPlan, run_folder: RunFolder) -> str:
+    """The page that shows the run."""
+    return page_of(run_folder, result, plan)
+
+
+GRAPH.check()

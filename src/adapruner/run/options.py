@@ -1,35 +1,42 @@
-"""The config of a run, from what a caller gives: by name, in memory, in a recipe or a config; a size becomes a
-ratio."""
+"""The config of a run, from what a caller gives; the defaults that follow from others, the engine and the model."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import given_path
-from adapruner.base.values import size_in_bytes
 from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
-from adapruner.gguf.sizes import least_bytes_of_weight
-from adapruner.gguf.write import gguf_bytes
-from adapruner.model.architecture import register_architectures
+from adapruner.gguf.checks import LLAMA_LIKE, check_gguf
+from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
-from adapruner.model.loading import empty_model, load_tokenizer
+from adapruner.model.loading import empty_model
 from adapruner.model.places import find_model
-from adapruner.option_rules import EFFORTS
-from adapruner.options import BUDGETS, PruneConfig, PruneOptions, SizeLimit
+from adapruner.options import (
+    BUDGETS,
+    EFFORTS,
+    EXPERT_TRIALS,
+    Layout,
+    PruneConfig,
+    PruneOptions,
+    ServingEngine,
+    SizeLimit,
+    size_in_bytes,
+)
 from adapruner.recipes import override, read_recipe
-from adapruner.run.engines import options_for
 from adapruner.run.folder import RunFolder
 from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
 from adapruner.run.memory import dtype_of_weights
@@ -37,6 +44,87 @@ from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
 from adapruner.text.sources import absolute_source, register_sources
+
+# By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
+Loads = Mapping[Layout, bool]
+
+# Families whose number of heads times their width may be less than the hidden size: vLLM's own classes read the width
+# from the config, as was tried with benchmarks/engines.py.
+_VLLM_READS_HEAD_WIDTH = (
+    *("gpt_oss", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen3", "qwen3_moe", "smollm3"),
+)
+# The same in mlx-lm; and families for which it divides the hidden size by the heads if all layers are alike, where the
+# file for layers that differ does better.
+_MLX_READS_HEAD_WIDTH = (
+    *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "olmoe", "qwen3", "qwen3_moe", "smollm3"),
+    "stablelm",
+)
+_MLX_DIVIDES = ("cohere", "granite", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
+
+
+def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any]:
+    """The options with which a run makes a model that all engines in `wanted.for_` load.
+
+    Args:
+        wanted: the options that are set in it are kept, or refused.
+        config: of the dense model.
+
+    Raises:
+        AdaPrunerError: an engine does not load pruned models of this family, or not with these options.
+    """
+    loads, given = reduce(_both, [_loads(engine, config) for engine in wanted.for_]), wanted.model_fields_set
+
+    def refuse(option: str, problem: str) -> NoReturn:
+        value = getattr(wanted, option)
+        shown = ", ".join(value) if isinstance(value, tuple) else value
+        engines = " and ".join("any engine" if engine == "any" else engine for engine in wanted.for_)
+        raise AdaPrunerError(f"`{option}` {shown}: {engines} would need {problem}; change it, or `for_`")
+
+    layout: Layout = wanted.layout if "layout" in given else "per-layer" if "per-layer" in loads else "uniform"
+    if layout not in loads:
+        refuse("layout", "layers of equal widths")
+    options: dict[str, Any] = {"layout": layout}
+    if not loads[layout]:
+        if wanted.head_share:
+            refuse("head_share", f"all heads of a {config.model_type}")
+        options["head_share"] = 0.0
+    return options
+
+
+def _both(first: Loads, second: Loads) -> Loads:
+    return {layout: heads and second[layout] for layout, heads in first.items() if layout in second}
+
+
+def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
+    """The pruned models of a family that an engine loads."""
+    family, architecture = config.model_type, architecture_of(config)
+    if engine == "transformers":
+        return dict.fromkeys(architecture.layouts, True)
+    if engine == "llama.cpp":
+        check_gguf(empty_model(config))
+        return {"per-layer": True, "uniform": True} if family in LLAMA_LIKE else {"uniform": True}
+    if engine == "mlx":
+        if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
+            raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
+        return {"per-layer": True, "uniform": family in _MLX_READS_HEAD_WIDTH}
+    if "uniform" not in architecture.layouts or architecture.fixed_channels:
+        raise AdaPrunerError(f"{engine} would need a stock model, and no stock {family} has fewer channels")
+    return {"uniform": engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH}
+
+
+def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str]:
+    """The command that serves the model of a folder, for each engine that has one."""
+    trust = " --trust-remote-code" if any(folder.glob("*.py")) else ""
+    path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
+    commands = {
+        "transformers": f"transformers serve {path}{trust}",
+        "vllm": f"vllm serve {path}",
+        "sglang": f"python -m sglang.launch_server --model-path {path}",
+        "llama.cpp": f"adapruner export {path} --to gguf -o {file} && llama-server -m {file}",
+        "mlx": f"mlx_lm.server --model {path}{trust}",
+    }
+    return [commands[engine] for engine in engines if engine in commands]
+
 
 # The options whose values may be in memory.
 _IN_MEMORY = ("model", "calibration", "objective")
@@ -61,22 +149,37 @@ def resolve(
     """
     given, limit = _given_options(earlier, recipe, config, options)
     in_memory = {name: options[name] for name in _IN_MEMORY if not isinstance(options.get(name), str | Path | None)}
-    # Mistakes are told before anything is written.
-    resolved = PruneConfig.from_options(**given | {name: type(value).__name__ for name, value in in_memory.items()})
     if tokenizer is not None and "model" not in in_memory:
         raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
+    # Mistakes are told before anything is written.
+    of_effort = EFFORTS.get(str(given.get("effort")), {})
+    named = {name: type(value).__name__ for name, value in in_memory.items()}
+    resolved = PruneConfig.from_options(**of_effort | given | named, given=sorted(given))
     if in_memory:
         run.check_usable()
         resolved = resolved.model_copy(update=_in_files(in_memory, tokenizer, run.given))
-    resolved = _with_absolute_paths(resolved)
-    if resolved.for_:
-        set_for_engines = options_for(resolved, open_config(find_model(resolved.model)))
-        resolved = PruneConfig.from_options(**resolved.model_dump(exclude_unset=True) | set_for_engines)
-    if limit.gguf_type and not {"llama.cpp", "any"} & {*resolved.for_}:
-        raise AdaPrunerError("`gguf_type` is the type of a file for llama.cpp: add `for_` llama.cpp")
+    resolved = with_defaults(_with_absolute_paths(resolved))
     if limit.size or limit.memory:
-        resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved)})
+        given_names = (*resolved.given, "ratio")
+        resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved), "given": given_names})
     return resolved
+
+
+def with_defaults(config: PruneConfig) -> PruneConfig:
+    """The config with the defaults that follow from other options, from the engine and from the model.
+
+    Raises:
+        AdaPrunerError: the engine does not load what the options make.
+    """
+    updates: dict[str, Any] = {}
+    model_config = open_config(find_model(config.model))
+    if config.for_:
+        updates |= options_for(config, model_config)
+        PruneConfig.from_options(**config.model_dump(exclude_unset=True) | updates)  # what they exclude
+    # Experts have no ranking without a search.
+    has_experts = config.trials is None and architecture_of(model_config).experts
+    updates["trials"] = EXPERT_TRIALS if has_experts else config.default_trials
+    return config.model_copy(update=updates)
 
 
 def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
@@ -117,19 +220,14 @@ def _given_options(
     base: dict[str, Any] = {}
     if earlier:
         then = earlier.read_config()
-        set_by_effort = EFFORTS[then.effort].items()
-        base = {
-            name: value
-            for name, value in then.model_dump(exclude_defaults=True, exclude={"searched"}).items()
-            if (name, value) not in set_by_effort
-        }
+        base = {name: getattr(then, name) for name in then.given}
     if recipe:
         base = override(base, read_recipe(recipe))
     if config:
-        base = override(base, config.model_dump(exclude_unset=True, exclude={"searched"}))
+        names = config.given if isinstance(config, PruneConfig) and config.given else config.model_fields_set
+        base = override(base, {name: getattr(config, name) for name in names if name not in ("given", "searched")})
     own = {name: value for name, value in options.items() if value is not None or name not in ("model", "calibration")}
     given = override(base, own)
-    given = EFFORTS.get(str(given.get("effort")), {}) | given
     if len(budgets := [name for name in BUDGETS if given.get(name) is not None]) > 1:
         raise AdaPrunerError(f"`{budgets[0]}` and `{budgets[1]}` both say how much is removed: give one")
     of_limit = {name: given.pop(name) for name in SizeLimit.model_fields.keys() & given.keys()}
@@ -179,8 +277,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     """The lowest ratio at which every plan that a run may choose gives a model of at most a size or memory.
 
     Plans at a ratio differ in which blocks they cut, and in up to `RATIO_TOLERANCE` in the parameters that they remove.
-    So it is counted on from the largest model, unpruned: every parameter that is removed saves at least the bytes of a
-    weight in the smallest type of the file. The KV cache is counted as of the dense model, whose heads may all be kept.
+    The KV cache is counted as of the dense model, whose heads may all be kept.
 
     Args:
         config: the other options of the run; its ratio does not count.
@@ -196,12 +293,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     whole = wrapper.around(given_config) if wrapper else empty
     structure = build_structure(empty, config.head_granularity, config.expert_granularity)
     dtype = dtype_of_weights(empty, config.dtype)
-    if limit.gguf_type is None:
-        bytes_of_weight, dense = float(dtype.itemsize), safetensors_bytes(whole, dtype)
-    else:
-        bytes_of_weight = least_bytes_of_weight(limit.gguf_type)
-        dense = gguf_bytes(empty, load_tokenizer(location), limit.gguf_type, config.round_to)
-        dtype = torch.float16  # of the cache in llama.cpp
+    dense = safetensors_bytes(whole, dtype)
     option = "size" if limit.memory is None else "memory"
     if limit.memory is not None:
         dense += cache_bytes(empty, limit.batch, limit.context, dtype)
@@ -220,7 +312,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     excess = dense - size_in_bytes(asked)
     if excess <= 0:
         raise AdaPrunerError(f"`{option}` {asked}: the model has {_shown(dense)} already")
-    ratio = excess / bytes_of_weight / structure.total_parameters + RATIO_TOLERANCE
+    ratio = excess / dtype.itemsize / structure.total_parameters + RATIO_TOLERANCE
     try:
         while not has_plan(ratio):
             ratio += RATIO_TOLERANCE / 2
@@ -228,7 +320,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
         best = _highest(has_plan, ratio)
         removed = max(0.0, best - RATIO_TOLERANCE) * structure.total_parameters
         raise AdaPrunerError(
-            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * bytes_of_weight)}, with {best:.1%} of"
+            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * dtype.itemsize)}, with {best:.1%} of"
             f" the parameters removed; the dense model has {_shown(dense)}"
         ) from None
     share = structure.total_parameters / count_parameters(whole) if config.ratio_of == "parameters" else 1.0

@@ -22,20 +22,25 @@ from adapruner.graph.folder import Folder
 from adapruner.graph.making import Making
 from adapruner.graph.nodes import Form, Graph
 from adapruner.model.architecture import check_length, check_tokens
-from adapruner.model.device import in_fastest_dtype, resolve_device, usable_devices
-from adapruner.model.loading import empty_model, is_streamable, load_tokenizer
+from adapruner.model.loading import (
+    empty_model,
+    in_fastest_dtype,
+    is_streamable,
+    load_tokenizer,
+    resolve_device,
+    usable_devices,
+)
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import TRAINING_BUDGETS, Dtype, PruneOptions, RecoverConfig
 from adapruner.report.card import card_of_recovered, read_card
 from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import content_of_blend, content_of_model
 from adapruner.run.memory import place_weights
-from adapruner.text.blends import BlendPart, parse_blend, sources_of
+from adapruner.text.blends import BlendPart, parse_blend, record_of, sources_of
 from adapruner.text.sources import Source
-from adapruner.text.uses import record_of
 from adapruner.train.examples import Examples, Unwritten, read_examples
 from adapruner.train.healing import read_healing
-from adapruner.train.predictions import write_predictions
+from adapruner.train.loss import write_predictions
 from adapruner.train.trainer import check_adapters, check_device, check_processes, check_trainer_options, shard
 from adapruner.train.training import RecoveryRecord, total_steps, train
 
@@ -77,8 +82,8 @@ def recover(
         if given.keys() & {*TRAINING_BUDGETS}:
             del of_run["tokens"]
         given = of_run | given | {"model": str(given_path(model) / "model")}
-    if missing := [name for name in ("data", "output") if name not in given]:
-        raise AdaPrunerError(f"name `{missing[0]}`: {model} is not the folder of a run")
+    if lacking := [name for name in ("data", "output") if name not in given]:
+        raise AdaPrunerError(f"name `{lacking[0]}`: {model} is not the folder of a run")
     folder = RecoveryFolder(output_path(str(given.pop("output"))))
     config, process = RecoverConfig.from_options(dtype=dtype, **given), this_process()
     check_device(resolve_device(device))

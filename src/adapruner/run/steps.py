@@ -18,8 +18,7 @@ from adapruner.measurement.moments import measure_moments
 from adapruner.measurement.taylor import Statistics
 from adapruner.model.architecture import Architecture, register_architectures
 from adapruner.model.config import find_wrapper, load_config
-from adapruner.model.device import in_fastest_dtype
-from adapruner.model.loading import empty_model
+from adapruner.model.loading import empty_model, in_fastest_dtype
 from adapruner.model.places import find_model
 from adapruner.options import ExpertGranularity, HeadGranularity
 from adapruner.structure.blocks import Structure, count_parameters
@@ -40,7 +39,7 @@ from adapruner.evaluation.speed import Speed, measure_speed
 from adapruner.families import open_model
 from adapruner.model import loading as _loading
 from adapruner.model.architecture import check_length
-from adapruner.model.device import resolve_device
+from adapruner.model.loading import resolve_device
 from adapruner.options import Dtype
 from adapruner.run.given import ModelGiven, ModelSource
 

@@ -25,6 +25,8 @@ from adapruner.surgery import prune_model, prune_on_reading
 
 # Every fourth prediction is compared: neighbours tell much the same, and a large vocabulary costs more than the layers.
 _COMPARED = slice(None, None, 4)
+# Tokens of held-out text on which the costs of blocks are measured.
+TOKENS_FOR_COSTS = 2048
 # From so many feed-forwards on, every second is measured (research/experiments/costs.md).
 _MANY = 20
 # A model that is broken by a cut; a cut that costs nothing.

@@ -1,7 +1,8 @@
-"""The search itself: one loop of trials, proposed by Optuna and kept in a file, that resumes after a kill."""
+"""The search: one loop of trials, proposed by Optuna and kept in a file, that resumes after a kill; its outcome."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -9,6 +10,8 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +19,188 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from adapruner.base.errors import AdaPrunerError, NonFiniteError, first_problem, reason
-from adapruner.base.processes import deferring_interrupts
+from adapruner.base.signals import deferring_interrupts
 from adapruner.search.judging import JUDGED_TOGETHER
-from adapruner.search.result import LOSSES, STOPPED, Judge, SearchResult, choose, compare, loss_of, quiet_optuna
 from adapruner.search.space import FIXED_METRIC, START, Candidate, SearchSpace
+from adapruner.text.windows import places_of
+
+Judge = Callable[[Candidate], Iterable[Tensor]]
+
+# User attributes of a trial: that it was stopped early, and the losses of the windows that it was judged on.
+STOPPED, LOSSES = "stopped", "losses"
+Parameter = float | int | str
+
+
+class TriedPoint(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """A finished trial.
+
+    Attributes:
+        number: its place among the finished trials, in the order in which they were begun.
+        loss: the mean increase over the dense model's, or the expected mean if the trial was stopped early; None if it
+            is not finite.
+        windows: how many it was judged on; none if its loss is not finite.
+        starting_point: True if it was given, False if the sampler proposed it.
+        fixed_metric: the name of the LLM-Pruner metric that was tried instead of searched values, if it was one.
+        parameters: the searched values, by name.
+    """
+
+    number: int
+    loss: float | None
+    stopped: bool
+    windows: int
+    starting_point: bool
+    fixed_metric: str | None
+    parameters: dict[str, Parameter]
+
+
+class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """The outcome of a search, with all finished trials.
+
+    Attributes:
+        points: in the order in which they were begun.
+        trials: number of trials that were to be finished.
+        best: the best of the candidates that were not stopped.
+        best_loss: the mean over all windows; so is `best_fixed_loss`.
+        by_kind: the same for the windows of each kind of text.
+        best_trial: its number among `points`.
+        best_fixed_name: of LLM-Pruner's metrics the best on the first random draw of samples; empty if none was tried.
+        stopped_early: number of trials that were stopped early.
+        starting_points: number of points that the space tries before it searches.
+    """
+
+    points: tuple[TriedPoint, ...]
+    trials: int
+    best: Candidate
+    best_loss: float
+    by_kind: dict[str, float] = {}
+    best_trial: int
+    best_fixed_loss: float | None = None
+    best_fixed_name: str = ""
+    stopped_early: int
+    starting_points: int
+
+    @property
+    def searched(self) -> int:
+        """The number of points that the sampler proposed."""
+        return sum(not point.starting_point for point in self.points)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A trial that was not stopped, and its place among the finished ones."""
+
+    trial: FrozenTrial
+    number: int
+    space: SearchSpace
+    kinds: tuple[str, ...]
+
+    @property
+    def is_fixed(self) -> bool:
+        """True if one of LLM-Pruner's metrics was tried."""
+        return FIXED_METRIC in self.trial.user_attrs
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        return self.space.suggest(self.trial)
+
+    @property
+    def losses(self) -> list[float]:
+        """On every window; empty if they are not finite."""
+        losses: list[float] = self.trial.user_attrs[LOSSES]
+        return losses
+
+    @property
+    def loss(self) -> float:
+        return loss_of(self.trial)
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """The mean loss over the windows of each kind of text."""
+        return {
+            kind: statistics.fmean(self.losses[place] for place in places)
+            for kind, places in places_of(self.kinds[: len(self.losses)]).items()
+        }
+
+    @property
+    def guarded_loss(self) -> float:
+        """The mean loss and that of the worst kind: no kind of text pays for the others."""
+        return self.loss + max(self.by_kind.values(), default=self.loss)
+
+
+def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kinds: Sequence[str] = ()) -> SearchResult:
+    """The best of the finished trials: by the mean over all windows, and over those of the kind of text that is hit
+    most.
+
+    Args:
+        finished: in the order in which they were begun.
+        trials: number of trials that were to be finished.
+        kinds: of the windows; of an unknown kind if empty.
+    """
+    contenders = [
+        _Contender(trial, number, space, tuple(kinds))
+        for number, trial in enumerate(finished)
+        if STOPPED not in trial.user_attrs
+    ]
+    contenders.sort(key=attrgetter("loss"))
+    fixed = [contender for contender in contenders if contender.is_fixed]
+    if not contenders or not math.isfinite(contenders[0].loss):
+        raise AdaPrunerError(
+            f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
+        )
+    best = min(contenders, key=attrgetter("guarded_loss"))
+    return SearchResult(
+        points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
+        trials=trials,
+        best=best.candidate,
+        best_loss=best.loss,
+        by_kind=best.by_kind,
+        best_trial=best.number,
+        best_fixed_loss=fixed[0].loss if fixed else None,
+        best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC] if fixed else "",
+        stopped_early=len(finished) - len(contenders),
+        starting_points=len(space.starting_points()),
+    )
+
+
+def _point(number: int, trial: FrozenTrial) -> TriedPoint:
+    return TriedPoint(
+        number=number,
+        loss=loss_of(trial) if math.isfinite(loss_of(trial)) else None,
+        stopped=STOPPED in trial.user_attrs,
+        windows=len(trial.user_attrs[LOSSES]),
+        starting_point=START in trial.user_attrs,
+        fixed_metric=trial.user_attrs.get(FIXED_METRIC),
+        parameters=dict(sorted(trial.params.items())),
+    )
+
+
+def loss_of(trial: FrozenTrial) -> float:
+    """The loss of a finished trial, which may be infinite."""
+    return float(trial.values[0])
+
+
+def compare(losses: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Mean difference between finite losses and others on the same windows, and its standard error, which is infinite
+    for a single window."""
+    excess = [loss - other for loss, other in zip(losses, others, strict=True)]
+    return statistics.fmean(excess), statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """While it lasts, Optuna does not log."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
 
 # The loss of a trial, and user attributes.
 _Outcome = tuple[float, dict[str, Any]]

@@ -8,10 +8,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -390,3 +391,21 @@ def examples_to_learn(blend: Sequence[Examples], options: RecoveryOptions) -> in
         return (options.epochs or DEFAULT_EPOCHS) * sum(len(examples.training) for examples in blend)
     per_step = options.batch_size * sum(examples.share * examples.mean_tokens for examples in blend)
     return max(1, round(int(options.tokens) / per_step)) * options.batch_size
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
+    """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
+    weight of the labels. From a teacher on disk, `taught` has its predictions for the learnt tokens of all examples."""
+
+    def padded(rows: list[list[int]], padding: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+
+    batch: dict[str, Any] = {
+        "input_ids": padded([example["input_ids"] for example in examples], 0),
+        "labels": padded([example["labels"] for example in examples], IGNORED),
+        "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], 0),
+        "label_weight": torch.tensor([example["label_weight"] for example in examples]),
+    }
+    if taught := [example["taught"].read() for example in examples if "taught" in example]:
+        return batch | {"taught": tuple(map(torch.cat, zip(*taught, strict=True)))}
+    return batch

@@ -30,11 +30,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import FSDP_MODEL_NAME
 
 from adapruner.base.errors import AdaPrunerError, reason
-from adapruner.base.processes import this_process
-from adapruner.base.torch_state import random_state_kept
+from adapruner.base.processes import random_state_kept, this_process
 from adapruner.model.architecture import architecture_of
-from adapruner.model.device import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
 from adapruner.model.layers import change_weight, decoder_layers
+from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import read_parts
 from adapruner.options import RecoveryOptions
@@ -82,7 +81,7 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
     return adapted
 
 
-def take_off(adapted: Any) -> dict[str, Any]:
+def unload_adapters(adapted: Any) -> dict[str, Any]:
     """Removes adapters from the model below; returns them by the path of their layer."""
     adapters = {
         name.removeprefix("base_model.model."): module

@@ -14,36 +14,27 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from adapruner.base.errors import NonFiniteError
-from adapruner.base.processes import this_process
+from adapruner.base.processes import random_state_kept, this_process
 from adapruner.base.progress import give_back_memory
-from adapruner.base.torch_state import random_state_kept
-from adapruner.model.device import computes_bfloat16_natively, copy_in_dtype
 from adapruner.model.layers import decoder_layers, hold_places, is_streamed
+from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import deferred_by_module, read_all
 from adapruner.options import RecoveryOptions
 from adapruner.remote_code.modeling_pruned import Nothing
-from adapruner.train.examples import (
-    IGNORED,
-    Example,
-    Examples,
-    MixedExamples,
-    examples_to_learn,
-    steps_between_validations,
-)
+from adapruner.train.examples import Examples, MixedExamples, collate, examples_to_learn, steps_between_validations
 from adapruner.train.trainer import (
     TokenTrainer,
     frozen,
     merge,
     refuse_other_sharding,
     sharded,
-    take_off,
     trainer_options,
+    unload_adapters,
     with_adapters,
 )
 
@@ -237,7 +228,7 @@ def _trained(
         trainer.give_back()
     if is_kept and (this_process().leads or not trainer.is_fsdp_enabled):
         if trains_adapters:
-            adapters = take_off(trained)
+            adapters = unload_adapters(trained)
             if model.dtype != dtype:
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
                 give_back_memory()
@@ -303,24 +294,6 @@ def _arguments(
         # One process trains on one GPU; otherwise the Trainer would give every GPU a batch of that size.
         arguments._n_gpu = 1
     return arguments
-
-
-def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """[examples, tokens of the longest]: padded tokens and labels, and the attention mask; and [examples], float32: the
-    weight of the labels. From a teacher on disk, `taught` has its predictions for the learnt tokens of all examples."""
-
-    def padded(rows: list[list[int]], padding: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
-
-    batch: dict[str, Any] = {
-        "input_ids": padded([example["input_ids"] for example in examples], 0),
-        "labels": padded([example["labels"] for example in examples], IGNORED),
-        "attention_mask": padded([[1] * len(example["input_ids"]) for example in examples], 0),
-        "label_weight": torch.tensor([example["label_weight"] for example in examples]),
-    }
-    if taught := [example["taught"].read() for example in examples if "taught" in example]:
-        return batch | {"taught": tuple(map(torch.cat, zip(*taught, strict=True)))}
-    return batch
 
 
 class _Watcher(TrainerCallback):
