@@ -3,8 +3,6 @@
 `prune` runs the whole procedure, `load` reads its result; the command line offers the same.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from typing import TYPE_CHECKING, Any

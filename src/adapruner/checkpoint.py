@@ -1,7 +1,5 @@
 """Writing a pruned model as a Hugging Face folder that loads with and without this package."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
@@ -64,9 +62,6 @@ def save_checkpoint(
         record: the origin of the model, for `read_origin`: JSON values under `base_model`, `texts`, `plan`.
         write: writes weights, config, generation config and code of the model into a new folder, in files of at most
             `shard_size`.
-
-    Raises:
-        AdaPrunerError: it cannot be written.
     """
     with _valid_generation_config(model), staging_folder(folder) as made:
         write(model, made, shard_size)

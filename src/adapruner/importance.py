@@ -1,7 +1,5 @@
 """From statistics to scores: the importance terms, and the points of the metric space that mix them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Every option, once: type, default, range, help, and what excludes what. The command line reads this module alone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +33,7 @@ def _check_fraction(value: float) -> float:
 
 
 def size_in_bytes(value: Any) -> int:
-    """Bytes of a size such as 400MB or 1.5GiB.
-
-    Raises:
-        ValueError: it is not a size.
-    """
+    """Bytes of a size such as 400MB or 1.5GiB."""
     try:
         return int(TypeAdapter(ByteSize).validate_python(value))
     except ValidationError:
@@ -135,11 +129,7 @@ class _Options(BaseModel):
 
     @classmethod
     def from_options(cls, /, **options: Any) -> Self:
-        """Builds the config from plain values.
-
-        Raises:
-            AdaPrunerError: options are unknown, of the wrong type or out of range, or conflict.
-        """
+        """Builds the config from plain values."""
         try:
             return cls.model_validate(options)
         except ValidationError as error:

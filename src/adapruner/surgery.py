@@ -1,7 +1,5 @@
 """Cutting: from a model and a plan to a smaller model, whose kept weights take over from the removed ones."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,9 +46,6 @@ def prune_model(
     Args:
         compensation: second moments by number of the block, by which the kept part of the row-wise projections is
             corrected; None leaves it unchanged.
-
-    Raises:
-        AdaPrunerError: the plan was made for another model.
     """
     cut = _Cut(model, structure, plan, compensation)
     state = cut.state()
@@ -130,7 +125,11 @@ class _Cut:
                 continue
             for parameter, slices in block.slices_by_parameter.items():
                 if self.compensation is None or not block.is_projected or parameter != block.row_wise.parameter:
-                    tensors[parameter] = _kept_part(tensors[parameter], block_plan, slices)
+                    tensor, axis = tensors[parameter], slices[0].stored_axis
+                    by_expert = slices[0].of_experts(tensor)
+                    kept = kept_indices(block_plan, slices, by_expert.shape[1 + axis]).to(tensor.device)
+                    narrowed = [part.index_select(axis, rows) for part, rows in zip(by_expert, kept, strict=True)]
+                    tensors[parameter] = torch.stack(narrowed) if slices[0].experts else narrowed[0]
                     continue
                 weights = block.row_wise.as_projections(tensors[parameter])
                 kept = kept_indices(block_plan, [block.row_wise], weights.shape[2])
@@ -248,14 +247,6 @@ def compensate(weight: Tensor, moments: InputMoments, kept: Tensor) -> Tensor:
     within, across = second[kept][:, kept], second[kept][:, removed]
     change = solve_damped(within, moments.damping, across @ weight[:, removed].float().T)
     return (weight[:, kept].float() + change.T).to(weight.dtype)
-
-
-def _kept_part(tensor: Tensor, plan: BlockPlan, slices: Sequence[TensorSlice]) -> Tensor:
-    """The tensor with the indices of the kept groups only; `slices` are those of the groups in this tensor."""
-    axis, by_expert = slices[0].stored_axis, slices[0].of_experts(tensor)
-    kept = kept_indices(plan, slices, by_expert.shape[1 + axis]).to(tensor.device)
-    narrowed = [expert.index_select(axis, indices) for expert, indices in zip(by_expert, kept, strict=True)]
-    return torch.stack(narrowed) if slices[0].experts else narrowed[0]
 
 
 def kept_indices(plan: BlockPlan, slices: Sequence[TensorSlice], size: int) -> Tensor:

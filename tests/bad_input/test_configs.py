@@ -124,8 +124,11 @@ def test_all_errors_of_a_config_at_once():
         " `learning_rate` is not an option"
     )
     assert refusal(RecoverConfig, data="d", teacher_top=8, steps=0, stesp=1) == (
-        "`steps` 0 must be at least 1; `model` is missing;"
-        " `teacher_top` needs the dense model: add `teacher`; `stesp` is not an option: did you mean `steps`?"
+        "`steps` 0 must be at least 1; `model` is missing; `stesp` is not an option: did you mean `steps`?"
+    )
+    assert refusal(RecoverConfig, model="m", data="d", teacher_top=8, steps=1, tokens="2k") == (
+        "`steps`, `epochs` and `tokens` each say how long the training is: give one;"
+        " `teacher_top` needs the dense model: add `teacher`"
     )
 
 

@@ -1,7 +1,5 @@
 """Files: paths as users write them, YAML that may contain anything, and writing that leaves no file in part."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -43,9 +41,6 @@ def atomic_path(path: Path, writer: str = "") -> Iterator[Path]:
 
     Args:
         writer: part of the temporary name, if several processes may write the same file.
-
-    Raises:
-        AdaPrunerError: it cannot be written; an existing file is kept.
     """
     partial = path.with_name(f"{path.name}{writer}.partial")
     with report_write_errors(path):
@@ -89,11 +84,7 @@ def is_whole(path: Path) -> bool:
 
 @contextlib.contextmanager
 def report_write_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the system into one line.
-
-    Raises:
-        AdaPrunerError: something cannot be written.
-    """
+    """Turns errors of the system into one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -138,12 +129,7 @@ def _flush(path: Path) -> None:
 
 
 def given_path(name: str | Path) -> Path:
-    """The path of a name, with the home folder for `~`; it need not exist.
-
-    Raises:
-        AdaPrunerError: there can be no such path: the name is too long or no Unicode text, leads through a cycle of
-            links or an unreadable folder, or names the home folder of an unknown user.
-    """
+    """The path of a name, with the home folder for `~`; it need not exist."""
     try:
         path = Path(name).expanduser()
         str(path).encode()  # libraries read and write names that are text
@@ -156,11 +142,7 @@ def given_path(name: str | Path) -> Path:
 
 
 def output_path(name: str | Path) -> Path:
-    """The path of a new file or folder; its parent need not exist.
-
-    Raises:
-        AdaPrunerError: nothing can be written there.
-    """
+    """The path of a new file or folder; its parent need not exist."""
     path = given_path(name)
     if path.name in ("", ".."):
         raise AdaPrunerError(f"{str(name)!r} is not a name for a new file or folder: choose another output")
@@ -189,11 +171,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of YAML.
-
-    Raises:
-        ValueError: it is not YAML of plain values, or has an alias.
-    """
+    """The content of YAML."""
     try:
         return yaml.load(text, _PlainLoader)
     # Values of explicit types (`!!timestamp x`) and endless nesting raise nearly every class.
@@ -210,11 +188,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Options and their values in YAML.
-
-    Raises:
-        ValueError: it is not a mapping of options to values.
-    """
+    """Options and their values in YAML."""
     options = parse_yaml(text)
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError("it is not a mapping of options to values")

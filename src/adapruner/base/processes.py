@@ -1,7 +1,5 @@
 """The processes that a launcher started with this one, and state of PyTorch that belongs to the program."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

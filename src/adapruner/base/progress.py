@@ -1,7 +1,5 @@
 """Progress and text on a terminal: bars, elsewhere a line per stage and minute; and the log file of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json
@@ -29,12 +27,10 @@ _HARMLESS = "\n\t\u200c\u200d"
 def printable(text: str) -> str:
     """A text with its control characters escaped: they could move the cursor of a terminal, or colour or turn round
     what follows."""
-    return text if text.isprintable() else "".join(map(_shown, text))
-
-
-def _shown(sign: str) -> str:
-    is_shown = sign.isprintable() or sign in _HARMLESS or unicodedata.category(sign) == "Zs"
-    return sign if is_shown else ascii(sign)[1:-1]
+    if text.isprintable():
+        return text
+    harmless = {sign for sign in text if sign in _HARMLESS or unicodedata.category(sign) == "Zs"}
+    return "".join(sign if sign.isprintable() or sign in harmless else ascii(sign)[1:-1] for sign in text)
 
 
 class PlainConsole(Console):
@@ -127,7 +123,10 @@ class Reporter:
         seconds, self.current = time.monotonic() - started, outer
         if not self.shows_bars:
             self.note(f"{self._title(name)}: done in {seconds:.1f} s")
-        peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": _accelerator_peak() // MIB}
+        module = _accelerator()
+        # Of several devices, that of the one with the highest peak.
+        on_devices = [int(module.max_memory_allocated(n)) for n in range(module.device_count())] if module else []
+        peaks = {"peak_memory_mib": peak_memory() // MIB, "peak_on_accelerator_mib": max(on_devices, default=0) // MIB}
         self._record(event="finished", stage=name, **StageCost(seconds=round(seconds, 2), **peaks).model_dump())
 
     def note(self, lines: str) -> None:
@@ -236,13 +235,6 @@ def _accelerator() -> Any:
 
     in_use = accelerator_in_use()
     return in_use and in_use[1]
-
-
-def _accelerator_peak() -> int:
-    """The peak memory in bytes; of several devices, that of the one with the highest peak."""
-    module = _accelerator()
-    devices = range(module.device_count()) if module else ()
-    return max((int(module.max_memory_allocated(index)) for index in devices), default=0)
 
 
 def held_memory() -> int:

@@ -1,7 +1,5 @@
 """From an allocation to weights of blocks, and from weights and a ratio to the number of groups kept in each block."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,16 +118,14 @@ def kept_counts(structure: Structure, budget: Budget, costs: Tensor | None = Non
 
     Only whole steps can be removed. The rounding error of a layer is passed on to the following layers, and that of
     heads to the channels.
-
-    Raises:
-        UnreachableRatioError: the ratio cannot be reached; with the arithmetic.
-        BudgetError: it cannot be met within 0.5 percentage points, or nothing would be removed.
-        AdaPrunerError: the layout is uniform, but the layers differ in size.
     """
     if isinstance(budget.allocation, ByCost):
         assert costs is not None
         return _cheapest(structure, budget, budget.allocation, costs)
-    weights = _block_weights(structure, budget)
+    # 1 for experts of all layers.
+    by_layer = _layer_weights(structure, budget.allocation)
+    weights = {i: 1.0 if block.kind == "experts" else by_layer[block.layer] for i, block in enumerate(structure.blocks)}
+    weights = {index: weight for index, weight in weights.items() if weight}
     kept = {index: block.groups for index, block in enumerate(structure.blocks)}
 
     def removing(*kinds: Kind) -> dict[int, int]:
@@ -171,9 +167,8 @@ def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: T
     curves, steps = dict[int, list[_Removal]](), list[tuple[float, int, int, int]]()
     of_blocks = costs.double().split([block.groups for block in structure.blocks])
     for number, block in allocation.cut_blocks(structure).items():
-        whole = allocation.may_remove(structure, block)
-        counts_left = _possible_counts(block, budget.round_to, allocation.heads or block.kind != "heads", whole)
-        curves[number] = curve = _removals(block, of_blocks[number], counts_left)
+        whole, partly = allocation.may_remove(structure, block), allocation.heads or block.kind != "heads"
+        curves[number] = curve = _removals(block, of_blocks[number], budget.round_to, partly, whole)
         steps += [(slope, number, begin, end) for slope, begin, end in _hull(curve)]
     target = budget.ratio * structure.total_parameters
     counts, left, full = [block.groups for block in structure.blocks], target, set[int]()
@@ -204,16 +199,12 @@ def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: T
     return counts
 
 
-def _possible_counts(block: Block, round_to: int, partly: bool, whole: bool) -> list[int]:
-    """The numbers of groups that a block may keep but all, in whole steps, ascending."""
+def _removals(block: Block, costs: Tensor, round_to: int, partly: bool, whole: bool) -> list[_Removal]:
+    """What can be removed from a block in whole steps, from nothing to the most."""
     unit = (round_to if block.kind == "channels" else 1) * block.strata
     fewest = max(block.least, math.ceil((1 - MOST_CHANNELS) * block.groups) if block.kind == "channels" else 1)
     steps = range(-(-fewest // unit), -(-block.groups // unit)) if partly else ()
-    return [*([0] if whole else []), *(unit * count for count in steps)]
-
-
-def _removals(block: Block, costs: Tensor, kept: Sequence[int]) -> list[_Removal]:
-    """What can be removed from a block, from nothing to the most."""
+    kept = [*([0] if whole else []), *(unit * count for count in steps)]
     ascending = costs.view(block.strata, -1).sort(1).values.sum(0).cumsum(0).tolist()
     return [_Removal(0, 0, 0.0)] + [
         _Removal(
@@ -288,13 +279,6 @@ def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:
         if block.kind == "channels"
     )
     return max(channels, default=0.0)
-
-
-def _block_weights(structure: Structure, budget: Budget) -> dict[int, float]:
-    """By block number, the weights of blocks that lose groups in proportion to them; 1 for experts of all layers."""
-    by_layer = _layer_weights(structure, budget.allocation)
-    weights = {i: 1.0 if block.kind == "experts" else by_layer[block.layer] for i, block in enumerate(structure.blocks)}
-    return {index: weight for index, weight in weights.items() if weight}
 
 
 def _layer_weights(structure: Structure, allocation: Allocation) -> tuple[float, ...]:

@@ -6,8 +6,6 @@ Exit codes: 0 success; 2 invalid input or insufficient resources (disk, memory, 
 143 by SIGTERM, 129 by SIGHUP; 141 stdout was closed (SIGPIPE); 1 unexpected failure.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import logging
@@ -24,11 +22,17 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 from adapruner import __version__
-from adapruner.base.errors import AdaPrunerError, describe_failure, describe_invalid, reason, without_secrets
-from adapruner.base.signals import end_by_interrupt, handling_interrupts
-from adapruner.cli.installation import env, recipes
+from adapruner.base.errors import (
+    AdaPrunerError,
+    describe_failure,
+    describe_invalid,
+    end_by_interrupt,
+    handling_interrupts,
+    reason,
+    without_secrets,
+)
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
-from adapruner.cli.runs import inspect, prune, report
+from adapruner.cli.runs import env, inspect, prune, recipes, report
 from adapruner.cli.shared import CLOSED_OUTPUT, Flag, plain_console
 
 UNEXPECTED_FAILURE = 1

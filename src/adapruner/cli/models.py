@@ -26,7 +26,7 @@ from adapruner.cli.shared import (
 from adapruner.options import ExportFormat, GgufType, RecoveryOptions
 
 if TYPE_CHECKING:
-    from adapruner.evaluation.speed import Rate, Speed
+    from adapruner.evaluation.speed import Speed
     from adapruner.run.evaluate import Evaluation
 
 
@@ -297,17 +297,14 @@ def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> 
         for batch in measured[0].prefill:
             rates = [getattr(speed, kind)[batch] for speed in measured]
             gain = f"{rates[-1].median / rates[0].median:.2f} ×"
-            rows.append([f"{name}, batch {batch}", *map(_shown_rate, rates), *[gain] * is_pair])
+            shown = [f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})" for rate in rates]
+            rows.append([f"{name}, batch {batch}", *shown, *[gain] * is_pair])
     columns = [Column("", is_number=False), *map(Column, speeds), *[Column("gain")] * is_pair]
     caption = (
         f"prompts of {prompt} tokens, then {new_tokens} generated with a cache; medians (least–greatest) of repetitions"
         " in turn"
     )
     return Table("speeds", "", columns, rows, [caption])
-
-
-def _shown_rate(rate: Rate) -> str:
-    return f"{rate.median:,.1f} ({rate.least:,.1f}–{rate.greatest:,.1f})"
 
 
 def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:

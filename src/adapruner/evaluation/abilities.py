@@ -1,7 +1,5 @@
 """What a model can still do, and the verdict: how it reads what the original wrote, built-in tasks, greedy texts."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -223,8 +221,8 @@ def measure_abilities(
         predicted = answers.get(kind + _PREDICTED)
         if tokenizer_of_answers:
             texts = tokenizer_of_answers.batch_decode(windows)
-            own = [_as_text(tokenizer, text) for text in texts]
-            losses = torch.cat([losses for losses, _ in read(model, own)])
+            own = [tokenize(tokenizer, text, add_special_tokens=False).input_ids for text in texts]
+            losses = torch.cat([losses for losses, _ in read(model, [Text(row[:1], row[1:]) for row in own])])
             reads[kind] = Reading(loss=float(losses.double().sum()) / windows[:, 1:].numel(), agreement=None)
         elif is_streamed(model):
             reads[kind] = Reading(loss=float(window_losses(model, windows).mean()), agreement=None)
@@ -237,11 +235,6 @@ def measure_abilities(
     if is_streamed(model):
         return Abilities(reads=reads, solved={}, writes={})
     return Abilities(reads=reads, solved=solve(model, tokenizer), writes=write(model, tokenizer))
-
-
-def _as_text(tokenizer: Tokenizer, text: str) -> Text:
-    first, *others = tokenize(tokenizer, text, add_special_tokens=False).input_ids
-    return Text([first], others)
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:

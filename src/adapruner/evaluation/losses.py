@@ -1,7 +1,5 @@
 """The loss of models on windows and continuations, batch by batch or layer by layer; perplexity with its protocol."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,9 +98,6 @@ def finite_windows(
 
     Returns:
         The places of the remaining windows, by use, and a line for each use that lost some; empty if none did.
-
-    Raises:
-        AdaPrunerError: more than half of the windows of a use are lost, or too few are left.
     """
     if not may_overflow(model):
         return {use: [*range(len(drawn))] for use, drawn in windows.items()}, ""
@@ -190,7 +185,7 @@ def _losses_of_batch(model: PreTrainedModel, batch: Tensor, context: int) -> Ten
     batch = batch.to(model.device)
     losses = []
     # Window by window: float32 logits of a batch are the largest thing in memory.
-    for window, logits in enumerate(_predictions(model, batch)):
+    for window, logits in enumerate(model(batch, use_cache=False).logits[:, :-1]):
         loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
         losses.append(loss[context - 1 :].double().mean())
     return torch.stack(losses).cpu()
@@ -218,11 +213,6 @@ def tokens_per_batch(device: torch.device) -> int:
 def _batches(windows: Tensor, model: PreTrainedModel) -> Sequence[Tensor]:
     batches: Sequence[Tensor] = windows.split(max(1, tokens_per_batch(model.device) // windows.shape[1]))
     return batches
-
-
-def _predictions(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    logits: Tensor = model(batch.to(model.device), use_cache=False).logits
-    return logits[:, :-1]
 
 
 class Text(NamedTuple):

@@ -1,7 +1,5 @@
 """Size and speed: parameters, multiplications, memory, tokens per second; models side by side in one process."""
 
-from __future__ import annotations
-
 import gc
 import inspect
 import statistics

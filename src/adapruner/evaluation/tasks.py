@@ -1,7 +1,5 @@
 """Zero-shot and other tasks of lm-eval, with local data if available."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io
@@ -119,9 +117,6 @@ def check_tasks(names: Sequence[str]) -> list[str]:
     Args:
         names: tasks, groups or tags of lm-eval, one by one or separated by commas; `commonsense` is the seven tasks of
             the paper, `generative` is GSM8K and IFEval.
-
-    Raises:
-        AdaPrunerError: lm-eval is not installed, or a task is not known.
     """
     if find_spec("lm_eval") is None:
         raise AdaPrunerError("`tasks` needs lm-eval: pip install '.[tasks]' in a checkout")
@@ -149,9 +144,6 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
         names: see `check_tasks`.
         limit: the number of evenly spaced items of each task; by default all.
         used_text: items with one of these texts in a field are left out: a model was calibrated on them.
-
-    Raises:
-        AdaPrunerError: a task is not known, or its data cannot be read.
     """
     used = frozenset(used_text)
     built, items = {}, {}

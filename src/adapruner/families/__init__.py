@@ -3,8 +3,6 @@
 This is done once, when a model is opened by a command or a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress
@@ -43,11 +41,7 @@ _proven: set[tuple[str, Path]] = set()
 
 
 def open_config(location: ModelLocation) -> PreTrainedConfig:
-    """The config of a model; its family is known to this process from then on, if it can be pruned.
-
-    Raises:
-        AdaPrunerError: the config cannot be found or read, or no model can be built from it.
-    """
+    """The config of a model; its family is known to this process from then on, if it can be pruned."""
     config = load_config(location)
     with reported_as_unloadable(location):  # the config of the model refuses to give fields in which layers differ
         learn(config)

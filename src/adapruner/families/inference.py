@@ -4,8 +4,6 @@ The inputs of a row-wise projection have gradients to the rows of other paramete
 such rows belong to one group: a channel, or a key/value head with its query heads. The config fields that count groups
 are found by changing fields and comparing shapes. Parameter names are not used."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,11 +67,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config of the same class as that of a stock model, with the same options, for a model of a few hundred thousand
-    parameters; the config of a small model is copied.
-
-    Raises:
-        Exception: the config class refuses the sizes.
-    """
+    parameters; the config of a small model is copied."""
     config = copy.deepcopy(config)
     if config.num_hidden_layers <= _MOST_LAYERS and parameters_of(config) <= _COPIED_PARAMETERS:
         return config
@@ -174,11 +168,7 @@ class InferenceError(AdaPrunerError):
 
 
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
-    """The removable parts of the models of a family, read off a tiny model of the config of a stock model.
-
-    Raises:
-        InferenceError: transformers cannot build or run such a model in a small size, or nothing is removable.
-    """
+    """The removable parts of the models of a family, read off a tiny model of the config of a stock model."""
     try:
         tiny = tiny_config(config)
         if (size := parameters_of(tiny)) > _MOST_PARAMETERS:
@@ -187,7 +177,10 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
         tiny.allow_global_per_layer_attribute_access = True
         model = random_model(tiny)
         path, layers = _layer_list(model)
-        distinct = [Layer(model, path, layers, index) for index in _distinct(layers)]
+        # One layer for each set of shapes; the last of each, because first layers may be special.
+        shapes = [tuple((name, tuple(w.shape)) for name, w in layer.named_parameters()) for layer in layers]
+        last = {of_layer: index for index, of_layer in enumerate(shapes)}
+        distinct = [Layer(model, path, layers, index) for index in sorted(last.values())]
     except InferenceError:
         raise
     except Exception as error:  # anything that a model class raises over sizes for which it was not made
@@ -209,15 +202,6 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         raise InferenceError(f"a {model.config.model_type} has no list of {count} decoder layers")
     path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
     return path, list(lists[path])
-
-
-def _distinct(layers: Sequence[nn.Module]) -> list[int]:
-    """The number of one layer for each set of shapes; the last of each, because first layers may be special."""
-    layers_by_shapes = {
-        tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()): index
-        for index, layer in enumerate(layers)
-    }
-    return sorted(layers_by_shapes.values())
 
 
 class _Counting:

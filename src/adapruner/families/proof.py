@@ -48,12 +48,7 @@ class ConformanceError(AdaPrunerError):
 
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     """The architecture without the kinds of groups and the layouts for which a check on a tiny model of the config of a
-    stock model fails.
-
-    Raises:
-        ConformanceError: no kind passes; the message has the check that failed for each kind. Or transformers cannot
-            run such a model in a small size, for example because no layer has attention, whose cache counts tokens.
-    """
+    stock model fails."""
     model = random_model(tiny_config(config))
     try:
         with torch.no_grad():
@@ -74,9 +69,6 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
     Args:
         config: of the decoder.
         layouts: in which it is pruned; none if it cannot be.
-
-    Raises:
-        ConformanceError: it does not, or cannot be called with text alone.
     """
     model = random_model(tiny_config(stock_config(config)))
     around, name = wrapper.with_decoder(model.config), wrapper.config.model_type

@@ -3,8 +3,6 @@
 Found by differentiation on a tiny random model. Parameter names are not used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Which models llama.cpp computes exactly, and the types in which a GGUF file stores tensors."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

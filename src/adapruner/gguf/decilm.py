@@ -3,8 +3,6 @@
 vLLM, SGLang, TensorRT-LLM and mlx-lm run them in classes of their own, with nothing padded.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tokenizer of a GGUF file: the metadata with which llama.cpp splits text into the same tokens."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -48,9 +46,6 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> 
 
     Args:
         vocabulary: rows of the embedding; ids that the tokenizer does not use get a placeholder.
-
-    Raises:
-        AdaPrunerError: llama.cpp would split text into other tokens.
     """
     if not tokenizer.is_fast:
         raise _not_writable("it is not a fast tokenizer (one with a tokenizer.json)")

@@ -1,7 +1,5 @@
 """Writing a model as one GGUF file, for llama.cpp and tools built on it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -47,10 +45,6 @@ def write_gguf(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, gguf_ty
         gguf_type: the type of matrices. Norms and biases are always float32; `q8_0` stores matrices as float16 if the
             length of their rows is not a multiple of 32. Other quantizations are made by llama.cpp, from a temporary
             file in the dtype of the model.
-
-    Raises:
-        AdaPrunerError: llama.cpp would compute other numbers than the model, or split text in another way than the
-            tokenizer; or it is needed and not installed.
     """
     check_gguf(model, gguf_type)
     with staging_folder(path) as made:
@@ -88,7 +82,10 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, 
         _write_header(writer, path, tensors, matrix_type)
         for tensor_name, tensor in tensors.items():
             if rotates_neighbours and re.search(r"attn_[qk]\.", tensor_name):
-                tensor = _interleaved(tensor, head_dim(model.config))
+                # Rotary embeddings rotate pairs of rows: transformers pairs row i of a head with row i + head_dim / 2,
+                # llama.cpp, in `llama` and `deci`, row 2i with row 2i + 1.
+                halves = tensor.unflatten(0, (-1, 2, head_dim(model.config) // 2))
+                tensor = halves.transpose(1, 2).flatten(0, 2)
             values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
             writer.write_tensor_data(gguf.quantize(values, stored_type(tensor.shape, matrix_type)))
 
@@ -198,13 +195,3 @@ def _write_header(
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-
-
-def _interleaved(projection: Tensor, head_dim: int) -> Tensor:
-    """[heads · head_dim, …], with the rows of each head reordered.
-
-    Rotary embeddings rotate pairs of rows: transformers pairs row i with row i + head_dim / 2; llama.cpp, in `llama`
-    and `deci`, pairs row 2i with row 2i + 1.
-    """
-    halves: Tensor = projection.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).flatten(0, 2)

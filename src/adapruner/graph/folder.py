@@ -54,11 +54,7 @@ class Folder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Creates the folder, and keeps other commands out of it while this lasts.
-
-        Raises:
-            AdaPrunerError: another command is running in it, or it cannot be written.
-        """
+        """Creates the folder, and keeps other commands out of it while this lasts."""
         is_busy = AdaPrunerError(f"another command is running in {self.shown}: wait for it, or choose another `output`")
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """Makes what is missing of a run: values of nodes, their keys, and what of them is in the folder."""
 
-from __future__ import annotations
-
 import inspect
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,11 +73,7 @@ class Making:
 
     def value(self, node: Node[Any] | str) -> Any:
         """The value of a node: loaded, remembered, or made now; by its name also that of an option, or of something
-        given. None for a kept node that a run with these options does not have.
-
-        Raises:
-            LookupError: it is kept, and not made yet.
-        """
+        given. None for a kept node that a run with these options does not have."""
         name = node if isinstance(node, str) else node.name
         if name in self.given:
             return self.given[name]
@@ -156,11 +150,7 @@ class Making:
         return outdated
 
     def prepare(self, nodes: Iterable[Kept[Any]]) -> None:
-        """Makes what these are made from, as far as it costs little and needs nothing that is not made yet.
-
-        Raises:
-            AdaPrunerError: some of it is impossible.
-        """
+        """Makes what these are made from, as far as it costs little and needs nothing that is not made yet."""
         is_at_hand: dict[str, bool] = {}
 
         def prepared(name: str) -> bool:
@@ -257,11 +247,7 @@ class Making:
             self.folder.remove(name)
 
     def refuse_outdated(self) -> None:
-        """Refuses to replace what was made with other options, from another model or other text.
-
-        Raises:
-            AdaPrunerError: with what changed and what would be rebuilt.
-        """
+        """Refuses to replace what was made with other options, from another model or other text."""
         rebuilt = self.outdated()
         # What is made from outdated artifacts has no change of its own.
         if changes := list(dict.fromkeys(change for changes in rebuilt.values() for change in changes)):

@@ -292,11 +292,7 @@ class Graph:
         return node
 
     def check(self) -> None:
-        """Refuses nodes that nothing needs.
-
-        Raises:
-            GraphError: with their names.
-        """
+        """Refuses nodes that nothing needs."""
         needed = {name for node in self.nodes.values() for name in node.needs.values()}
         needed |= {node.is_read_again_if or "" for node in self.nodes.values() if isinstance(node, InMemory)}
         needed |= {name for name, node in self.nodes.items() if isinstance(node, Kept) and node.is_result}

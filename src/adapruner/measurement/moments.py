@@ -122,10 +122,6 @@ def measure_moments(
         windows: [windows, tokens], int64; at least two, one of which is held out to choose the damping.
         blocks: numbers of the blocks in `structure.blocks`; by default all blocks that are read by a projection.
         progress: called with 1 after every layer.
-
-    Raises:
-        AdaPrunerError: there are fewer than two windows.
-        NonFiniteError: activations are not finite.
     """
     if len(windows) < 2:
         raise AdaPrunerError(f"second moments need at least 2 windows of text, not {len(windows)}")
@@ -317,9 +313,6 @@ def removal_errors(
         to that error when groups are removed one after the other, the cheapest first, made ascending in this order; and
         `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token, one
         group after the other, the smallest first. The terms in `importance` have the formulas and sources.
-
-    Raises:
-        AdaPrunerError: an error is not finite.
     """
     errors = []
     # Each layer is loaded once for all of its blocks.

@@ -1,7 +1,5 @@
 """Hooks that reduce activations and gradients to numbers per vector and per input as soon as they exist."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

@@ -149,9 +149,6 @@ def measure_in_parts(
             number of layers.
         folder: for temporary files with the hidden states between layers; by default the folder of the system.
         starts: first windows of the batches, read one at a time; by default all.
-
-    Raises:
-        NonFiniteError: the statistics of a sample are not finite; the message names it.
     """
     columns = _column_sums(model, structure)
     required = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

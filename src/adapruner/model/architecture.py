@@ -286,11 +286,7 @@ def using_architecture(architecture: Architecture) -> Iterator[None]:
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model of a known family, from its config; nothing is inferred.
-
-    Raises:
-        AdaPrunerError: the family is not known or cannot be pruned, or the model is quantized.
-    """
+    """The architecture of a model of a known family, from its config; nothing is inferred."""
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         raise AdaPrunerError(
             f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
@@ -361,12 +357,7 @@ def new_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def check_length(config: PreTrainedConfig, length: int) -> str | None:
-    """A warning for texts longer than `max_position_embeddings`; None for shorter ones.
-
-    Raises:
-        AdaPrunerError: the model has no positions for so many tokens, or it has dynamic rotary embeddings, which
-            remember the longest text: results would depend on the texts before.
-    """
+    """A warning for texts longer than `max_position_embeddings`; None for shorter ones."""
     longest = getattr(config, "max_position_embeddings", None)
     if not longest or length <= longest:
         return None

@@ -1,8 +1,6 @@
 """The config of a model, read from its files or from the metadata of a GGUF file whose header is sound; refused if no
 model can be built from it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -39,11 +37,7 @@ _NOTHING = np.zeros(1, dtype=np.uint8)
 
 
 def check_header(path: Path) -> None:
-    """Reads the header of a GGUF file, in memory that does not depend on what it says.
-
-    Raises:
-        ValueError: the file does not hold what its header describes, or two tensors share bytes or a name.
-    """
+    """Reads the header of a GGUF file, in memory that does not depend on what it says."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         header = _Header(content)
         magic, _, tensors, fields = header.take("4sIQQ")
@@ -210,11 +204,7 @@ _BIAS_OF_LAYER = re.compile(r"\.\d+\..*bias$")
 
 def load_config(location: ModelLocation) -> PreTrainedConfig:
     """Reads the config alone. If local files hold an output matrix that differs from the embedding, it has
-    `tie_word_embeddings=False`, as transformers then does not tie the two.
-
-    Raises:
-        AdaPrunerError: it cannot be found or read; the message has the reason given by transformers.
-    """
+    `tie_word_embeddings=False`, as transformers then does not tie the two."""
     return _read(location)[0]
 
 

@@ -1,7 +1,5 @@
 """Text that a model writes: continuations of prompts, greedy and sampled ones in one batch."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import Counter

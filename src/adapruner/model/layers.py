@@ -1,7 +1,5 @@
 """Decoder layers of a model one at a time: run alone, skipped, on several devices, or in memory only while in use."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence

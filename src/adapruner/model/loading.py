@@ -1,7 +1,5 @@
 """Loading a causal language model and its tokenizer: the device, and the dtype in which it runs fastest there."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
@@ -58,11 +56,7 @@ from adapruner.model.wrapper import decoder_alone, give_wrapper
 
 def resolve_device(device: str) -> torch.device:
     """The device of this name. `auto` is the accelerator that PyTorch finds, a different one for each process of
-    torchrun, or else the CPU. An accelerator becomes the current device, which libraries use by default.
-
-    Raises:
-        AdaPrunerError: there is no such device, or it lacks a needed operation.
-    """
+    torchrun, or else the CPU. An accelerator becomes the current device, which libraries use by default."""
     if device.startswith("mps"):
         raise AdaPrunerError(f"`device` {device}: some sums are in float64, which MPS does not support; use cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -87,12 +81,7 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_devices(device: str) -> tuple[torch.device, ...]:
     """The device of a model, or the devices over which its layers are spread, separated by commas: `cuda:0,cuda:1`. The
-    first becomes the current device.
-
-    Raises:
-        AdaPrunerError: there is no such device, or it lacks a needed operation; or several processes are given several
-            devices.
-    """
+    first becomes the current device."""
     names = [name.strip() for name in device.split(",")]
     devices = [resolve_device(name) for name in reversed(names)][::-1]
     # A name without a number is the current device, which resolving other names changes.
@@ -264,9 +253,6 @@ def load_model(
             a model that has to be read as a whole, they are in the memory of the CPU meanwhile.
 
     Weights are read from the files into place, without a second copy of the model.
-
-    Raises:
-        AdaPrunerError: it cannot be found or read, or its files do not match its config.
     """
     target, *others = devices = resolve_devices(device)
     config, wrapper, files = load_config(location), find_wrapper(location), dict[str, StoredTensor]()
@@ -344,11 +330,7 @@ def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time.
-
-    Raises:
-        AdaPrunerError: its family is not known, or the values of the config contradict each other.
-    """
+    """The model of a config with shapes only, on the meta device: costs no memory and nearly no time."""
     architecture_of(config)
     with reported(f"this config makes no {config.model_type}"), torch.device("meta"):
         return new_model(config)

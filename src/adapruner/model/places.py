@@ -60,11 +60,7 @@ class ModelLocation:
 
 
 def find_model(name: str) -> ModelLocation:
-    """The location of the model that the user named; loads nothing.
-
-    Raises:
-        AdaPrunerError: a local path that holds no model, or only an adapter, or the alias without its package.
-    """
+    """The location of the model that the user named; loads nothing."""
     if name == _BUILT_IN:
         return _find_smollm2()
     path = given_path(name)
@@ -115,11 +111,7 @@ def fingerprint(location: ModelLocation) -> str:
     Files count by name and content, the smallest first, until 256 MiB are read. Larger weight files count by name,
     size, modification time and 64 evenly spread blocks of 64 KiB, the header included: 14 GB take less than a second.
     So a copy of a large model with other modification times has another fingerprint. A change in place outside these
-    blocks is not noticed if the modification time is set back.
-
-    Raises:
-        AdaPrunerError: there is no such model, or it cannot be read.
-    """
+    blocks is not noticed if the modification time is set back."""
     digest = hashlib.sha256()
     try:
         if location.is_local:

@@ -1,7 +1,5 @@
 """Weights in safetensors files: a model whose layers are read while in use, or whose parts several processes read."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -128,9 +126,6 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
     Args:
         path: folder or hub id.
         config: may name the file in `transformers_weights`.
-
-    Raises:
-        AdaPrunerError: there are no safetensors files, or the index names files elsewhere.
     """
     named = getattr(config, "transformers_weights", None)
     if named is not None:
@@ -232,9 +227,6 @@ def differences(
     Args:
         model: may be on the meta device.
         names: see `names_in_files`.
-
-    Raises:
-        AdaPrunerError: weights are not stored as floating point numbers.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in sorted(parameters.keys() & names.keys()):

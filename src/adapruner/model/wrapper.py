@@ -203,11 +203,7 @@ class Wrapper:
 
 
 def find_text(config: PreTrainedConfig) -> str | None:
-    """The name of the decoder's config in a multimodal config; None for the config of a text model.
-
-    Raises:
-        AdaPrunerError: the decoder cannot be told, or transformers cannot generate text with such a model.
-    """
+    """The name of the decoder's config in a multimodal config; None for the config of a text model."""
     if config.is_encoder_decoder:
         return None
     text = config.get_text_config(decoder=True)

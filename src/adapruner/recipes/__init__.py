@@ -1,7 +1,5 @@
 """Options in files: the recipes of this package, and YAML files of the user."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -27,11 +25,7 @@ def override(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The options in a recipe: one of this package, by name, or a YAML file.
-
-    Raises:
-        AdaPrunerError: there is no such recipe, or it is not a mapping of options.
-    """
+    """The options in a recipe: one of this package, by name, or a YAML file."""
     known = recipes()
     try:
         if text := known.get(str(name)):

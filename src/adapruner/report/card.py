@@ -1,7 +1,5 @@
 """The model card: what was removed, what that cost, and how to load the model."""
 
-from __future__ import annotations
-
 import html
 import mmap
 import re

@@ -1,7 +1,5 @@
 """The outcome of a run, `result.json`: the numbers of its models, their tables, and advice."""
 
-from __future__ import annotations
-
 import math
 import platform
 import statistics

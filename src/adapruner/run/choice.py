@@ -1,13 +1,10 @@
 """The choice of what is removed: measurements of the dense model, the search, and the plan of its best candidate."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
 import inspect
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -181,27 +178,21 @@ def counts(
 # The search
 
 
-def _content_of_term(term: Term) -> list[Any]:
-    """The declaration of a term; of one from outside this package, with what tells its code from another."""
-    code = list[str]()
-    if not term.function.__module__.startswith("adapruner."):
-        with contextlib.suppress(AdaPrunerError):  # defined on a prompt, which no later run is from
-            code = [_name_of_code(term.function)]
-    return [term.family, term.share, sorted(term.needs), *code]
-
-
-def _name_of_code(function: Callable[..., Any]) -> str:
-    """`NAME@HASH` of a function of the user: of the file that it is from, or of its own source where that is no file.
-    What else it depends on, such as data that it has read, is not seen."""
+def _content_of_term(term: Term) -> list[object]:
+    """The declaration of a term; of one from outside this package, with `NAME@HASH` of the file that it is from, or of
+    its own source where that is no file. What else it depends on, such as data that it has read, is not seen."""
+    content = [term.family, term.share, sorted(term.needs)]
+    if term.function.__module__.startswith("adapruner."):
+        return content
+    function = term.function
     written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
     code = written if inspect.isroutine(written) else type(written)
-    name = getattr(code, "__name__", type(code).__name__)
     try:
         file = Path(inspect.getsourcefile(code) or "")
-        content = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
-    except (OSError, TypeError):
-        raise AdaPrunerError(f"the source of {name} cannot be read") from None
-    return f"{name}@{hashlib.sha256(content).hexdigest()[:12]}"
+        source = file.read_bytes() if file.is_file() else inspect.getsource(code).encode()
+    except (OSError, TypeError):  # defined on a prompt, which no later run is from
+        return content
+    return [*content, f"{getattr(code, '__name__', type(code).__name__)}@{hashlib.sha256(source).hexdigest()[:12]}"]
 
 
 @GRAPH.leaf(lambda terms: {name: _content_of_term(term) for name, term in terms.items()})

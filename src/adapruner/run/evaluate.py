@@ -1,7 +1,5 @@
 """Perplexity and task scores of one model, and what it writes compared with the dense model."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """One model in other forms: for other loaders, or with fewer tokens."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass

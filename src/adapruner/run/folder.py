@@ -57,11 +57,7 @@ class RunFolder(Folder):
         return run
 
     def read_config(self) -> PruneConfig:
-        """The options of the run.
-
-        Raises:
-            AdaPrunerError: the folder holds no run.
-        """
+        """The options of the run."""
         if not self.config.is_file():
             raise AdaPrunerError(f"{self.path} holds no run: name the folder that adapruner prune wrote")
         return PruneConfig.load(self.config)
@@ -70,11 +66,7 @@ class RunFolder(Folder):
         write_atomically(self.config, config.save)
 
     def check_usable(self) -> None:
-        """Refuses a folder that holds something else, or cannot be written.
-
-        Raises:
-            AdaPrunerError: with what is wrong.
-        """
+        """Refuses a folder that holds something else, or cannot be written."""
         # A command that was killed at its start leaves these, and perhaps an unfinished config.
         left = (self._lock.name, self._running.name, self.given.name, f"{self.config.name}.partial")
         try:
@@ -150,11 +142,7 @@ class PruneResult:
 
 
 def read_result(run: RunFolder) -> RunResult:
-    """The result of a finished run.
-
-    Raises:
-        AdaPrunerError: the folder holds no run, or one that is not finished; or the result cannot be read.
-    """
+    """The result of a finished run."""
     config, path = run.read_config(), run.path / "result.json"
     if not path.is_file() or not _is_current(run, path.name, config):
         raise AdaPrunerError(f"the run in {run.path} is not finished: rerun its command to resume")
@@ -207,11 +195,7 @@ def _read_json(path: Path, of: type[T]) -> T:
 
 
 def page_of(run: RunFolder, result: RunResult, plan: PruningPlan) -> str:
-    """The page of a finished run, as text.
-
-    Raises:
-        AdaPrunerError: something in the folder cannot be read.
-    """
+    """The page of a finished run, as text."""
     try:
         samples = read_samples(run, result.search.best.samples) if result.search else {}
         return render_report(run.path, result, plan, samples, read_speed(run, result))
@@ -220,11 +204,7 @@ def page_of(run: RunFolder, result: RunResult, plan: PruningPlan) -> str:
 
 
 def write_report(run: RunFolder) -> Path:
-    """Writes `report.html` of a finished run.
-
-    Raises:
-        AdaPrunerError: the folder holds no finished run, or cannot be written.
-    """
+    """Writes `report.html` of a finished run."""
     page = page_of(run, read_result(run), PruningPlan.load(run.path / "plan.json"))
     # The run itself may be writing the page too.
     with atomic_path(run.report, ".other") as partial:

@@ -35,11 +35,7 @@ TextData: TypeAlias = str | Path | Tensor | Iterable[str] | Iterable[Mapping[str
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuses what is no model in memory; its family is known from then on.
-
-    Raises:
-        AdaPrunerError: with what it is.
-    """
+    """Refuses what is no model in memory; its family is known from then on."""
     if not isinstance(model, PreTrainedModel):
         raise AdaPrunerError(
             f"a {type(model).__name__} is not a PreTrainedModel of transformers: give a model, a Hub id or a path;"
@@ -51,22 +47,14 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that a model in memory comes with.
-
-    Raises:
-        AdaPrunerError: there is none.
-    """
+    """The tokenizer that a model in memory comes with."""
     if tokenizer is None:
         raise AdaPrunerError("a model in memory needs its `tokenizer`")
     return tokenizer
 
 
 def check_prunable(model: PreTrainedModel) -> None:
-    """Refuses a model in memory that cannot be pruned.
-
-    Raises:
-        AdaPrunerError: see `check_model`; or its family cannot be pruned, it is quantized, or it has an adapter.
-    """
+    """Refuses a model in memory that cannot be pruned."""
     check_model(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise AdaPrunerError("the model has an adapter: merge it first, or remove it with delete_adapter()")
@@ -75,11 +63,7 @@ def check_prunable(model: PreTrainedModel) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> str:
     """Saves a model in memory below a folder; returns the path. The model is not changed, but for what
-    `save_pretrained` notes in its config.
-
-    Raises:
-        AdaPrunerError: it cannot be written.
-    """
+    `save_pretrained` notes in its config."""
     name = Path(str(model.name_or_path)).name or model.config.model_type
     return _save(folder, name, "", partial(save_checkpoint, model, tokenizer))
 
@@ -90,9 +74,6 @@ def save_text(data: TextData, folder: Path, use: str) -> str:
 
     Args:
         use: what they are for, for messages.
-
-    Raises:
-        AdaPrunerError: they hold something else than text or windows, or nothing; or they cannot be written.
     """
     if not isinstance(data, Tensor):
         return _save(folder, "text", ".jsonl", partial(_write_rows, data, use))

@@ -3,8 +3,6 @@
 The nodes are declared here, in `choice` and in `models`, in this order: each takes the graph from the module before.
 """
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

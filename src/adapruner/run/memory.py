@@ -1,7 +1,5 @@
 """The memory that a run needs, computed from shapes, and the devices of the layers of a model accordingly."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -92,9 +90,6 @@ def estimate_memory(
         devices: over which the layers are spread.
         by_layer: one layer at a time is in memory.
         stated: see `choose_placement`.
-
-    Raises:
-        AdaPrunerError: the layers of the model already differ.
     """
     if is_pruned(model.config):
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
@@ -191,7 +186,10 @@ def healing_within(
     """
     if not (tokens := config.tokens_to_heal) or len(devices) > 1:
         return None
-    total, dtype = stated or _total(devices[0]), dtype_of_weights(model, config.dtype)
+    is_here = devices[0].type == "cpu" or torch.get_device_module(devices[0]).is_available()
+    # Of a device that is not here, without a limit.
+    total = stated or (total_and_free(devices[0])[0] if is_here else sys.maxsize)
+    dtype = dtype_of_weights(model, config.dtype)
     kinds: tuple[TrainedWeights, ...] = ("layers", "lora", "ia3")
     if by_layer or tokens < TOKENS_FOR_ALL_WEIGHTS:
         kinds = ("ia3",)
@@ -201,12 +199,6 @@ def healing_within(
         if models + _training(model, options, dtype, weights, by_layer) <= USABLE * total:
             return options
     return options
-
-
-def _total(device: torch.device) -> int:
-    """Bytes of memory of a device; of one that is not here, without a limit."""
-    is_here = device.type == "cpu" or torch.get_device_module(device).is_available()
-    return total_and_free(device)[0] if is_here else sys.maxsize
 
 
 def _training(model: Any, options: RecoveryOptions, dtype: torch.dtype, weights: int, by_layer: bool) -> int:
@@ -256,9 +248,6 @@ def choose_placement(
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
         stated: bytes of memory of each device, for GPUs that are not here. Main memory is not checked then.
-
-    Raises:
-        AdaPrunerError: the run needs more memory than is free, and `ignore_memory` is not set.
     """
     by_layer = config.layer_wise
     least = 1 if config.device == "auto" or by_layer else len(devices)

@@ -1,7 +1,5 @@
 """The pruned model, cut, compensated and healed; the numbers of both models, the result and the page."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import partial

@@ -1,12 +1,9 @@
 """The config of a run, from what a caller gives; the defaults that follow from others, the engine and the model."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from functools import reduce
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,11 +65,9 @@ def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any
     Args:
         wanted: the options that are set in it are kept, or refused.
         config: of the dense model.
-
-    Raises:
-        AdaPrunerError: an engine does not load pruned models of this family, or not with these options.
     """
-    loads, given = reduce(_both, [_loads(engine, config) for engine in wanted.for_]), wanted.model_fields_set
+    each, given = [_loads(engine, config) for engine in wanted.for_], wanted.model_fields_set
+    loads = {layout: all(one[layout] for one in each) for layout in each[0] if all(layout in one for one in each)}
 
     def refuse(option: str, problem: str) -> NoReturn:
         value = getattr(wanted, option)
@@ -89,10 +84,6 @@ def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any
             refuse("head_share", f"all heads of a {config.model_type}")
         options["head_share"] = 0.0
     return options
-
-
-def _both(first: Loads, second: Loads) -> Loads:
-    return {layout: heads and second[layout] for layout, heads in first.items() if layout in second}
 
 
 def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
@@ -166,11 +157,7 @@ def resolve(
 
 
 def with_defaults(config: PruneConfig) -> PruneConfig:
-    """The config with the defaults that follow from other options, from the engine and from the model.
-
-    Raises:
-        AdaPrunerError: the engine does not load what the options make.
-    """
+    """The config with the defaults that follow from other options, from the engine and from the model."""
     updates: dict[str, Any] = {}
     model_config = open_config(find_model(config.model))
     if config.for_:
@@ -183,11 +170,7 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
 
 
 def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
-    """The folder of an earlier run that a user names.
-
-    Raises:
-        AdaPrunerError: it is the folder of the run itself.
-    """
+    """The folder of an earlier run that a user names."""
     if folder is None:
         return None
     earlier = RunFolder(given_path(folder))
@@ -281,9 +264,6 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
 
     Args:
         config: the other options of the run; its ratio does not count.
-
-    Raises:
-        AdaPrunerError: the dense model is small enough already, or no ratio is high enough; with the numbers.
     """
     if config.ratio_of == "groups":
         raise AdaPrunerError("`ratio_of` groups needs a ratio: leave `size`, `memory` or `ratio_of` out")

@@ -1,7 +1,5 @@
 """Pruning a model, from top to bottom; a preview of that, and the memory that it would need."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +86,10 @@ def prune(
             try:
                 making.make_missing()
             except (MemoryError, RuntimeError, OSError) as error:
-                failure = describe_failure(error, _what_needs_less(making))
+                needs_less = "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"
+                if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
+                    needs_less = "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made without"
+                failure = describe_failure(error, needs_less)
                 if failure is None:
                     raise
                 raise AdaPrunerError(
@@ -130,24 +131,13 @@ def making_of(config: PruneConfig, run: RunFolder, reporter: Reporter, earlier: 
 
 
 def check(making: Making, overwrite: bool) -> None:
-    """Refuses what would fail later.
-
-    Raises:
-        AdaPrunerError: something would be replaced that was made otherwise, or cannot be made.
-    """
+    """Refuses what would fail later."""
     if not overwrite:
         making.refuse_outdated()
     if tasks := making.options["tasks"]:
         check_tasks(tasks)
     missing = making.missing()
     making.prepare(missing)
-
-
-def _what_needs_less(making: Making) -> str:
-    """Advice to the user where the current stage has run out of memory."""
-    if not making.value(inputs.placement).layer_wise and making.value(inputs.location).gguf_file is None:
-        return "`layer_wise` needs less memory; with `overwrite`, it rebuilds what was made with all layers in memory"
-    return "`dtype` bfloat16 and a smaller `pool` need less memory, in another run"
 
 
 _FLOAT32, _MIB = 4, 2**20

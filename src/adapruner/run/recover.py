@@ -1,7 +1,5 @@
 """Recovery of one pruned model."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import shutil

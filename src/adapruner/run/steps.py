@@ -1,7 +1,5 @@
 """One model without a run: load, inspect, measure its speed; and the steps of pruning one by one, in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING

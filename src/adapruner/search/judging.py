@@ -1,7 +1,5 @@
 """What cuts cost on text: of each block alone, from which follows how much each loses, and of whole candidates."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -141,19 +139,16 @@ def measure_costs(
             with loaded_layer(model, later) as layer:
                 states = {number: after(later, layer, own) for number, own in states.items()}
         for number, own in states.items():
-            by_block[number] = _cost(cuts[number], dense, predictions(own))
+            pairs = zip(dense, predictions(own), strict=True)
+            divergence = torch.cat([(p.exp() * (p - q)).sum(-1).double().mean(1) for p, q in pairs])
+            error = float(divergence.std()) / math.sqrt(len(divergence)) if len(divergence) > 1 else None
+            # A divergence of nothing may come out below it.
+            cost = Cost(kept=cuts[number], nats=max(0.0, float(divergence.mean())), standard_error=error)
+            is_finite = bool(divergence.isfinite().all())
+            by_block[number] = cost if is_finite else Cost(kept=cuts[number], nats=_BROKEN, standard_error=None)
             if progress:
                 progress(1)
     return Costs(by_block=by_block)
-
-
-def _cost(kept: int, dense: list[Tensor], cut: list[Tensor]) -> Cost:
-    divergence = torch.cat([(p.exp() * (p - q)).sum(-1).double().mean(1) for p, q in zip(dense, cut, strict=True)])
-    if not divergence.isfinite().all():
-        return Cost(kept=kept, nats=_BROKEN, standard_error=None)
-    error = float(divergence.std()) / math.sqrt(len(divergence)) if len(divergence) > 1 else None
-    # A divergence of nothing may come out below it.
-    return Cost(kept=kept, nats=max(0.0, float(divergence.mean())), standard_error=error)
 
 
 # Candidates that are judged together, if that is cheaper.

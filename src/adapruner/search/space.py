@@ -1,7 +1,5 @@
 """The solution space: calibration samples and a mix of importance terms."""
 
-from __future__ import annotations
-
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -167,7 +165,11 @@ class SearchSpace(ABC):
         if self.searched == "calibration":
             metrics = [self._held_metric]
         untilted = {f"samples.tilt_{feature}": 0.0 for feature in FEATURES}
-        parameters = [self._only_searched(untilted | point) for point in self._good_points()]
+        parameters = []
+        for point in self._good_points():
+            known = _KnownTrial(untilted | point)
+            self._ask(known)  # notes what is searched
+            parameters.append({name: value for name, value in (untilted | point).items() if name in known.names})
         distinct = [point for number, point in enumerate(parameters) if point not in parameters[:number]]
         return [
             *(StartingPoint(parameters=point) for point in distinct),
@@ -189,12 +191,6 @@ class SearchSpace(ABC):
             tilt = {feature: trial.suggest_float(f"samples.tilt_{feature}", -1, 1) for feature in FEATURES}
             samples = self.subsets.choose(self.samples, tilt)
         return Candidate(point=point, samples=samples)
-
-    def _only_searched(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """The parameters that this space searches."""
-        trial = _KnownTrial(parameters)
-        self._ask(trial)
-        return {name: value for name, value in parameters.items() if name in trial.names}
 
     @property
     def _held_metric(self) -> str:

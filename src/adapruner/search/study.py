@@ -1,7 +1,5 @@
 """The search: one loop of trials, proposed by Optuna and kept in a file, that resumes after a kill; its outcome."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -23,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from adapruner.base.errors import AdaPrunerError, NonFiniteError, first_problem, reason
-from adapruner.base.signals import deferring_interrupts
+from adapruner.base.errors import AdaPrunerError, NonFiniteError, deferring_interrupts, first_problem, reason
 from adapruner.search.judging import JUDGED_TOGETHER
 from adapruner.search.space import FIXED_METRIC, START, Candidate, SearchSpace
 from adapruner.text.windows import places_of
@@ -154,7 +151,18 @@ def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kin
         )
     best = min(contenders, key=attrgetter("guarded_loss"))
     return SearchResult(
-        points=tuple(_point(number, trial) for number, trial in enumerate(finished)),
+        points=tuple(
+            TriedPoint(
+                number=number,
+                loss=loss_of(trial) if math.isfinite(loss_of(trial)) else None,
+                stopped=STOPPED in trial.user_attrs,
+                windows=len(trial.user_attrs[LOSSES]),
+                starting_point=START in trial.user_attrs,
+                fixed_metric=trial.user_attrs.get(FIXED_METRIC),
+                parameters=dict(sorted(trial.params.items())),
+            )
+            for number, trial in enumerate(finished)
+        ),
         trials=trials,
         best=best.candidate,
         best_loss=best.loss,
@@ -164,18 +172,6 @@ def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kin
         best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC] if fixed else "",
         stopped_early=len(finished) - len(contenders),
         starting_points=len(space.starting_points()),
-    )
-
-
-def _point(number: int, trial: FrozenTrial) -> TriedPoint:
-    return TriedPoint(
-        number=number,
-        loss=loss_of(trial) if math.isfinite(loss_of(trial)) else None,
-        stopped=STOPPED in trial.user_attrs,
-        windows=len(trial.user_attrs[LOSSES]),
-        starting_point=START in trial.user_attrs,
-        fixed_metric=trial.user_attrs.get(FIXED_METRIC),
-        parameters=dict(sorted(trial.params.items())),
     )
 
 
@@ -398,20 +394,13 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
             losses.append(loss)
             if not math.isfinite(loss):
                 raise NonFiniteError
-            if best and (excess := _excess(losses, best.user_attrs[LOSSES])):
-                return loss_of(best) + excess, {STOPPED: True, LOSSES: losses}
+            if best and len(losses) >= _FEWEST_WINDOWS and not len(losses) % _DECIDED_EVERY:
+                excess, standard_error = compare(losses, best.user_attrs[LOSSES][: len(losses)])
+                if excess > _STANDARD_ERRORS * standard_error:
+                    return loss_of(best) + excess, {STOPPED: True, LOSSES: losses}
     except NonFiniteError:
         losses = []
     return statistics.fmean(losses) if losses else math.inf, {LOSSES: losses}
-
-
-def _excess(losses: Sequence[float], best: Sequence[float]) -> float:
-    """Mean excess of a candidate over the best one on its windows so far; 0 if it is not clear, and between the windows
-    after which it is decided."""
-    if len(losses) < _FEWEST_WINDOWS or len(losses) % _DECIDED_EVERY:
-        return 0.0
-    excess, standard_error = compare(losses, best[: len(losses)])
-    return excess if excess > _STANDARD_ERRORS * standard_error else 0.0
 
 
 def _sampler(seed: int, beside_others: bool) -> optuna.samplers.TPESampler:

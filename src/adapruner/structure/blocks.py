@@ -1,7 +1,5 @@
 """Tensor slices, blocks of groups, and the structure of a model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

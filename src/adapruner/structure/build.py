@@ -1,7 +1,5 @@
 """The structure of a model, read off its config and shapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -27,10 +25,6 @@ def build_structure(
         head_granularity: under grouped-query attention, remove whole KV groups or the same number of query heads of
             every KV group. With one query head per KV head, `kv-group` is the finest granularity.
         experts: remove whole experts, or the same number of channels of each expert.
-
-    Raises:
-        AdaPrunerError: the family is not known; the model is not built as its architecture says; query heads are
-            requested, but each KV head has only one; or channels of experts are requested, but cannot be pruned.
     """
     architecture = architecture_of(model.config)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -5,8 +5,6 @@ text: calibration takes one part, the objective of the search another, and a rep
 otherwise takes the third. The model is calibrated and trained on the same documents.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +55,6 @@ def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
 
     Args:
         missing_ok: accept a local file that is missing.
-
-    Raises:
-        AdaPrunerError: a dataset is unknown or named twice, or the shares are not clear.
     """
     named = _split(text)
     names, numbers = [name for name, _ in named], [number for _, number in named if number]
@@ -171,11 +166,7 @@ class Texts:
 
     def used_documents(self) -> list[str]:
         """All documents of the used sources that are not empty; tasks leave out items that contain one of them. Windows
-        of tokens have none.
-
-        Raises:
-            AdaPrunerError: a source cannot be read.
-        """
+        of tokens have none."""
         sources = [source for _, source in self.used if not source.holds_windows]
         return [document for source in sources for document in read_documents(source) if document.strip()]
 
@@ -190,11 +181,7 @@ class Texts:
 
 def assign_texts(config: PruneConfig) -> Texts:
     """Gives every use its source and part. Reads no dataset; local files may be missing, as a run that resumes does not
-    need those that it has read.
-
-    Raises:
-        AdaPrunerError: a source is not known, or two uses would read the same documents.
-    """
+    need those that it has read."""
 
     calibration = _of_part(parse_blend(config.calibration, missing_ok=True), "calibration")
     objective = _of_part(parse_blend(config.objective or config.calibration, missing_ok=True), "objective")
@@ -207,15 +194,11 @@ def assign_texts(config: PruneConfig) -> Texts:
     _refuse_overlaps(texts, reports)
     if not reports:
         # By default, the report parts of the datasets for calibration or the objective, unless another use takes them.
-        sources = [source for _, source in sources_of(calibration) or sources_of(objective)]
-        reports = [replace(source, part="report") for source in sources if not _is_taken(source, texts.used)]
+        for _, source in sources_of(calibration) or sources_of(objective):
+            others = [other for _, other in texts.used if other.identity == source.identity]
+            if not any(other.part == "report" or other.columns != source.columns for other in others):
+                reports.append(replace(source, part="report"))
     return replace(texts, report={str(source): source for source in reports})
-
-
-def _is_taken(source: Source, used: Sequence[tuple[str, Source]]) -> bool:
-    """True if another use may read documents of the report part of a dataset."""
-    others = [other for _, other in used if other.identity == source.identity]
-    return any(other.part == "report" or other.columns != source.columns for other in others)
 
 
 def _of_part(blend: tuple[BlendPart, ...], part: Part) -> tuple[BlendPart, ...]:

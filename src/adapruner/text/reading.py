@@ -1,7 +1,5 @@
 """Reading datasets: rows of text from files, saved folders and the Hub, held and kept, or one after the other."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -38,11 +36,7 @@ Row = dict[str, str | None]
 
 
 def read_documents(source: Source) -> list[str]:
-    """All documents of a source (or of its part), in their order.
-
-    Raises:
-        AdaPrunerError: it cannot be read, or has no text.
-    """
+    """All documents of a source (or of its part), in their order."""
     documents = [_joined(row) for row in read_records(source)]
     if not any(document.strip() for document in documents):
         raise AdaPrunerError(f"there is no text in {source}")

@@ -120,9 +120,6 @@ def parse_source(text: str, purpose: Purpose = "train", missing_ok: bool = False
     Args:
         purpose: `train` to calibrate or train on, `report` to report perplexity on.
         missing_ok: accept a local file that is missing.
-
-    Raises:
-        AdaPrunerError: no such name, file or part. Nothing is downloaded to find out.
     """
     name, at, part = text.rpartition("@")
     # A path may contain @ too.

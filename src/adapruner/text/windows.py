@@ -25,11 +25,7 @@ _MOST_CHARACTERS, _OF_A_PIECE = 1 << 22, 1 << 18
 
 
 def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: Any) -> BatchEncoding:
-    """The encoding of a text, or of several.
-
-    Raises:
-        AdaPrunerError: the tokenizer fails on it, for example because a pattern backtracks without end.
-    """
+    """The encoding of a text, or of several."""
     with reported(f"the tokenizer {tokenizer.name_or_path} fails on a text"):
         # A text may be longer than those of the model.
         encoding: BatchEncoding = tokenizer(
@@ -102,9 +98,6 @@ def draw_windows(
 
     Returns:
         [count, seq_len], int64; the same for the same seed.
-
-    Raises:
-        AdaPrunerError: the text is too short, with the numbers.
     """
     needed = count if at_least is None else at_least
     if isinstance(text, Source) and text.holds_windows:
@@ -147,9 +140,6 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
 
     Returns:
         [windows, seq_len], int64.
-
-    Raises:
-        AdaPrunerError: the text is shorter than one window.
     """
     if source.holds_windows:
         return _given_windows(source, seq_len, 1)
@@ -257,9 +247,6 @@ def evaluation_text(
         bos: True to begin every window with the special tokens that the tokenizer puts in front of a text.
             LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them only at the beginning of the whole text.
         name: of a text that is not a dataset, for messages.
-
-    Raises:
-        AdaPrunerError: the dataset cannot be read, or the text is shorter than one window.
     """
     about = {}
     if isinstance(text, Source):

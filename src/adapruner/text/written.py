@@ -3,8 +3,6 @@
 A model answers prompts and continues openings; half of the code is functions of the standard library of Python, and
 half of the mathematics is sums that are right."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
@@ -271,9 +269,8 @@ def built_in_texts() -> dict[str, str]:
         lines += [f"{first} + {second} = {first + second}" for second in range(1, 13)]
         lines += [f"{first} x {second} = {first * second}" for second in range(1, 13)]
         lines.append("")
-    written = ("code", "prose", "dialogue", "instructions")
-    return {"arithmetic": "\n".join(lines), **{name: _read(f"probe_{name}.txt") for name in written}}
-
-
-def _read(name: str) -> str:
-    return (resources.files("adapruner.text") / name).read_text(encoding="utf-8")
+    files = {name: f"probe_{name}.txt" for name in ("code", "prose", "dialogue", "instructions")}
+    folder = resources.files("adapruner.text")
+    return {"arithmetic": "\n".join(lines)} | {
+        name: (folder / file).read_text(encoding="utf-8") for name, file in files.items()
+    }

@@ -1,7 +1,5 @@
 """From texts to the tokens that a model keeps, and cutting its embeddings and configs."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re
@@ -102,11 +100,7 @@ def _renumber(settings: PreTrainedConfig | GenerationConfig, vocabulary: Vocabul
 def cut_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Removes the rows of all other tokens from a model, in place: of embeddings, output layer and bias, tied or not.
 
-    The tensors with rows for tokens are those whose shape changes with the size of the vocabulary in the config.
-
-    Raises:
-        AdaPrunerError: the shape of a tensor changes in another way.
-    """
+    The tensors with rows for tokens are those whose shape changes with the size of the vocabulary in the config."""
     config = cut_config(model.config, vocabulary)
     with torch.device("meta"):
         smaller = new_model(config)
@@ -311,9 +305,6 @@ def choose_tokens(
         named: tokens that configs name.
         size: the largest number of kept tokens, rounded up; the most frequent ones are kept.
         multiple: the number of kept tokens is rounded up to a multiple of this, if there are enough tokens.
-
-    Raises:
-        AdaPrunerError: `size` does not suffice for what must be kept.
     """
     rows = len(counts)
     chosen: set[int] = set()

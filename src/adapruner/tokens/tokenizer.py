@@ -91,7 +91,13 @@ class TokenizerParts:
         needed |= {self.ids[token] for token in _BYTE_TOKENS if token in self.ids and self.model.get("byte_fallback")}
         # A character that the decoder replaces would not be replaced if it were spelled by bytes. And Unigram reads
         # "<0xE2>" in a text as the byte, which a neighbouring character spelled by bytes would complete.
-        touched, keeps_all = set(_signs_of_decoder(self.definition["decoder"])), self.is_unigram or not self.falls_back
+        steps = _flat(self.definition["decoder"], "decoders")
+        replaced = [
+            text or ""
+            for step in steps
+            for text in ((step.get("pattern") or {}).get("String"), step.get("content"), step.get("replacement"))
+        ]
+        touched, keeps_all = set("".join(replaced)), self.is_unigram or not self.falls_back
         needed |= {index for text, index in self.ids.items() if len(text) == 1 and (text in touched or keeps_all)}
         if self.is_unigram:
             unknown = self.model["unk_id"]
@@ -160,9 +166,6 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
 
     Args:
         new_ids: by old id; ascending, without gaps.
-
-    Raises:
-        AdaPrunerError: transformers loads another tokenizer than was written.
     """
     definition = parts.rewritten(new_ids)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
@@ -246,14 +249,6 @@ def _check_decoder(parts: TokenizerParts) -> None:
                 pass
             case _:
                 raise _not_rewritable(f"its decoder ({decoder['type']}) looks at single tokens")
-
-
-def _signs_of_decoder(decoder: Any) -> Iterator[str]:
-    """The characters that a decoder replaces or strips."""
-    for step in _flat(decoder, "decoders"):
-        pattern = step.get("pattern") or {}
-        for text in (pattern.get("String"), step.get("content"), step.get("replacement")):
-            yield from text or ""
 
 
 def _with_new_ids(post_processor: Any, new_ids: Mapping[int, int]) -> Any:

@@ -1,7 +1,5 @@
 """Training examples: instructions, text, or what the teacher writes; how many a training needs, and their order."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random

@@ -1,7 +1,5 @@
 """Healing: a cut model is trained to predict as the dense model does, at a learning rate that is found on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,11 +157,7 @@ def _try_rates(
 
 
 def read_healing(model: Path) -> Healing | None:
-    """The record of healing in the folder of a model; None if there is none.
-
-    Raises:
-        AdaPrunerError: it cannot be read.
-    """
+    """The record of healing in the folder of a model; None if there is none."""
     path = model / HEALING
     try:
         return Healing.model_validate_json(path.read_bytes()) if path.is_file() else None

@@ -1,8 +1,6 @@
 """The loss of training, of labels and of a teacher's predictions, whose gradient is computed in the forward pass; and
 predictions on disk, of a teacher that does not fit beside the model that is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

@@ -3,8 +3,6 @@
 
 Options that the Trainer would refuse late are refused early."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Mapping

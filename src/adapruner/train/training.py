@@ -1,8 +1,6 @@
 """Training through the Trainer of transformers: LoRA (arXiv 2106.09685), IA3 (arXiv 2205.05638) or all weights, on
 labels or on a teacher."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json
@@ -115,9 +113,6 @@ def train(
 
     Returns:
         The model in evaluation mode, and the record. With FSDP, the first process alone has all weights.
-
-    Raises:
-        NonFiniteError: the loss is not finite any more; earlier checkpoints are kept.
     """
     model, state, mixed = _trained(load, blend, options, folder, teacher, progress, loss_before is None)
     # The Trainer is part of reference cycles that hold the teacher and the trained copy.
