@@ -32,7 +32,6 @@ from adapruner.checkpoint import save_checkpoint
 from adapruner.families import resolve
 from adapruner.families.inference import random_model
 from adapruner.model.architecture import is_pruned, using_architecture
-from adapruner.options import ExportFormat
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
@@ -109,7 +108,7 @@ def write_forms(work: Path, family: str, layout: str, model: PreTrainedModel, to
     pruned = Folder(family, layout, "pruned", {}, prompt, tokens, str(tokenizer.decode(tokens)))
     save_checkpoint(model, tokenizer, work / pruned.name, record={"plan": ""})
     decilm = dataclasses.replace(pruned, form="decilm", refused={})
-    exports: tuple[tuple[Folder, ExportFormat, str], ...] = (
+    exports: tuple[tuple[Folder, str, str], ...] = (
         (pruned, "gguf", f"{pruned.name}.gguf"),
         (decilm, "decilm", decilm.name),
     )

@@ -24,7 +24,7 @@ def columns(graph: Graph) -> list[list[Kept[object]]]:
     """What a run keeps by the longest way from something that needs nothing else that is kept."""
     depth: dict[str, int] = {}
     for node in graph.kept_nodes:
-        depth[node.name] = max((depth[name] + 1 for name in graph.reach(node.name).kept), default=0)
+        depth[node.name] = max((depth[name] + 1 for name in graph.inputs_of_key(node.name).kept), default=0)
     return [
         [node for node in graph.kept_nodes if depth[node.name] == column] for column in range(max(depth.values()) + 1)
     ]
@@ -32,7 +32,7 @@ def columns(graph: Graph) -> list[list[Kept[object]]]:
 
 def arrows(graph: Graph) -> list[tuple[str, str]]:
     """From every kept node to those that are made from it, where nothing in between says so already."""
-    kept = {node.name: graph.reach(node.name).kept for node in graph.kept_nodes}
+    kept = {node.name: graph.inputs_of_key(node.name).kept for node in graph.kept_nodes}
     behind = {
         name: frozenset[str]().union(*(kept[each] | behind_of(each, kept) for each in kept[name])) for name in kept
     }

@@ -3,9 +3,10 @@ docs/reference, as they are read on GitHub and on the site."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
-import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -74,15 +75,14 @@ _PYTHON = """# Python
 _NAMES = {
     "The commands": """
         prune load load_tokenizer recover vocabulary evaluate benchmark export inspect
-        run.preview.estimate""",
+        run.prune.estimate""",
     "Arguments and results": """
         TriedPoint StageCost PruneResult RunResult PruningPlan PruneConfig PrunedVocabulary Evaluation
         Perplexity TaskScore Speed AdaPrunerError""",
     "The steps, one by one": "make_windows measure score cut compensate",
     "The parts": """
-        structure.build_structure structure.Structure structure.Block measurement.Statistics importance.MetricPoint
-        importance.Term importance.register_term importance.score_groups planning.Budget planning.Profile
-        planning.kept_counts planning.make_plan""",
+        build_structure Structure Block Statistics MetricPoint Term register_term score_groups Budget Profile
+        kept_counts make_plan Architecture register_architectures parse_source read_documents register_sources""",
 }
 
 
@@ -207,11 +207,30 @@ def _entry(path: str) -> str:
 def _signature(name: str, thing: Any) -> str:
     if inspect.isclass(thing) and issubclass(thing, BaseModel | Exception):
         return f"class {name}"
-    parameters = [
-        re.sub(r": '([^']*)'", r": \1", str(parameter)) for parameter in inspect.signature(thing).parameters.values()
-    ]
+    written = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    if isinstance(written, ast.ClassDef):
+        fields = [line for line in written.body if isinstance(line, ast.AnnAssign)]
+        parameters = [ast.unparse(line) for line in fields if not ast.unparse(line.target).startswith("_")]
+    else:
+        assert isinstance(written, ast.FunctionDef)
+        parameters = _parameters_of(written.args)
     line = f"{name}({', '.join(parameters)})"
     return line if len(line) <= 110 else f"{name}(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + ")"
+
+
+def _parameters_of(arguments: ast.arguments) -> list[str]:
+    """The parameters of a function as they are written."""
+
+    def shown(argument: ast.arg, default: ast.expr | None = None) -> str:
+        annotation = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
+        return f"{argument.arg}{annotation}{f' = {ast.unparse(default)}' if default else ''}"
+
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + [*arguments.defaults]
+    parameters = [shown(*pair) for pair in zip(positional, defaults, strict=True)]
+    if arguments.kwonlyargs:
+        parameters += ["*", *(shown(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))]
+    return parameters + [f"**{shown(arguments.kwarg)}"] * bool(arguments.kwarg)
 
 
 if __name__ == "__main__":

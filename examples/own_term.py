@@ -6,7 +6,7 @@
 from inputs import model, options, texts, tokenizer
 
 import adapruner
-from adapruner.importance import register_term
+from adapruner import register_term
 
 
 @register_term(unit="inputs", family="energy", share=0.5)

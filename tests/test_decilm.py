@@ -15,7 +15,7 @@ import adapruner
 from adapruner.base.errors import AdaPrunerError
 from adapruner.checkpoint import read_origin, save_checkpoint
 from adapruner.families.inference import random_model
-from adapruner.gguf.decilm import check_decilm
+from adapruner.formats.decilm import check_decilm
 from adapruner.model.places import find_model
 from tiny_families import cut_to, tiny_config
 
@@ -169,7 +169,7 @@ def test_the_config_of_the_engines_survives_writing(tokenizer, tmp_path):
 @pytest.mark.parametrize("hidden", [72, 576, 2048, 4096, 5120, 16384])
 @pytest.mark.parametrize("multiple", [1, 2, 3, 6, 43, 208])
 def test_every_width_is_read_as_it_is(hidden, multiple):
-    from adapruner.gguf.decilm import _block_config
+    from adapruner.formats.decilm import _block_config
 
     factor = _block_config(1, 1, multiple * 256, hidden)["ffn"]["ffn_mult"]
     for read in (factor, round(factor, 6)):

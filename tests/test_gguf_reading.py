@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import adapruner
 from adapruner.base.errors import AdaPrunerError
-from adapruner.gguf.write import write_gguf
+from adapruner.formats.gguf import write_gguf
 from adapruner.model.config import check_header, load_config, refuse_what_is_not_read, without_tokens
 from adapruner.model.loading import load_model, load_tokenizer
 from adapruner.model.places import find_model

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError, PruneOptions
+from adapruner.importance import Term
 from adapruner.measurement.taylor import Statistics
-from adapruner.run.choice import _name_of_code
+from adapruner.run.choice import _content_of_term
 from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.text.windows import load_texts_by_use
 from run_helpers import QUICK, RUN_OPTIONS, stages_done
@@ -130,11 +131,10 @@ def test_a_term_is_known_by_its_file(tmp_path):
         path.write_text(content)
         own: dict[str, Any] = {}
         exec(compile(content, str(path), "exec"), own)
-        names.add(_name_of_code(own["term"]))
+        names.add(_content_of_term(Term("term", own["term"], "inputs", "activation"))[-1])
     assert len(names) == 2
     exec("def unwritten(statistics): return [1.0]", own)
-    with pytest.raises(AdaPrunerError, match="source of unwritten cannot be read"):
-        _name_of_code(own["unwritten"])
+    assert _content_of_term(Term("unwritten", own["unwritten"], "inputs", "activation")) == ["activation", 0.0, []]
 
 
 def test_a_model_in_memory_is_evaluated_measured_and_exported_as_its_files_are(

@@ -278,7 +278,7 @@ def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
         dense, pruned = result["models"]
         dense["tasks"], pruned["tasks"] = {"piqa": task_score(0.5, 0.03)}, {"piqa": task_score(0.5 + change, 0.04)}
     html, shown = write_report(run).read_text(), page_of(run)
-    assert shown.rows("task-table")["piqa"][4] == f"{change:+.4f} ± 0.0500".replace("-", "−")
+    assert shown.rows("task-table")["piqa"][3] == f"{change:+.4f} ± 0.0500".replace("-", "−")
     assert ("within noise" in shown.rows("loss-table")["acc piqa"][2]) == is_noise
     row = html.partition('id="task-table"')[2].partition("<tbody>")[2].partition("</tr>")[0]
     assert ('<tr class="noise">' in row) == is_noise

@@ -46,7 +46,7 @@ def save_checkpoint(
     folder: Path,
     card: str | None = None,
     shard_size: str = "2GB",
-    record: dict[str, Any] | None = None,
+    record: dict[str, object] | None = None,
     write: Callable[[PreTrainedModel, Path, str], None] = write_model,
 ) -> None:
     """Writes weights (safetensors), config, generation config, tokenizer and model card; for a model whose layers

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
@@ -32,7 +32,7 @@ def _check_fraction(value: float) -> float:
     return value
 
 
-def size_in_bytes(value: Any) -> int:
+def size_in_bytes(value: object) -> int:
     """Bytes of a size such as 400MB or 1.5GiB."""
     try:
         return int(TypeAdapter(ByteSize).validate_python(value))
@@ -40,13 +40,13 @@ def size_in_bytes(value: Any) -> int:
         raise ValueError("is not a size: expected a number with a unit, as 400MB or 1.5GiB") from None
 
 
-def _check_size(value: Any) -> str:
+def _check_size(value: object) -> str:
     if not size_in_bytes(value):
         raise ValueError("must be positive")
     return str(value)
 
 
-def _check_tokens(value: Any) -> str:
+def _check_tokens(value: object) -> str:
     """A number of tokens in digits, of one such as 300k or 2M."""
     text = str(value).strip()
     number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
@@ -72,7 +72,6 @@ CompensationForm = Literal["none", "least-squares"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Effort = Literal["quick", "standard", "thorough"]
 ExpertGranularity = Literal["expert", "channel"]
-ExportFormat = Literal["gguf", "decilm"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m"]
 HeadGranularity = Literal["kv-group", "query-head"]
 Layout = Literal["per-layer", "uniform"]
@@ -128,7 +127,7 @@ class _Options(BaseModel):
         yield from ()
 
     @classmethod
-    def from_options(cls, /, **options: Any) -> Self:
+    def from_options(cls, /, **options: object) -> Self:
         """Builds the config from plain values."""
         try:
             return cls.model_validate(options)

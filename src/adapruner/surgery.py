@@ -49,7 +49,7 @@ def prune_model(
     """
     cut = _Cut(model, structure, plan, compensation)
     state = cut.state()
-    pruned: Any = cut.empty_model(state)
+    pruned = cut.empty_model(state)
     pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
@@ -72,7 +72,7 @@ def prune_on_reading(
     """A pruned copy of a model whose layers are streamed, for a single run: no layer is in memory, each is cut whenever
     it is read. For `compensation`, see `prune_model`."""
     cut = _Cut(model, structure, plan, compensation)
-    pruned: Any = cut.empty_model()
+    pruned = cut.empty_model()
     pruned.load_state_dict(cut.resident(), strict=False, assign=True)
     pruned.tie_weights()
     move_resident(pruned, model.device)
@@ -173,10 +173,10 @@ class _Cut:
         pruned: PreTrainedModel = architecture.pruned_class(architecture.pruned_class.config_class.from_dict(fields))
         return pruned
 
-    def layer_fields(self) -> dict[int, dict[str, Any]]:
+    def layer_fields(self) -> dict[int, dict[str, object]]:
         """The config fields of each layer."""
         architecture, config = self.structure.architecture, self.model.config
-        layers = dict[int, dict[str, Any]]()
+        layers = dict[int, dict[str, object]]()
         # Attention that was removed before has no block.
         skipped = [layer for layer in range(self.structure.layers) if lacks_attention(config.per_layer_config[layer])]
         for block, block_plan in zip(self.structure.blocks, self.plan.blocks, strict=True):
@@ -208,7 +208,7 @@ def _in_memory(cut: dict[str, Tensor], uncut: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _stock_models(model: PreTrainedModel, fields: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
+def _stock_models(model: PreTrainedModel, fields: Mapping[str, object]) -> Iterator[PreTrainedModel]:
     """Models of a config in stock classes that accept it: the class of the family, then an equivalent one whose config
     accepts any number of heads. A multimodal model keeps the class of its decoder."""
     architecture = architecture_of(model.config)

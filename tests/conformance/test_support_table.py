@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.checkpoint import save_checkpoint
-from adapruner.gguf.checks import check_gguf
-from adapruner.gguf.write import write_gguf
+from adapruner.formats.gguf import write_gguf
+from adapruner.formats.gguf_checks import check_gguf
 from adapruner.model.architecture import known_architectures
 from run_helpers import byte_tokenizer
 from tiny_families import cut_to

@@ -17,7 +17,7 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.budget.plan import make_plan
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import open_model
-from adapruner.gguf.write import write_gguf
+from adapruner.formats.gguf import write_gguf
 from adapruner.model.loading import load_model, load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.structure.blocks import Block, count_parameters

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.gguf.checks import read_stored_types
-from adapruner.gguf.write import write_gguf
+from adapruner.formats.gguf import write_gguf
+from adapruner.formats.gguf_checks import read_stored_types
 from adapruner.options import GgufType
 from tiny_families import cut_to
 
@@ -89,7 +89,9 @@ def test_says_which_matrices_fell_back(pruned, bytes_tokenizer, tmp_path):
 
 def test_without_the_quantizer(tiny, bytes_tokenizer, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr("adapruner.gguf.checks.find_spec", lambda name: None if name == "cyllama" else found(name))
+    monkeypatch.setattr(
+        "adapruner.formats.gguf_checks.find_spec", lambda name: None if name == "cyllama" else found(name)
+    )
     with pytest.raises(AdaPrunerError, match=r"pip install '\.\[gguf\]'"):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")

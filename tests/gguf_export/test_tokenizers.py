@@ -13,7 +13,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QW
 from transformers.tokenization_utils_base import generate_merges
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.gguf.write import write_gguf
+from adapruner.formats.gguf import write_gguf
 from adapruner.tokens.model import choose_tokens, count_tokens
 from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 

@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -147,7 +147,7 @@ class _Brief(reprlib.Repr):
         return super().repr_int(x, level) if x.bit_length() <= 64 else f"{hex(x)[:20]}…"
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     """Strings are shown as they are, if they are short."""
     return value if isinstance(value, str) and 0 < len(value) <= _LONGEST_VALUE else _Brief().repr(value)
 
@@ -156,7 +156,7 @@ _INTERRUPTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @contextlib.contextmanager
-def handling_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handling_interrupts(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Installs a handler of the interrupts that are not ignored, as `nohup` ignores some, and restores the earlier
     ones; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
@@ -183,7 +183,7 @@ def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
     """
     heard: list[int] = []
 
-    def hear(number: int, frame: Any) -> None:
+    def hear(number: int, frame: object) -> None:
         if heard:
             raise KeyboardInterrupt(number)
         heard.append(number)
@@ -198,6 +198,6 @@ def deferring_interrupts(notice: str) -> Iterator[Callable[[], None]]:
         yield raise_if_heard
 
 
-def end_by_interrupt(number: int, frame: Any) -> NoReturn:
+def end_by_interrupt(number: int, frame: object) -> NoReturn:
     """A handler of signals that lets a process clean up before it ends."""
     raise KeyboardInterrupt(number)

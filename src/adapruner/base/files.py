@@ -19,7 +19,7 @@ _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file next to its place and renames it (see `atomic_path`).
 
     Args:

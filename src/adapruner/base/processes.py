@@ -8,21 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
 import torch.distributed as distributed
 
 
-def accelerator_in_use() -> tuple[str, Any] | None:
+def accelerator_in_use() -> tuple[str, ModuleType] | None:
     """Device type of the accelerator and the module of PyTorch for it; None if there is none, or if nothing has used it
     yet, since any query would initialise it."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module: Any = torch.get_device_module(device) if device else None
-    if device is None or not getattr(module, "is_initialized", lambda: False)():
+    if not torch.accelerator.is_available() or not (device := torch.accelerator.current_accelerator()):
         return None
-    return device.type, module
+    module: ModuleType = torch.get_device_module(device)
+    return (device.type, module) if getattr(module, "is_initialized", lambda: False)() else None
 
 
 @contextlib.contextmanager
@@ -30,7 +29,7 @@ def random_state_kept() -> Iterator[None]:
     """Restores the random states of Python, NumPy and PyTorch afterwards, on the CPU and on all accelerators."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     in_use = accelerator_in_use()
-    devices: dict[str, Any] = {"devices": ()}
+    devices: dict[str, object] = {"devices": ()}
     if in_use:
         devices = {"devices": range(torch.accelerator.device_count()), "device_type": in_use[0]}
     with torch.random.fork_rng(**devices):

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -203,7 +204,7 @@ class Reporter:
     def _title(self, name: str) -> str:
         return f"{name} ({self.subject})" if self.subject else name
 
-    def _record(self, **entry: Any) -> None:
+    def _record(self, **entry: object) -> None:
         _logger.debug("%s", json.dumps(entry))
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:
@@ -227,7 +228,7 @@ def reset_peak_memory() -> bool:
     return True
 
 
-def _accelerator() -> Any:
+def _accelerator() -> ModuleType | None:
     """The module of PyTorch for the accelerator in use. PyTorch is not imported for it, so that `--help` is fast."""
     if "torch" not in sys.modules:
         return None

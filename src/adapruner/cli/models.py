@@ -23,7 +23,7 @@ from adapruner.cli.shared import (
     print_output,
     starting,
 )
-from adapruner.options import ExportFormat, GgufType, RecoveryOptions
+from adapruner.options import GgufType, RecoveryOptions
 
 if TYPE_CHECKING:
     from adapruner.evaluation.speed import Speed
@@ -171,14 +171,21 @@ def benchmark(
 
     speeds = run(model, against, batch_size, prompt, new_tokens, repetitions, dtype, device, output)
     print_output(speeds, json, [_table_of_speeds(speeds, prompt, new_tokens)])
-    print_advice([*_advice_on_speed(speeds[model], speeds[against] if against else None)])
+    print_advice(
+        [
+            f"the model {verb} no faster than the model it is compared with at batch size {batch}"
+            for kind, verb in (("prefill", "reads prompts"), ("decode", "generates"))
+            for batch, rate in (getattr(speeds[model], kind).items() if against else ())
+            if rate.median <= getattr(speeds[str(against)], kind)[batch].median
+        ]
+    )
 
 
 def export(
     model: Model,
     /,
     *,
-    to: ExportFormat,
+    to: str,
     output: Output,
     gguf_type: GgufType = "f16",
     overwrite: Flag = False,
@@ -305,11 +312,3 @@ def _table_of_speeds(speeds: dict[str, Speed], prompt: int, new_tokens: int) -> 
         " in turn"
     )
     return Table("speeds", "", columns, rows, [caption])
-
-
-def _advice_on_speed(speed: Speed, dense: Speed | None) -> Iterator[str]:
-    """Where the model is not faster."""
-    for kind, verb in (("prefill", "reads prompts"), ("decode", "generates")):
-        for batch, rate in getattr(speed, kind).items():
-            if dense and rate.median <= getattr(dense, kind)[batch].median:
-                yield f"the model {verb} no faster than the model it is compared with at batch size {batch}"

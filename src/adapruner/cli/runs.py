@@ -35,7 +35,6 @@ from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from adapruner.run.prune import Estimate
     from adapruner.structure.blocks import Structure
 import contextlib
 import itertools
@@ -116,7 +115,7 @@ def _lines_of_preview(preview: Preview) -> Iterator[str]:
         yield where(preview.device, preview.layer_wise)
 
 
-def _default_output(model: str | None, recipe: str | None, options: dict[str, Any]) -> Path:
+def _default_output(model: str | None, recipe: str | None, options: dict[str, object]) -> Path:
     """`runs/MODEL-RATIO`, or with a size in place of the ratio; MODEL is the last part of the name of the model."""
     chosen = override(read_recipe(recipe) if recipe else {}, options)
     if not (model := model or chosen.get("model")):
@@ -203,7 +202,14 @@ def inspect(
             "device_bytes": needed.device,
             "host_bytes": needed.host,
         }
-        lines = memory_line(needed, place.device), f"{model} {_verdict(estimated, memory)}"
+        room = memory or "this machine"
+        if estimated.fits is None:
+            verdict = "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"
+        elif estimated.fits:
+            verdict = f"fits {room}: yes, {where(place.device, place.layer_wise)}"
+        else:
+            verdict = f"fits {room}: no. {estimated.refusal}"
+        lines = memory_line(needed, place.device), f"{model} {verdict}"
         print_output(content, json, map(with_options, lines))
     elif architecture:
         with starting():
@@ -221,7 +227,7 @@ def inspect(
         print_output(_content(structure, model, around), json, _lines(structure, model, around))
 
 
-def _content(structure: Structure, model: str, around: tuple[str, int] | None) -> dict[str, Any]:
+def _content(structure: Structure, model: str, around: tuple[str, int] | None) -> dict[str, object]:
     names = ("layer", "kind", "groups", "parameters_per_group")
     return {
         "model": model,
@@ -265,16 +271,6 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
         f"At most {structure.removable_parameters / total:.1%} of the parameters can be removed while every layer keeps"
         " some groups of each kind and all tokens are kept."
     )
-
-
-def _verdict(estimate: Estimate, memory: str | None) -> str:
-    """A line that says if the run fits into the stated memory, or into that of this machine."""
-    place, room = estimate.placement, memory or "this machine"
-    if estimate.fits is None:
-        return "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"
-    if not estimate.fits:
-        return f"fits {room}: no. {estimate.refusal}"
-    return f"fits {room}: yes, {where(place.device, place.layer_wise)}"
 
 
 def env(*, json: Json = False) -> None:

@@ -87,7 +87,7 @@ def given(options: BaseModel | None) -> dict[str, Any]:
     return options.model_dump(exclude_unset=True) if options else {}
 
 
-def _whole_number(_: Any, tokens: Sequence[Token]) -> int:
+def _whole_number(_: object, tokens: Sequence[Token]) -> int:
     """cyclopts would truncate a fraction."""
     if not re.fullmatch("[0-9]{1,9}", tokens[0].value):
         raise ValueError("expected a whole number from 0 to 999,999,999")
@@ -120,7 +120,7 @@ def plain_console(stderr: bool = False) -> PlainConsole:
     return _Console(stderr=stderr)
 
 
-def print_output(content: Any, json: bool, shown: Iterable[RenderableType]) -> None:
+def print_output(content: object, json: bool, shown: Iterable[RenderableType]) -> None:
     """Prints the result of a verb on stdout.
 
     Args:
@@ -133,7 +133,7 @@ def print_output(content: Any, json: bool, shown: Iterable[RenderableType]) -> N
         console.print(line, soft_wrap=isinstance(line, str))
 
 
-def _finite(content: Any) -> Any:
+def _finite(content: object) -> object:
     """The content without infinities and NaN, which JSON does not have: such a field is null, and `NAME_missing` beside
     it says why."""
     if isinstance(content, list):

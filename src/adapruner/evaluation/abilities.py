@@ -3,11 +3,11 @@
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -68,7 +68,7 @@ def _programs(number: int, order: random.Random) -> Choice:
     word = order.choice(("apple", "stone", "river", "cloud", "green", "music", "paper", "table"))
     numbers = order.sample(range(2, 30), 3)
     total, largest, index = sum(numbers), max(numbers), order.randrange(3)
-    shown: tuple[str, Sequence[Any]] = (
+    shown: tuple[str, Sequence[object]] = (
         (f"max({numbers})", [largest, *(value for value in numbers if value != largest)]),
         (f"sum({numbers})", [total, total + 1, total - 1]),
         (f"{numbers}[{index}]", [numbers[index], *(value for value in numbers if value != numbers[index])]),
@@ -100,22 +100,20 @@ def solve(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
     """By task, a digit for every item: 1 if the right answer is likelier than each of the others."""
     tasks = built_in_tasks()
     items = [item for of_task in tasks.values() for item in of_task]
-    losses = (float(losses.sum()) for losses, _ in read(model, [*_texts_of_choices(tokenizer, items)]))
-    right = {}
-    for name, of_task in tasks.items():
-        compared = ([next(losses) for _ in item.answers] for item in of_task)
-        right[name] = "".join(str(int(first < min(others))) for first, *others in compared)
-    return right
-
-
-def _texts_of_choices(tokenizer: Tokenizer, items: Sequence[Choice]) -> Iterator[Text]:
+    texts = list[Text]()
     for prompt, answers in items:
         before = tokenize(tokenizer, prompt).input_ids
         for answer in answers:
             tokens = tokenize(tokenizer, prompt + answer).input_ids
             # Some tokenizers put a token behind every text.
             place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, tokens, strict=False)))
-            yield Text(tokens[:place], tokens[place:])
+            texts.append(Text(tokens[:place], tokens[place:]))
+    losses = (float(losses.sum()) for losses, _ in read(model, texts))
+    right = {}
+    for name, of_task in tasks.items():
+        compared = ([next(losses) for _ in item.answers] for item in of_task)
+        right[name] = "".join(str(int(first < min(others))) for first, *others in compared)
+    return right
 
 
 # Of each kind that the original writes.

@@ -152,7 +152,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _peak_beyond_weights(model: PreTrainedModel, run: Callable[[], Any]) -> int | None:
+def _peak_beyond_weights(model: PreTrainedModel, run: Callable[[], object]) -> int | None:
     """The most memory that a run needs beyond the memory held before; None if the system does not report it."""
     if model.device.type != "cpu":
         accelerator: Any = torch.get_device_module(model.device)

@@ -153,13 +153,18 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
                 loaded = _load(name)
         except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
             raise AdaPrunerError(f"cannot load task {name!r} or its data: {reason(error)}") from error
-        built[name] = _outermost(loaded)
+        # Groups, and tasks that are in no group.
+        inside = {member for members in loaded.get("group_map", {}).values() for member in members}
+        everything = {**loaded.get("groups", {}), **loaded["tasks"]}
+        built[name] = [task for of_name, task in everything.items() if of_name not in inside]
         for task_name, task in loaded["tasks"].items():
             for sign, why in _IMPOSSIBLE.items():
                 if getattr(task, sign, False):
                     raise AdaPrunerError(f"task {task_name!r} {why}")
-            items[task_name] = _chosen(task.eval_docs, limit, used)
-            if not items[task_name]:
+            unused = [number for number, item in enumerate(task.eval_docs) if not used or not _holds(item, used)]
+            count = min(limit or len(unused), len(unused))
+            items[task_name] = [unused[step * len(unused) // count] for step in range(count)]
+            if not unused:
                 raise AdaPrunerError(f"every item of task {task_name!r} holds text that the model is calibrated on")
     return Tasks(built, items)
 
@@ -251,18 +256,11 @@ def _members(name: str, outcome: Any) -> list[str]:
     return [task for member in inside for task in _members(member, outcome)] if inside else [name]
 
 
-def _outermost(loaded: Any) -> list[Any]:
-    """The groups and tasks that are in no group."""
-    everything = {**loaded.get("groups", {}), **loaded["tasks"]}
-    inside = {name for names in loaded.get("group_map", {}).values() for name in names}
-    return [built for name, built in everything.items() if name not in inside]
-
-
 @cache
 def _local_tasks() -> dict[str, dict[str, Any]]:
     """The content of tasks.yaml, where its fields are explained."""
     text = (resources.files("adapruner.evaluation") / "tasks.yaml").read_text(encoding="utf-8")
-    tasks: dict[str, dict[str, Any]] = parse_yaml(text)
+    tasks: dict[str, dict[str, object]] = parse_yaml(text)
     return tasks
 
 
@@ -309,13 +307,6 @@ def _data_set(config: dict[str, Any]) -> str:
         file = str(next(iter(files.values())))
         return next((data for data in _local_tasks()[config["task"]]["local"] if data in file), file)
     return " ".join(str(config[name]) for name in ("dataset_path", "dataset_name") if config.get(name))
-
-
-def _chosen(items: Any, limit: int | None, used: frozenset[str]) -> list[int]:
-    """The numbers of the items to run: evenly spaced among those that contain none of the used text."""
-    numbers = [number for number in range(len(items)) if not used or not _holds(items[number], used)]
-    count = min(limit or len(numbers), len(numbers))
-    return [numbers[step * len(numbers) // count] for step in range(count)]
 
 
 def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:

@@ -5,7 +5,7 @@ such rows belong to one group: a channel, or a key/value head with its query hea
 are found by changing fields and comparing shapes. Parameter names are not used."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -78,7 +78,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         for name, value in config.to_dict().items()
         if name not in _LEFT_OUT
     }
-    types: list[Any] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+    types: list[object] = list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
     if per_layer := fields.get("per_layer_config"):
         fields["per_layer_config"] = _shrunk_layers(per_layer, types, _sampled(types))
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
@@ -116,11 +116,11 @@ def parameters_of(config: PreTrainedConfig) -> int:
 
 
 def _shrunk_layers(
-    per_layer: Mapping[Any, Mapping[str, Any]], types: list[Any], tiny_types: list[Any]
-) -> dict[int, dict[str, Any]]:
+    per_layer: Mapping[object, Mapping[str, object]], types: list[object], tiny_types: list[object]
+) -> dict[int, dict[str, object]]:
     """The fields that a tiny config, with layers of `tiny_types`, sets for single layers: the fields of the first layer
     of the same type."""
-    by_layer, shrunk = fields_by_layer(per_layer), dict[int, dict[str, Any]]()
+    by_layer, shrunk = fields_by_layer(per_layer), dict[int, dict[str, object]]()
     for layer, layer_type in enumerate(tiny_types):
         if fields := by_layer.get(types.index(layer_type)):
             shrunk[layer] = {name: _shrunk(name, value, 0) for name, value in fields.items()}
@@ -150,7 +150,7 @@ def _shrunk(name: str, value: Any, layers: int) -> Any:
     return _SIZES[name] if name.startswith("mamba_") and value else min(value, _SIZES[name])
 
 
-def _sampled(entries: list[Any]) -> list[Any]:
+def _sampled(entries: list[object]) -> list[object]:
     """The entries of a tiny model's layers: every distinct entry, in order, then the first ones again."""
     distinct = [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
     return (distinct + entries)[:_LAYERS]
@@ -221,7 +221,7 @@ class _Counting:
                 if shapes and shapes != self.now and changed_embedding == embedding:
                     by_field[name] = shapes
 
-    def shapes(self, changes: Mapping[str, Any]) -> tuple[_Shapes, tuple[int, ...] | None]:
+    def shapes(self, changes: Mapping[str, object]) -> tuple[_Shapes, tuple[int, ...] | None]:
         """Shapes of all tensors in the layers, and of the input embedding, with other fields; none if such a model
         cannot be built."""
         config = copy.deepcopy(self.config)
@@ -290,7 +290,12 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
             # Shared experts are kept whole: every token needs them.
             elif layer not in counted and (channels := _channels(layer, writer, counting)):
                 by_output["feed_forward"].setdefault(writer.path, []).append(channels)
-    kinds = {name: _largest(writers.values()) for name, writers in by_output.items() if writers}
+    kinds = dict[str, _Kind]()
+    for name, writers in ((name, [*writers.values()]) for name, writers in by_output.items() if writers):
+        # The writer with the most parameters in all layers; its inputs are the union over the layers.
+        chosen = max(writers, key=lambda layers: sum(layer.parameters for layer in layers))
+        inputs = {path: rows for layer in chosen for path, rows in layer.names.inputs.items()}
+        kinds[name] = replace(chosen[-1], names=chosen[0].names.model_copy(update={"inputs": inputs}))
     experts = _experts(counting, counted)
     if not kinds and experts is None:
         raise InferenceError(
@@ -309,14 +314,6 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
         experts=experts,
         **(fields | {name: kind.names for name, kind in kinds.items()}),
     )
-
-
-def _largest(writers: Iterable[list[_Kind]]) -> _Kind:
-    """The writer of a kind with the most parameters in all layers; its inputs are the union over the layers."""
-    layers = max(writers, key=lambda layers: sum(layer.parameters for layer in layers))
-    inputs = {path: rows for layer in layers for path, rows in layer.names.inputs.items()}
-    names = layers[0].names.model_copy(update={"inputs": inputs})
-    return replace(layers[-1], names=names)
 
 
 def _heads(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None:
@@ -364,13 +361,13 @@ def _channels(layer: Layer, writer: Writer, counting: _Counting) -> _Kind | None
         if passes is None or (field is None and rows.parameter.rpartition(".")[0] not in layer.linears):
             return None
         inputs[rows.parameter] = channel * len(passes)
-    fields: dict[str, Any] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
+    fields: dict[str, object] = {"channels": field or "intermediate_size", "fixed_channels": field is None}
     if field is None or getattr(config, field) is None:
         fields["default_channels"] = writer.inputs // config.hidden_size
     return _kind(layer, inputs, writer, fields)
 
 
-def _kind(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer, fields: dict[str, Any]) -> _Kind:
+def _kind(layer: Layer, inputs: Mapping[str, tuple[RowKind, ...]], writer: Writer, fields: dict[str, object]) -> _Kind:
     """The kind of groups. Its names are those of modules for weights and biases, and of other parameters themselves."""
     parameters = sum(layer.parameters[name].numel() for name in (*inputs, f"{writer.path}.weight"))
     by_module = {name.removesuffix(".weight"): kinds for name, kinds in inputs.items()}

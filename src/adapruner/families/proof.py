@@ -288,7 +288,7 @@ class _NeverChosen(TorchFunctionMode):
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(function, "__name__", "") in ("linear", "matmul", "mm", "__matmul__"):
             for factor in (*args, *(kwargs or {}).values()):

@@ -29,7 +29,7 @@ class _Transparent(TorchFunctionMode):
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         if function in (functional.layer_norm, functional.rms_norm):
             return _norm(function is functional.layer_norm, *args, **kwargs)
@@ -143,7 +143,7 @@ class Layer:
 
     def returned(self, path: str) -> int:
         """Number of values that a module returns; 0 for a single tensor."""
-        seen: list[Any] = []
+        seen: list[object] = []
         self._run([self._layer.get_submodule(path).register_forward_hook(lambda *call: seen.append(call[2]))])
         return len(seen[0]) if seen and isinstance(seen[0], tuple | list) else 0
 
@@ -164,7 +164,7 @@ class Layer:
         path = next((name.rpartition(".")[0] for name in stacks if self.parameters[name].dim() == 3), None)
         if path is None:
             return None
-        module, called = self._layer.get_submodule(path), list[Any]()
+        module, called = self._layer.get_submodule(path), list[object]()
         self._run([module.register_forward_pre_hook(lambda *call: called.extend(call[1:]), with_kwargs=True)])
         stored = {name.rpartition(".")[2]: self.parameters[name] for name in stacks if name.rpartition(".")[0] == path}
         arguments, named = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, called[:2])
@@ -306,7 +306,7 @@ def _silenced(output: Any) -> Any:
     return torch.zeros_like(output) if isinstance(output, Tensor) else tuple(map(_silenced, output))
 
 
-def _first(output: Any) -> Tensor:
+def _first(output: object) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)
 
 

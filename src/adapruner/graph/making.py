@@ -46,21 +46,21 @@ class Making:
 
     graph: Graph
     options: Mapping[str, Any]
-    as_json: Mapping[str, Any]
+    as_json: Mapping[str, object]
     given: Mapping[str, Any]
     folder: Folder
     reporter: Reporter
     others: Sequence[Folder] = ()
     taken: Mapping[str, Record] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     _records: dict[str, Record] = field(default_factory=dict, init=False)
 
     @property
-    def wanted(self) -> list[Kept[Any]]:
+    def wanted(self) -> list[Kept[object]]:
         """The nodes that a run with these options keeps, each after its inputs."""
         return [node for node in self.graph.kept_nodes if self.is_wanted(node)]
 
-    def is_wanted(self, node: Kept[Any]) -> bool:
+    def is_wanted(self, node: Kept[object]) -> bool:
         """True if a run with these options keeps the node."""
         names = inspect.signature(node.is_wanted).parameters
         return bool(node.is_wanted(**{name: self.options[name] for name in names}))
@@ -118,12 +118,12 @@ class Making:
             )
         return self._records[node.name]
 
-    def _holder_of(self, node: Kept[Any]) -> Folder | None:
+    def _holder_of(self, node: Kept[object]) -> Folder | None:
         """The folder that has it: this one, or one that it can be taken over from."""
         key = self.record(node).key
         return next((folder for folder in (self.folder, *self.others) if folder.is_made(node.path, key)), None)
 
-    def missing(self) -> list[Kept[Any]]:
+    def missing(self) -> list[Kept[object]]:
         """The nodes that are to be made: missing results, damaged artifacts, and their inputs."""
         needed: set[str] = set()
         missing = []
@@ -149,7 +149,7 @@ class Making:
                 outdated[node.path] += [f"also {path}" for path in now.inputs.keys() - then.inputs.keys()]
         return outdated
 
-    def prepare(self, nodes: Iterable[Kept[Any]]) -> None:
+    def prepare(self, nodes: Iterable[Kept[object]]) -> None:
         """Makes what these are made from, as far as it costs little and needs nothing that is not made yet."""
         is_at_hand: dict[str, bool] = {}
 
@@ -171,7 +171,7 @@ class Making:
                 if not parameter.endswith(LATER):
                     prepared(name)
 
-    def make(self, node: Kept[Any]) -> None:
+    def make(self, node: Kept[object]) -> None:
         """Makes and saves what a node stands for."""
         record = self.record(node)
         work = self.folder.begin(node.path, record)
@@ -193,8 +193,8 @@ class Making:
         key = self.record(node).key
         return self._called(node, work=self.folder.work(node.path, key), key=key)
 
-    def _called(self, node: Node[T], **of_kept: Any) -> T:
-        values, before = dict[str, Any](), set(self.values)
+    def _called(self, node: Node[T], **of_kept: object) -> T:
+        values, before = dict[str, object](), set(self.values)
         for parameter, name in node.needs.items():
             is_later = parameter.endswith(LATER)
             values[parameter] = of_kept.get(name) or (partial(self.value, name) if is_later else self.value(name))

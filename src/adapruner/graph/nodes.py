@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Form(Generic[T]):
     """The form of a kept value: `save` writes it to a path that does not exist, `load` reads what `save` wrote."""
 
-    save: Callable[[T, Path], Any]
+    save: Callable[[T, Path], object]
     load: Callable[[Path], T]
 
 
@@ -39,12 +39,12 @@ class Record(BaseModel, extra="forbid", frozen=True):
 
     name: str
     version: int
-    options: dict[str, Any]
-    leaves: dict[str, Any]
+    options: dict[str, object]
+    leaves: dict[str, object]
     inputs: dict[str, str]
     files: dict[str, str] | None = None
 
-    def was_made_with(self, options: Mapping[str, Any]) -> bool:
+    def was_made_with(self, options: Mapping[str, object]) -> bool:
         """True if it was made with these options, by name, as JSON."""
         return all(name in options and options[name] == value for name, value in self.options.items())
 
@@ -62,13 +62,13 @@ class Record(BaseModel, extra="forbid", frozen=True):
         return changed or ([f"format {self.version} → {now.version}"] if self.version != now.version else [])
 
 
-def changes_of_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changes_of_options(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """The options that have another value now, with both."""
     changed = {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
     return [f"{name} {_short(before)} → {_short(after)}" for name, (before, after) in changed.items()]
 
 
-def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
+def _changes_of_leaf(name: str, then: object, now: object) -> list[str]:
     if then == now:
         return []
     before, after = (leaf.get("text") if isinstance(leaf, dict) and "content" in leaf else None for leaf in (then, now))
@@ -83,7 +83,7 @@ def _changes_of_leaf(name: str, then: Any, now: Any) -> list[str]:
     return [f"another {name}"]
 
 
-def leaf_or_recorded(now: Any, then: Any) -> Any:
+def leaf_or_recorded(now: object, then: object) -> object:
     """A leaf; of a text that is not at hand, what it was when the artifact was made."""
     if not isinstance(now, dict) or not isinstance(then, dict):
         return now
@@ -92,7 +92,7 @@ def leaf_or_recorded(now: Any, then: Any) -> Any:
     return {name: leaf_or_recorded(part, then.get(name)) for name, part in now.items()}
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list) and len(value) == 1:
         return _short(value[0])
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -150,7 +150,7 @@ class Leaf(Node[T]):
         title: what people call it.
     """
 
-    content: Callable[[T], Any] = lambda value: None
+    content: Callable[[T], object] = lambda value: None
     title: str = ""
 
 
@@ -170,7 +170,7 @@ class Kept(Node[T]):
     path: str = field(kw_only=True)
     form: Form[T] = field(kw_only=True)
     version: int = 1
-    is_wanted: Callable[..., Any] = lambda: True
+    is_wanted: Callable[..., object] = lambda: True
     is_result: bool = False
     beside: tuple[str, ...] = ()
 
@@ -207,11 +207,11 @@ class Graph:
         ['size']
     """
 
-    def __init__(self, options: Any, given: Collection[str] = (), unkeyed: Collection[str] = ()) -> None:
+    def __init__(self, options: type[BaseModel], given: Collection[str] = (), unkeyed: Collection[str] = ()) -> None:
         self._class = options
         self.options = frozenset(options.model_fields)
         self.given, self.unkeyed = frozenset(given) | frozenset(unkeyed), frozenset(unkeyed)
-        self.nodes: dict[str, Node[Any]] = {}
+        self.nodes: dict[str, Node[object]] = {}
         self._inputs: dict[str, KeyInputs] = {}
 
     def in_memory(self, make: Callable[..., T]) -> InMemory[T]:
@@ -305,7 +305,7 @@ class Graph:
         return self._inputs[name]
 
     @cached_property
-    def kept_nodes(self) -> tuple[Kept[Any], ...]:
+    def kept_nodes(self) -> tuple[Kept[object], ...]:
         """All that is kept, each after what it needs."""
         return tuple(node for node in self.nodes.values() if isinstance(node, Kept))
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError, NonFiniteError
@@ -170,7 +170,7 @@ class _Sums:
         device = model.get_parameter(block.row_wise.parameter).device
         self.second = torch.zeros(experts, width, width, device=device)
 
-    def watch(self, model: PreTrainedModel) -> Any:
+    def watch(self, model: PreTrainedModel) -> RemovableHandle:
         """A handle of the hook that adds the inputs of the projections."""
         add = self._add_of_experts if self._block.experts else self._add_input
         return model.get_submodule(self._block.row_wise.module).register_forward_hook(add)
@@ -185,7 +185,7 @@ class _Sums:
         self.tokens += weights.sum()
         add_products(self.second[0], x * weights.sqrt()[:, None])
 
-    def _add_of_experts(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _add_of_experts(self, module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
         self.tokens += len(output)
         for number, read in expert_inputs(self._block, module, inputs):
             for expert in number.unique().tolist():

@@ -134,7 +134,7 @@ def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tup
     squared.copy_(x.square().mean(1))
 
 
-def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[object, ...], _: object) -> None:
     """Sums up router weight · ‖output‖ of every expert. The experts of each token are run again, one after the other,
     because a module of experts returns only the sum of their outputs."""
     with torch.no_grad():
@@ -156,7 +156,7 @@ def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]
         yield state, number, weight
 
 
-def expert_inputs(block: Block, module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+def expert_inputs(block: Block, module: nn.Module, inputs: tuple[object, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """The inputs of the down projections of experts, times the weight of the router: the outputs are linear in them.
     The experts of each token are run again, one after the other, with identities as down projections.
 
@@ -201,7 +201,7 @@ def _values(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
 
 
 def _reduce_expert_inputs(
-    block: Block, mean: Tensor, squared: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: Any
+    block: Block, mean: Tensor, squared: Tensor, module: nn.Module, inputs: tuple[object, ...], _: object
 ) -> None:
     for number, read in expert_inputs(block, module, inputs):
         for sums, values in ((mean, read), (squared, read.square())):

@@ -116,7 +116,7 @@ class Equivalent(BaseModel, extra="forbid", frozen=True):
     """
 
     model_type: str
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     without: tuple[str, ...] = ()
 
 
@@ -150,7 +150,7 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
     layouts: tuple[Literal["per-layer", "uniform"], ...] = ("per-layer", "uniform")
     removable_attention: bool = True
 
-    def changed(self, **fields: Any) -> Architecture:
+    def changed(self, **fields: object) -> Architecture:
         """A copy with other fields; unlike `model_copy`, without the cached classes."""
         return Architecture(**{name: getattr(self, name) for name in Architecture.model_fields} | fields)
 

@@ -252,7 +252,13 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
             raise AdaPrunerError(
                 f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
             )
-    pruned_text = _pruned_text(fields)
+    # A pruned model has code with it. Of the decoder inside a multimodal model, the name of its config.
+    has_code, differ = "auto_map" in fields, fields.get("per_layer_config") is not None
+    inner = {name: value for name, value in fields.items() if has_code and isinstance(value, dict)}
+    pruned_text = next((name for name, value in inner.items() if value.get("per_layer_config") is not None), None)
+    # In some families, the layers of dense models differ too.
+    if differ and not has_code and model_type in CONFIG_MAPPING:
+        differ = not CONFIG_MAPPING[str(model_type)]().is_heterogeneous
     if location.gguf_file:
         config = CONFIG_MAPPING[str(model_type)].from_dict(fields)
     elif pruned_text:
@@ -262,7 +268,7 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
         whole = CONFIG_MAPPING[str(model_type)].from_dict(stock_fields | {pruned_text: dense})
         wrapper = Wrapper(location.path, whole, pruned_text)
         config = decoder_config(wrapper, fields[pruned_text])
-    elif _is_of_pruned(fields):
+    elif differ:
         _refuse_odd_layers(fields["per_layer_config"], location)
         if model_type not in CONFIG_MAPPING:
             raise AdaPrunerError(
@@ -298,23 +304,7 @@ def _stock_model(config: PreTrainedConfig) -> PreTrainedModel:
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
 
 
-def _pruned_text(fields: dict[str, Any]) -> str | None:
-    """The name of the config of the decoder inside a multimodal model, if its layers differ."""
-    for name, value in fields.items():
-        if "auto_map" in fields and isinstance(value, dict) and value.get("per_layer_config") is not None:
-            return name
-    return None
-
-
-def _is_of_pruned(fields: dict[str, Any]) -> bool:
-    """True if layers differ in a config, and not only as in the dense models of the family."""
-    if fields.get("per_layer_config") is None or "auto_map" in fields:
-        return fields.get("per_layer_config") is not None
-    model_type = fields.get("model_type")
-    return model_type not in CONFIG_MAPPING or not CONFIG_MAPPING[str(model_type)]().is_heterogeneous
-
-
-def drop_negative_tokens(settings: Any) -> None:
+def drop_negative_tokens(settings: object) -> None:
     """Removes the -1 of models without such a token, which transformers reads and does not write."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(settings, name, None)
@@ -322,7 +312,7 @@ def drop_negative_tokens(settings: Any) -> None:
             setattr(settings, name, None)
 
 
-def _refuse_odd_layers(layers: Any, location: ModelLocation) -> None:
+def _refuse_odd_layers(layers: object, location: ModelLocation) -> None:
     """Refuses values of `per_layer_config` that are neither counts nor lists of counts, nor say that a layer has no
     attention."""
     for layer, counts in layers.items() if isinstance(layers, dict) else ():

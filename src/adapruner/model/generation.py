@@ -38,7 +38,7 @@ _FEW_QUERIES = 16
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a text, for the tokenizer or in the generation settings of the model."""
-    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    named: object = getattr(model.generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     # Configs of small models may name one that their vocabulary does not have.
     return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
@@ -174,7 +174,10 @@ class _Sampling(LogitsProcessor):
     """
 
     def __init__(
-        self, temperatures: Tensor, generators: Sequence[torch.Generator], step: Callable[[int], Any] = lambda _: None
+        self,
+        temperatures: Tensor,
+        generators: Sequence[torch.Generator],
+        step: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.step = step
         self.rows = temperatures.nonzero().flatten()
@@ -204,7 +207,7 @@ class _FastAttention(TorchFunctionMode):
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: Any
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: float | None = None, **_: object
 ) -> Tensor:
     """The result of `scaled_dot_product_attention` without dropout, [batch, heads, queries, features].
 

@@ -24,11 +24,11 @@ class LayerCall:
     """The arguments of a layer besides the hidden state (masks, positions), and the values that it returns besides the
     hidden state, None if it returns no tuple; the same for all batches of one shape."""
 
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
-    others: tuple[Any, ...] | None
+    arguments: tuple[object, ...]
+    named: dict[str, object]
+    others: tuple[object, ...] | None
 
-    def output(self, state: Tensor) -> Any:
+    def output(self, state: Tensor) -> object:
         """The return value of the layer with another hidden state."""
         return state if self.others is None else (state, *self.others)
 
@@ -60,7 +60,7 @@ def _enter(model: PreTrainedModel, batch: Tensor, known: list[LayerCall] | None)
     states: list[Tensor] = []
     calls: list[LayerCall] = []
 
-    def note(state: Tensor, *arguments: Any, **named: Any) -> Any:
+    def note(state: Tensor, *arguments: object, **named: object) -> object:
         states.append(state)
         if known or calls:
             others = (known or calls)[0].others
@@ -85,7 +85,7 @@ def skipping_layers(model: PreTrainedModel, count: int, state: Tensor, call: Lay
 
 
 @contextlib.contextmanager
-def other_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def other_forwards(forwards: dict[nn.Module, Callable[..., object]]) -> Iterator[None]:
     """While it lasts, modules have other forward passes."""
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     for layer, forward in forwards.items():
@@ -136,7 +136,7 @@ def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequen
             module.register_forward_pre_hook(_bring_arguments, with_kwargs=True)
 
 
-def _bring_arguments(module: nn.Module, *called: Any) -> Any:
+def _bring_arguments(module: nn.Module, *called: object) -> object:
     """Moves arguments to the device of the module. Caches are left alone: their part of a layer is with the layer."""
     return send_to_device(called, _device_of(module))
 
@@ -164,7 +164,7 @@ class _Stream:
         # The weights would be kept for the backward pass: the layer is read and run again when its gradient arrives.
         return checkpoint(self._run, *arguments, use_reentrant=False, **named)
 
-    def _run(self, *arguments: Any, **named: Any) -> Any:
+    def _run(self, *arguments: object, **named: object) -> object:
         layer: Any = self._layer()
         with self.loaded():
             return type(layer).forward(layer, *arguments, **named)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +131,7 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
 
 def describe_device(device: torch.device) -> str:
     """Type of the device and, for an accelerator, its name."""
-    name: Any = getattr(torch.get_device_module(device), "get_device_name", None)
+    name: Callable[[torch.device], str] | None = getattr(torch.get_device_module(device), "get_device_name", None)
     return f"{device.type} ({name(device)})" if name else device.type
 
 
@@ -141,7 +141,7 @@ def computes_bfloat16_natively(device: torch.device) -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if device.type == "cuda":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    is_supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    is_supported: Callable[[], bool] | None = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return bool(is_supported and is_supported())
 
 

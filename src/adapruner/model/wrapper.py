@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,7 @@ class _Causal:
     """Mixin: a decoder with a linear head, for decoders that have no causal language model of their own."""
 
     base_model_prefix = "model"
-    config: Any
+    config: object
     decoder_class: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -58,7 +58,7 @@ class _Causal:
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **options: Any,
+        **options: object,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
             input_ids=input_ids,
@@ -100,7 +100,7 @@ class Wrapper:
         """The multimodal model without weights, around a decoder of a config."""
         return _empty(*self.class_and_config(decoder), dtype)
 
-    def class_and_config(self, decoder: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    def class_and_config(self, decoder: PreTrainedConfig) -> tuple[object, PreTrainedConfig]:
         """The class and the config of the multimodal model around a decoder of a config."""
         stock = copy.deepcopy(self.config)
         if hasattr(decoder, "tie_word_embeddings"):
@@ -112,9 +112,9 @@ class Wrapper:
             dense = new_model(getattr(self.config, self.text))
         family = architecture_of(decoder).pruned_class.family
         layers = dict(_renamed([family.layers], dense, self._dense()))[family.layers]
-        made: Any = register_wrapper(family, WrapperNames(stock.model_type, self.text, layers))
+        made = register_wrapper(family, WrapperNames(stock.model_type, self.text, layers))
         fields = stock.to_dict() | {self.text: decoder.to_dict()}
-        return made, made.config_class.from_dict(fields)
+        return made, cast(type[PreTrainedConfig], made.config_class).from_dict(fields)
 
     def holding(self, model: PreTrainedModel) -> Any:
         """The multimodal model around a decoder with the weights of one; in the other parts, no weight is a number."""
@@ -218,7 +218,7 @@ def find_text(config: PreTrainedConfig) -> str | None:
     return names[0]
 
 
-def decoder_config(wrapper: Wrapper, pruned: Mapping[str, Any] | None) -> PreTrainedConfig:
+def decoder_config(wrapper: Wrapper, pruned: Mapping[str, object] | None) -> PreTrainedConfig:
     """The config of the decoder inside a multimodal model, whose causal language model is known to transformers from
     then on; `pruned` has the fields of the decoder if its layers differ."""
     dense: PreTrainedConfig = getattr(wrapper.config, wrapper.text)
@@ -258,7 +258,7 @@ def give_wrapper(model: PreTrainedModel, wrapper: Wrapper | None) -> None:
     setattr(model, _ATTRIBUTE, wrapper)
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def _model_class(config: PreTrainedConfig) -> object:
     return MODEL_FOR_MULTIMODAL_LM_MAPPING[CONFIG_MAPPING[config.model_type]]
 
 
@@ -291,7 +291,7 @@ def _path(model: PreTrainedModel, module: nn.Module | None) -> str:
     raise AdaPrunerError(f"a {model.config.model_type} has no decoder with an output layer")
 
 
-def _renamed(names: Any, model: PreTrainedModel, whole: PreTrainedModel) -> Iterator[tuple[str, str]]:
+def _renamed(names: Iterable[str], model: PreTrainedModel, whole: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Names in a causal language model with those in the multimodal model: below the decoder, or in the head."""
     decoders = _path(model, _inner_decoder(model)), _path(whole, _inner_decoder(whole))
     heads = _path(model, model.get_output_embeddings()), _path(whole, _output_layer(whole))
@@ -301,7 +301,7 @@ def _renamed(names: Any, model: PreTrainedModel, whole: PreTrainedModel) -> Iter
         yield name, outer + name.removeprefix(inner)
 
 
-def _register(config_class: type[PreTrainedConfig], decoder: Any, whole: PreTrainedConfig) -> None:
+def _register(config_class: type[PreTrainedConfig], decoder: object, whole: PreTrainedConfig) -> None:
     """Makes a causal language model of a decoder that has none, and tells transformers."""
     decoder_class = type(decoder)
     if not isinstance(decoder, PreTrainedModel):

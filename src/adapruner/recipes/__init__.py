@@ -24,7 +24,7 @@ def override(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
     return {**base, **options}
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
+def read_recipe(name: str | Path) -> dict[str, object]:
     """The options in a recipe: one of this package, by name, or a YAML file."""
     known = recipes()
     try:

@@ -43,7 +43,7 @@ class ModelArgs:
         """The counts in the config for one layer."""
         return self.layers.get(index, {})
 
-    def stock_arguments(self, **fields: Any) -> Any:
+    def stock_arguments(self, **fields: object) -> object:
         """The arguments of the stock model with other fields."""
         fields = self.config | fields
         if "num_local_experts" in fields:  # the name that transformers 5 gives it in all families
@@ -72,7 +72,7 @@ class ModelArgs:
 class _Nothing(nn.Module):
     """Replaces an attention: adds nothing to the hidden state."""
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
         for argument in (*args, *kwargs.values()):
             if hasattr(argument, "update_and_fetch"):
                 # mlx-lm reads the length of the text from the cache of the first layer.

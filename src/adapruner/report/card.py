@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -117,7 +116,7 @@ def _render(
     base_model: str,
     name: str,
     results: list[EvalResult],
-    **content: Any,
+    **content: object,
 ) -> str:
     licence, wrapper = base_licence(location) or {}, find_wrapper(location)
     model_type = wrapper.config.model_type if wrapper else config.model_type
@@ -195,7 +194,7 @@ def base_licence(location: ModelLocation) -> dict[str, str] | None:
     """The licence of the base model, in the fields of a model card: from the metadata of a GGUF file or from its card;
     None if it names none or cannot be read. Whatever the files contain, this is quick and raises nothing."""
     if location.gguf_file:
-        fields: dict[Any, Any] = {"license": _gguf_licence(Path(location.path) / location.gguf_file)}
+        fields: dict[object, object] = {"license": _gguf_licence(Path(location.path) / location.gguf_file)}
     else:
         front = re.match(r"\s*---[ \t]*\n(.*?)^---", read_card(location)[:_LONGEST_METADATA], re.DOTALL | re.MULTILINE)
         try:

@@ -157,7 +157,9 @@ def gains(dense: ModelNumbers, final: ModelNumbers, weight_bytes: int, speed: tu
         speed: of the dense and the final model.
     """
     before, after = dense.parameters, final.parameters
-    rows = [_smaller("parameters", "", _millions, before, after)]
+    shown = [f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}" for number in (before, after)]
+    growth = f"{100 * after / before - 100:+.1f} %".replace("-", "−")
+    rows = [_change("parameters", "", Cell(shown[0]), Cell(shown[1]), growth)]
     if weight_bytes:
         dense_bytes = round(weight_bytes * before / after)
         rows.append(_smaller("weights on disk", "in the same dtype", _megabytes, dense_bytes, weight_bytes))
@@ -237,10 +239,6 @@ def _times(before: float, after: float) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
 
 
 # The folder of the search, if a run took it from another run.

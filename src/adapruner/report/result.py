@@ -193,13 +193,10 @@ def task_table(models: Mapping[str, Numbers]) -> Table:
         for key, number in shown.items()
     ]
     if len(scores) > 1:
-        columns += [Column("of the first", style="change"), Column("change", style="change")]
+        columns.append(Column("change", style="change"))
         first, *_, last = scores.values()
         changes = {key: difference(first[key], last[key]) for key in shown}
-        rows = [
-            [*cells, _share(first[key].value, *changes[key]), signed(*changes[key])]
-            for cells, key in zip(rows, shown, strict=True)
-        ]
+        rows = [[*cells, signed(*changes[key])] for cells, key in zip(rows, shown, strict=True)]
     return Table("task-table", "Scores in tasks", columns, rows, _protocols(shown))
 
 
@@ -223,14 +220,6 @@ def signed(value: float, error: float | None, digits: int = 4) -> Cell:
     """A cell with a change and its standard error."""
     shown = "" if error is None else f"± {error:.{digits}f}"
     return Cell(f"{value:+.{digits}f}".replace("-", "−"), shown, is_noise=is_noise(value, error))
-
-
-def _share(first: float, growth: float, error: float | None) -> Cell:
-    """A score as a share of the first model's, with the error of the difference."""
-    if not first:
-        return Cell()
-    shown = "" if error is None else f"± {100 * error / first:.1f}"
-    return Cell(f"{100 * (1 + growth / first):.1f} %", shown, is_noise=is_noise(growth, error))
 
 
 def difference(before: Number, after: Number) -> tuple[float, float | None]:

@@ -7,7 +7,6 @@ import inspect
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from adapruner.graph.nodes import Form
 from adapruner.importance import TERMS, Term, needs_moments, needs_removal_errors
 from adapruner.measurement.moments import StoredMoments, measure_moments, projected_blocks, removal_errors
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, Statistics, measure_in_parts
-from adapruner.options import Layout, RatioOf, Space, Terms, allocates_by_cost
+from adapruner.options import Alignment, Layout, RatioOf, Reduction, Searched, Space, Terms, allocates_by_cost
 from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import GRAPH as GRAPH, TENSORS, json_form
 from adapruner.run.memory import Placement
@@ -209,11 +208,11 @@ def space_of_search(
     importance_terms: dict[str, Term],
     samples: int,
     seed: int,
-    space: Any,
-    alignment: Any,
-    reduction: Any,
-    terms: Any,
-    search: Any,
+    space: Space,
+    alignment: Alignment,
+    reduction: Reduction,
+    terms: Terms,
+    search: Searched,
 ) -> SearchSpace:
     """The candidates among which is searched."""
     common = build_subset_family(statistics, structure, counts), samples, seed, reduction, terms, search

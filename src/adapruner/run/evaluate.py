@@ -101,7 +101,14 @@ def evaluate(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if protocol is None and not perplexity and not tasks and (against is None or speed):
         protocol = "llm-pruner"
-    _check_options(protocol, seq_len, stride, limit)
+    if seq_len < 2:
+        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
+    if limit is not None and limit < 1:
+        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+    if protocol is not None and protocol not in PROTOCOLS:
+        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
     source = ModelSource.of(model, dtype, device)
@@ -166,17 +173,6 @@ def evaluate_each(models: Sequence[str], against: str | None = None, **options: 
     return {
         model: evaluate(model, against=None if model == against else against, speed=True, **options) for model in models
     }
-
-
-def _check_options(protocol: str | None, seq_len: int, stride: int | None, limit: int | None) -> None:
-    if seq_len < 2:
-        raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
-    if limit is not None and limit < 1:
-        raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
 
 
 def _compare(

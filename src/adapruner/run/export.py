@@ -14,14 +14,13 @@ from adapruner.base.files import output_path
 from adapruner.base.progress import Reporter
 from adapruner.checkpoint import is_replaceable, read_origin, save_checkpoint
 from adapruner.families import open_config, open_model
-from adapruner.gguf.checks import StoredTypes, check_gguf, read_stored_types
-from adapruner.gguf.decilm import check_decilm, write_decilm
-from adapruner.gguf.write import write_gguf
+from adapruner.formats import Export, formats
+from adapruner.formats.gguf_checks import StoredTypes, read_stored_types
 from adapruner.model.loading import empty_model, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.model.wrapper import wrapper_of
-from adapruner.options import Dtype, ExportFormat, GgufType
-from adapruner.report.card import card_of_export, read_card, vocabulary_card
+from adapruner.options import Dtype, GgufType
+from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
 from adapruner.run.given import ModelGiven, ModelSource
 from adapruner.text.blends import record_of
@@ -46,7 +45,7 @@ class Exported:
 
 def export(
     model: ModelGiven,
-    to: ExportFormat,
+    to: str,
     output: str | Path,
     gguf_type: GgufType = "f16",
     overwrite: bool = False,
@@ -68,24 +67,17 @@ def export(
     """
     path = output_path(output)
     source = ModelSource.of(model)
-    check_output(path, source.location, overwrite, is_file=to == "gguf")
-    empty = empty_model(source.config)
-    if to == "gguf":
-        check_gguf(empty, gguf_type)
-    else:
-        check_decilm(empty.config)
+    if (form := formats().get(to)) is None:
+        raise AdaPrunerError(f"no format {to!r}: expected {' or '.join(sorted(formats()))}")
+    check_output(path, source.location, overwrite, form.is_file)
+    form.check(empty_model(source.config), gguf_type)
     tokenizer = source.tokenizer(tokenizer)
     reporter = Reporter()
     with contextlib.ExitStack() as using:
         with reporter.stage("loading"):
             loaded = using.enter_context(source.loaded(device="cpu"))
         with reporter.stage("writing"):
-            if to == "gguf":
-                write_gguf(loaded, tokenizer, path, gguf_type)
-            else:
-                origin = read_origin(source.location) if source.location else None
-                card = card_of_export(read_card(source.location)) if source.location else None
-                save_checkpoint(loaded, tokenizer, path, card, record=origin, write=write_decilm)
+            form.write(Export(loaded, tokenizer, path, gguf_type, source.location))
         if wrapper_of(loaded):
             reporter.note(
                 "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"

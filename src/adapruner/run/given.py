@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -99,13 +99,13 @@ def _save(folder: Path, name: str, suffix: str, write: Callable[[Path], object])
     return str(path)
 
 
-def _write_rows(data: Any, use: str, path: Path) -> None:
+def _write_rows(data: object, use: str, path: Path) -> None:
     if not isinstance(data, Iterable):
         raise AdaPrunerError(
             f"`{use}` is a {type(data).__name__}: expected the name of a dataset, documents or windows"
         )
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, object]]:
         for number, item in enumerate(data, 1):
             if not isinstance(item, str | Mapping):
                 raise AdaPrunerError(

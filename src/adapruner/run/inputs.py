@@ -36,7 +36,17 @@ from adapruner.model.loading import (
     usable_devices,
 )
 from adapruner.model.places import ModelLocation, find_model, fingerprint as fingerprint_of_model
-from adapruner.options import FEWEST_JUDGING_WINDOWS, Layout, PruneConfig, RatioOf, Space, Terms
+from adapruner.options import (
+    FEWEST_JUDGING_WINDOWS,
+    Dtype,
+    ExpertGranularity,
+    HeadGranularity,
+    Layout,
+    PruneConfig,
+    RatioOf,
+    Space,
+    Terms,
+)
 from adapruner.run.memory import Placement, choose_placement, dtype_of_weights, room_for_moments
 from adapruner.structure.blocks import Structure, count_parameters
 from adapruner.structure.build import build_structure
@@ -65,7 +75,7 @@ GRAPH = Graph(PruneConfig, given=("reporter", "run_folder", "stage_costs"), unke
 
 def json_form(content: Any) -> Form[Any]:
     """Values of a type that pydantic knows, as JSON."""
-    adapter: TypeAdapter[Any] = TypeAdapter(content)
+    adapter: TypeAdapter[object] = TypeAdapter(content)
     return Form(
         lambda value, path: path.write_bytes(adapter.dump_json(value, indent=2) + b"\n"),
         lambda path: adapter.validate_json(path.read_bytes()),
@@ -75,7 +85,7 @@ def json_form(content: Any) -> Form[Any]:
 # The model as it was given
 
 
-def content_of_model(location: ModelLocation) -> Any:
+def content_of_model(location: ModelLocation) -> object:
     """The content of a leaf for a model; the commit of one on the Hub is known once its config is read."""
     load_config(location)
     return fingerprint_of_model(location)
@@ -109,7 +119,10 @@ def empty(model_config: PreTrainedConfig) -> PreTrainedModel:
 
 @GRAPH.in_memory
 def structure(
-    empty: PreTrainedModel, family: Architecture, head_granularity: Any, expert_granularity: Any
+    empty: PreTrainedModel,
+    family: Architecture,
+    head_granularity: HeadGranularity,
+    expert_granularity: ExpertGranularity,
 ) -> Structure:
     return build_structure(empty, head_granularity, expert_granularity)
 
@@ -226,7 +239,7 @@ def main_device(device: str) -> torch.device:
 
 
 @GRAPH.leaf(lambda it: {"dtype": str(it.weights), "dtype of trials": str(it.trials), "device": it.device})
-def precision(empty: PreTrainedModel, dtype: Any, main_device: torch.device) -> Precision:
+def precision(empty: PreTrainedModel, dtype: Dtype, main_device: torch.device) -> Precision:
     weights = dtype_of_weights(empty, dtype)
     return Precision(dtype, weights, trial_dtype(weights, main_device), main_device.type)
 

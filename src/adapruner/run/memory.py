@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapruner.base.errors import AdaPrunerError
@@ -75,7 +76,7 @@ class Placement:
 
 def estimate_memory(
     config: PruneConfig,
-    model: Any,
+    model: PreTrainedModel,
     structure: Structure,
     budget: Budget,
     devices: Sequence[torch.device],
@@ -109,7 +110,7 @@ def estimate_memory(
     pruned = held(left) * size + waiting * on_host
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
-    length, blocks, (vocabulary, hidden) = config.seq_len, structure.blocks, model.get_input_embeddings().weight.shape
+    length, blocks, (vocabulary, hidden) = config.seq_len, structure.blocks, _embedding_shape(model)
     shares = [count / block.groups for count, block in zip(counts, blocks, strict=True)]
     # Of its inputs, the largest that a pruned block keeps: nearly all, where costs decide.
     chosen = config.space, config.layout, config.ratio_of, config.head_share
@@ -158,10 +159,10 @@ def estimate_memory(
     return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + of_pool)
 
 
-def _activations(model: Any, dtype: torch.dtype, tokens: int, of_one_layer: bool) -> int:
+def _activations(model: PreTrainedModel, dtype: torch.dtype, tokens: int, of_one_layer: bool) -> int:
     """Bytes that are kept for a backward pass through all layers, or through one and the states between them; and of
     the logits with their losses, in float32."""
-    layers, (vocabulary, hidden) = len(decoder_layers(model)), model.get_input_embeddings().weight.shape
+    layers, (vocabulary, hidden) = len(decoder_layers(model)), _embedding_shape(model)
     saved = saved_activations(model.config, dtype)
     kept = saved + layers * hidden * dtype.itemsize if of_one_layer else layers * saved
     return int(tokens * kept) + bytes_of_predictions(tokens, vocabulary)
@@ -169,7 +170,7 @@ def _activations(model: Any, dtype: torch.dtype, tokens: int, of_one_layer: bool
 
 def healing_within(
     config: PruneConfig,
-    model: Any,
+    model: PreTrainedModel,
     weights: int,
     devices: Sequence[torch.device],
     by_layer: bool,
@@ -201,7 +202,9 @@ def healing_within(
     return options
 
 
-def _training(model: Any, options: RecoveryOptions, dtype: torch.dtype, weights: int, by_layer: bool) -> int:
+def _training(
+    model: PreTrainedModel, options: RecoveryOptions, dtype: torch.dtype, weights: int, by_layer: bool
+) -> int:
     """Bytes of a training beside the weights: what is trained and its gradients in float32, the two moments of the
     optimizer, and the activations.
 
@@ -222,19 +225,26 @@ def bytes_of_predictions(tokens: int, vocabulary: int) -> int:
     return min(PREDICTIONS_AT_ONCE, tokens) * vocabulary * _FLOAT32 * 5
 
 
-def dtype_of_weights(model: Any, dtype: Dtype) -> torch.dtype:
+def dtype_of_weights(model: PreTrainedModel, dtype: Dtype) -> torch.dtype:
     """The dtype that a model is loaded in: `auto` is the dtype of the checkpoint."""
-    loaded: torch.dtype = model.config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return loaded
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    return cast(torch.dtype, model.config.dtype or torch.float32)
 
 
-def _count(module: Any) -> int:
+def _embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """Tokens and hidden size."""
+    rows, width = cast(nn.Embedding, model.get_input_embeddings()).weight.shape
+    return rows, width
+
+
+def _count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
 def choose_placement(
     config: PruneConfig,
-    model: Any,
+    model: PreTrainedModel,
     structure: Structure,
     budget: Budget,
     devices: Sequence[torch.device],
@@ -284,7 +294,9 @@ def choose_placement(
     return Placement(used, by_layer, needed)
 
 
-def place_weights(model: Any, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool) -> Placement:
+def place_weights(
+    model: PreTrainedModel, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool
+) -> Placement:
     """The devices of the layers of a model that is only run: as few as leave a quarter of their memory free. If all
     devices together are too small, one layer is held at a time if layers `may_stream`, else all devices are used.
 

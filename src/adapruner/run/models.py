@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
@@ -79,7 +78,7 @@ def healing(
 
 
 @GRAPH.leaf()
-def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, Any]:
+def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, object]:
     """The record in a checkpoint of its base model and the texts that it was made with, or the base model was."""
     earlier = read_origin(location) or {"texts": []}
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
@@ -94,7 +93,7 @@ def pruned(
     moments_to_correct: StoredMoments | None,
     healing: RecoveryOptions | None,
     tokenizer: Tokenizer,
-    origin: dict[str, Any],
+    origin: dict[str, object],
     text_to_learn: tuple[Text, Text],
     main_device: torch.device,
     placement: Placement,
@@ -161,9 +160,6 @@ def measured_perplexity(
         }
 
 
-# What the models can do
-
-
 @GRAPH.kept("evaluation/answers.safetensors", TENSORS)
 def answers(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, torch.Tensor]:
     """What the dense model writes for both models to read, and predicts in it."""
@@ -179,9 +175,6 @@ def measured_abilities(
         return measure_abilities(model, tokenizer, answers, advance=advance)
 
 
-# Tasks
-
-
 @GRAPH.leaf()
 def used_documents(texts: Texts) -> Callable[[], list[str]]:
     return texts.used_documents
@@ -192,8 +185,8 @@ def loaded_tasks(
     tasks: tuple[str, ...],
     task_limit: int | None,
     used_documents: Callable[[], list[str]],
-    calibration_texts: Any,
-    objective_texts: Any,
+    calibration_texts: object,
+    objective_texts: object,
 ) -> Tasks:
     """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
     # The documents are read when they are needed: the texts put their content into the key.
@@ -229,9 +222,6 @@ for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "prune
     GRAPH.kept(
         f"evaluation/abilities-{_role}.json", json_form(Abilities), name=f"abilities_{_role}", needs={"model": _fast}
     )(measured_abilities)
-
-
-# The result
 
 
 @GRAPH.kept("result.json", json_form(RunResult), version=8, is_result=True, is_record=True, beside=("model/README.md",))

@@ -17,7 +17,7 @@ from adapruner.base.files import given_path
 from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
-from adapruner.gguf.checks import LLAMA_LIKE, check_gguf
+from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
 from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
 from adapruner.model.loading import empty_model
@@ -59,7 +59,7 @@ _MLX_READS_HEAD_WIDTH = (
 _MLX_DIVIDES = ("cohere", "granite", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
 
 
-def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any]:
+def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, object]:
     """The options with which a run makes a model that all engines in `wanted.for_` load.
 
     Args:
@@ -78,7 +78,7 @@ def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, Any
     layout: Layout = wanted.layout if "layout" in given else "per-layer" if "per-layer" in loads else "uniform"
     if layout not in loads:
         refuse("layout", "layers of equal widths")
-    options: dict[str, Any] = {"layout": layout}
+    options: dict[str, object] = {"layout": layout}
     if not loads[layout]:
         if wanted.head_share:
             refuse("head_share", f"all heads of a {config.model_type}")
@@ -122,7 +122,7 @@ _IN_MEMORY = ("model", "calibration", "objective")
 
 
 def resolve(
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     tokenizer: Tokenizer | None,
     run: RunFolder,
     recipe: str | Path | None,
@@ -158,7 +158,7 @@ def resolve(
 
 def with_defaults(config: PruneConfig) -> PruneConfig:
     """The config with the defaults that follow from other options, from the engine and from the model."""
-    updates: dict[str, Any] = {}
+    updates: dict[str, object] = {}
     model_config = open_config(find_model(config.model))
     if config.for_:
         updates |= options_for(config, model_config)
@@ -196,11 +196,11 @@ def register_extensions(config: PruneConfig) -> None:
 
 
 def _given_options(
-    earlier: RunFolder | None, recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], SizeLimit]:
+    earlier: RunFolder | None, recipe: str | Path | None, config: PruneOptions | None, options: Mapping[str, object]
+) -> tuple[dict[str, object], SizeLimit]:
     """The options of an earlier run, a recipe and a config, overridden by those that are given by name, and a size that
     replaces the ratio; a model or text may be in memory."""
-    base: dict[str, Any] = {}
+    base: dict[str, object] = {}
     if earlier:
         then = earlier.read_config()
         base = {name: getattr(then, name) for name in then.given}

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -37,7 +36,7 @@ def prune(
     recipe: str | Path | None = None,
     from_: str | Path | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: object,
 ) -> PruneResult:
     """Prunes a causal language model: measures, searches, cuts, heals, saves and evaluates.
 
@@ -174,7 +173,7 @@ def preview(
     recipe: str | Path | None = None,
     from_: str | Path | None = None,
     overwrite: bool = False,
-    **options: Any,
+    **options: object,
 ) -> Preview:
     """A preview of `prune` with the same arguments, all of them names, after the same checks, from shapes and text: no
     weights are read, and nothing is written.
@@ -220,7 +219,7 @@ class Estimate:
     refusal: str = ""
 
 
-def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Estimate:
+def estimate(model: str | Path, memory: str | None = None, **options: object) -> Estimate:
     """The memory that `prune` would need with these options, from shapes: no weights and no text are read.
 
     Args:
@@ -236,7 +235,7 @@ def estimate(model: str | Path, memory: str | None = None, **options: Any) -> Es
     config = with_defaults(config)
     if memory and config.device not in ("auto", "cuda"):
         raise AdaPrunerError("`memory` is that of GPUs: leave `device` out")
-    known: dict[str, Any] = {}
+    known: dict[str, object] = {}
     if memory or (config.device == "cuda" and not torch.cuda.is_available()):
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
 

@@ -76,10 +76,16 @@ def recover(
     given = {"data": data, "teacher": teacher, "output": output}
     given = {"model": str(model)} | {name: value for name, value in given.items() if value is not None} | options
     if RunFolder(given_path(model)).config.is_file():
-        of_run = _of_run(RunFolder(given_path(model)))
+        run = RunFolder(given_path(model))
+        then, healing = run.read_config(), read_healing(run.model)
+        of_run: dict[str, Any] = {"tokens": PruneOptions().heal if then.heal == "none" else then.heal}
         if given.keys() & {*TRAINING_BUDGETS}:
-            del of_run["tokens"]
-        given = of_run | given | {"model": str(given_path(model) / "model")}
+            of_run = {}
+        if healing and healing.record:
+            of_healing = healing.record.config.items()
+            of_run |= {name: value for name, value in of_healing if name not in (*TRAINING_BUDGETS, "seed")}
+        of_run |= {"data": then.calibration, "teacher": then.model, "output": run.path / "recovered"}
+        given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:
         raise AdaPrunerError(f"name `{lacking[0]}`: {model} is not the folder of a run")
     folder = RecoveryFolder(output_path(str(given.pop("output"))))
@@ -259,16 +265,6 @@ RECOVERY.check()
 def read_record(model: Path) -> RecoveryRecord:
     """The record of the training in the folder of a recovered model."""
     return RecoveryRecord.model_validate_json((model / RECORD).read_bytes())
-
-
-def _of_run(run: RunFolder) -> dict[str, Any]:
-    """The options that continue the training of a run."""
-    config, healing = run.read_config(), read_healing(run.model)
-    options: dict[str, Any] = {"tokens": PruneOptions().heal if config.heal == "none" else config.heal}
-    if healing and healing.record:
-        of_healing = healing.record.config.items()
-        options |= {name: value for name, value in of_healing if name not in (*TRAINING_BUDGETS, "seed")}
-    return options | {"data": config.calibration, "teacher": config.model, "output": run.path / "recovered"}
 
 
 def _taught(

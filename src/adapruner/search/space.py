@@ -109,13 +109,13 @@ class StartingPoint(BaseModel, extra="forbid", frozen=True):
     """A point that is tried before the sampler proposes any: searched parameters, or the name of a fixed metric."""
 
     parameters: dict[str, float | int | str] = {}
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
 
 
 class _KnownTrial:
     """A trial that suggests known values and notes the names of the parameters."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, object]) -> None:
         self._values, self.names = values, set[str]()
 
     def suggest_float(self, name: str, low: float, high: float, /) -> float:
@@ -231,7 +231,7 @@ class PaperSpace(SearchSpace):
 
     alignment: Alignment = "data"
 
-    def _good_points(self) -> list[dict[str, Any]]:
+    def _good_points(self) -> list[dict[str, object]]:
         order = "metric.fine_second_order" if self.terms == "all" else "metric.coarse_second_order"
         return [{"metric.fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
 

@@ -8,10 +8,8 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import optuna
 from optuna.storages import JournalStorage
@@ -87,48 +85,6 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
         return sum(not point.starting_point for point in self.points)
 
 
-@dataclass(frozen=True)
-class _Contender:
-    """A trial that was not stopped, and its place among the finished ones."""
-
-    trial: FrozenTrial
-    number: int
-    space: SearchSpace
-    kinds: tuple[str, ...]
-
-    @property
-    def is_fixed(self) -> bool:
-        """True if one of LLM-Pruner's metrics was tried."""
-        return FIXED_METRIC in self.trial.user_attrs
-
-    @cached_property
-    def candidate(self) -> Candidate:
-        return self.space.suggest(self.trial)
-
-    @property
-    def losses(self) -> list[float]:
-        """On every window; empty if they are not finite."""
-        losses: list[float] = self.trial.user_attrs[LOSSES]
-        return losses
-
-    @property
-    def loss(self) -> float:
-        return loss_of(self.trial)
-
-    @property
-    def by_kind(self) -> dict[str, float]:
-        """The mean loss over the windows of each kind of text."""
-        return {
-            kind: statistics.fmean(self.losses[place] for place in places)
-            for kind, places in places_of(self.kinds[: len(self.losses)]).items()
-        }
-
-    @property
-    def guarded_loss(self) -> float:
-        """The mean loss and that of the worst kind: no kind of text pays for the others."""
-        return self.loss + max(self.by_kind.values(), default=self.loss)
-
-
 def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kinds: Sequence[str] = ()) -> SearchResult:
     """The best of the finished trials: by the mean over all windows, and over those of the kind of text that is hit
     most.
@@ -138,18 +94,21 @@ def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kin
         trials: number of trials that were to be finished.
         kinds: of the windows; of an unknown kind if empty.
     """
-    contenders = [
-        _Contender(trial, number, space, tuple(kinds))
-        for number, trial in enumerate(finished)
-        if STOPPED not in trial.user_attrs
-    ]
-    contenders.sort(key=attrgetter("loss"))
-    fixed = [contender for contender in contenders if contender.is_fixed]
-    if not contenders or not math.isfinite(contenders[0].loss):
+    # By loss; trials that were stopped early were not judged on all windows.
+    whole = sorted((trial for trial in finished if STOPPED not in trial.user_attrs), key=loss_of)
+    fixed = [trial for trial in whole if FIXED_METRIC in trial.user_attrs]
+    if not whole or not math.isfinite(loss_of(whole[0])):
         raise AdaPrunerError(
             f"none of the {len(finished)} trials has a finite loss: lower `ratio`, or try `dtype` float32"
         )
-    best = min(contenders, key=attrgetter("guarded_loss"))
+
+    def by_kind(trial: FrozenTrial) -> dict[str, float]:
+        losses = trial.user_attrs[LOSSES]  # none if they are not finite
+        places = places_of(kinds[: len(losses)])
+        return {kind: statistics.fmean(losses[place] for place in own) for kind, own in places.items()}
+
+    # The mean loss and that of the worst kind: no kind of text pays for the others.
+    best = min(whole, key=lambda trial: loss_of(trial) + max(by_kind(trial).values(), default=loss_of(trial)))
     return SearchResult(
         points=tuple(
             TriedPoint(
@@ -164,13 +123,13 @@ def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kin
             for number, trial in enumerate(finished)
         ),
         trials=trials,
-        best=best.candidate,
-        best_loss=best.loss,
-        by_kind=best.by_kind,
-        best_trial=best.number,
-        best_fixed_loss=fixed[0].loss if fixed else None,
-        best_fixed_name=fixed[0].trial.user_attrs[FIXED_METRIC] if fixed else "",
-        stopped_early=len(finished) - len(contenders),
+        best=space.suggest(best),
+        best_loss=loss_of(best),
+        by_kind=by_kind(best),
+        best_trial=finished.index(best),
+        best_fixed_loss=loss_of(fixed[0]) if fixed else None,
+        best_fixed_name=fixed[0].user_attrs[FIXED_METRIC] if fixed else "",
+        stopped_early=len(finished) - len(whole),
         starting_points=len(space.starting_points()),
     )
 
@@ -199,7 +158,7 @@ def quiet_optuna() -> Iterator[None]:
 
 
 # The loss of a trial, and user attributes.
-_Outcome = tuple[float, dict[str, Any]]
+_Outcome = tuple[float, dict[str, object]]
 Progress = Callable[[float], None]
 
 # A trial is stopped once it is worse than the best one by this many standard errors of the mean difference, on at least
@@ -223,7 +182,7 @@ class _Attributes(TypedDict):
     stopped: NotRequired[bool]
 
 
-_ATTRIBUTES: dict[TrialState, TypeAdapter[Any]] = {TrialState.COMPLETE: TypeAdapter(_Attributes)}
+_ATTRIBUTES: dict[TrialState, TypeAdapter[object]] = {TrialState.COMPLETE: TypeAdapter(_Attributes)}
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _slices(
     return *slices, *_slices_of(path, reader, 1, _shape(reader)[1] // groups, 0)
 
 
-def _slices_of(path: str, module: Any, axis: int, width: int, offset: int) -> list[TensorSlice]:
+def _slices_of(path: str, module: object, axis: int, width: int, offset: int) -> list[TensorSlice]:
     """Slices of the weight of a projection or norm, and, along the outputs, of its bias; or of a single parameter."""
     shape = _shape(module)
     elements, is_matrix = math.prod(shape) // shape[axis], len(shape) > 1
@@ -228,4 +228,4 @@ def _shape(module: Any) -> tuple[int, ...]:
 
 def _at(model: PreTrainedModel, path: str) -> Any:
     """The module, parameter or buffer at a path; None if the model has none."""
-    return reduce(lambda module, name: getattr(module, name, None), path.split("."), cast(Any, model))
+    return reduce(lambda module, name: getattr(module, name, None), path.split("."), cast(object, model))

@@ -230,7 +230,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
             raise ValueError(f"it is not UTF-8 text: byte {place} is invalid") from None
 
 
-def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+def _json_records(path: Path) -> Iterator[dict[str, object]]:
     """The objects of a file with one on each line, or of a .json file with a list of them."""
     with _opened(path) as file:
         lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
@@ -305,7 +305,7 @@ def _text_columns(columns: list[str], name: str, wanted: tuple[str, ...]) -> tup
 
 
 def _rows_of_records(
-    records: Iterable[dict[str, Any]], name: str, wanted: tuple[str, ...] = (), limit: int | None = None
+    records: Iterable[dict[str, object]], name: str, wanted: tuple[str, ...] = (), limit: int | None = None
 ) -> Iterator[Row]:
     """The texts of records, in the columns that the first record has; see `_text_columns`."""
     records = iter(records)
@@ -315,7 +315,7 @@ def _rows_of_records(
         yield from _texts(records if wanted else _alike(records, columns), columns, limit)
 
 
-def _alike(records: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _alike(records: Iterable[dict[str, object]], columns: tuple[str, ...]) -> Iterator[dict[str, object]]:
     """Records, as they are read; refuses one that has none of the columns, but others."""
     for number, record in enumerate(records, 1):
         if record and record.keys().isdisjoint(columns):
@@ -327,13 +327,13 @@ def _alike(records: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Itera
         yield record
 
 
-def _texts(records: Iterable[dict[str, Any]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
+def _texts(records: Iterable[dict[str, object]], columns: tuple[str, ...], limit: int | None) -> Iterator[Row]:
     """The texts of records in some columns, at most `limit` of them, as they are read."""
     for number, record in enumerate(itertools.islice(records, limit), 1):
         yield {column: _text_of(record, column, number) for column in columns}
 
 
-def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
+def _text_of(record: dict[str, object], column: str, number: int) -> str | None:
     value = record.get(column)
     if value is None:
         return None
@@ -347,7 +347,7 @@ def _text_of(record: dict[str, Any], column: str, number: int) -> str | None:
     return text
 
 
-def text_rows(records: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+def text_rows(records: Iterable[dict[str, object]], name: str) -> Iterator[Row]:
     """The text of records in memory, by column; the first record decides which columns hold text. Refuses records
     without text; the name is for messages."""
     try:

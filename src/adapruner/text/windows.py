@@ -24,7 +24,7 @@ from adapruner.text.sources import Source
 _MOST_CHARACTERS, _OF_A_PIECE = 1 << 22, 1 << 18
 
 
-def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: Any) -> BatchEncoding:
+def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: object) -> BatchEncoding:
     """The encoding of a text, or of several."""
     with reported(f"the tokenizer {tokenizer.name_or_path} fails on a text"):
         # A text may be longer than those of the model.

@@ -140,7 +140,7 @@ def _cut_rows(name: str, tensor: Tensor, wanted: Tensor, kept: Tensor) -> Tensor
     return nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
 
 
-def _token_fields(settings: Any) -> Iterator[tuple[Any, str, Any]]:
+def _token_fields(settings: object) -> Iterator[tuple[object, str, object]]:
     """The config, name and value of every field that holds tokens, in a config and those inside it."""
     for name, value in vars(settings).items():
         if isinstance(value, PreTrainedConfig):
@@ -149,7 +149,7 @@ def _token_fields(settings: Any) -> Iterator[tuple[Any, str, Any]]:
             yield settings, name, value
 
 
-def _numbers(value: Any) -> Iterator[int]:
+def _numbers(value: object) -> Iterator[int]:
     if isinstance(value, list | tuple):
         for entry in value:
             yield from _numbers(entry)

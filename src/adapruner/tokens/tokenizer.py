@@ -48,7 +48,7 @@ class TokenizerParts:
 
     @property
     def model(self) -> dict[str, Any]:
-        model: dict[str, Any] = self.definition["model"]
+        model: dict[str, object] = self.definition["model"]
         return model
 
     @property
@@ -137,7 +137,7 @@ class TokenizerParts:
             for rank, (left, right) in enumerate(self.model["merges"])
         }
 
-    def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, Any]:
+    def rewritten(self, new_ids: Mapping[int, int]) -> dict[str, object]:
         """The definition with only the tokens that have a new id, see `cut_tokenizer`."""
         model = dict(self.model)
         if self.is_unigram:
@@ -182,12 +182,12 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
     return cut
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def _check_cut(
-    before: Tokenizer, cut: Tokenizer, written: dict[str, Any], new_ids: Mapping[int, int], parts: TokenizerParts
+    before: Tokenizer, cut: Tokenizer, written: dict[str, object], new_ids: Mapping[int, int], parts: TokenizerParts
 ) -> None:
     loaded = json.loads(cut.backend_tokenizer.to_str())
     changed = [name for name in written if loaded[name] != written[name]]

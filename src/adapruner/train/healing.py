@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,14 @@ def heal(
     Returns:
         The trained model and the record; None if it comes no nearer to the dense model.
     """
-    blend, tried = _examples(text, held_out), folder / "rates.json"
+    # The windows of every kind that has held-out ones, in their shares.
+    as_text = partial(examples_of_windows, label_weight=0.0)
+    by_kind, validation, tried = text.by_kind, held_out.by_kind, folder / "rates.json"
+    count = sum(len(by_kind[kind]) for kind in validation)
+    blend = [
+        Examples(kind, as_text(by_kind[kind]), as_text(own), len(by_kind[kind]) / count)
+        for kind, own in validation.items()
+    ]
     if tried.is_file():
         record = Healing.model_validate_json(tried.read_bytes())
         progress(steps_of_healing(options) - (options.steps or 0))
@@ -173,13 +181,3 @@ def steps_of_healing(options: RecoveryOptions) -> int:
 def _steps_of_a_trial(options: RecoveryOptions) -> int:
     steps = options.steps or 0
     return max(1, min(_FEWEST_STEPS, steps // 10), round(_TRIED * steps))
-
-
-def _examples(text: Text, held_out: Text) -> list[Examples]:
-    """The windows of every kind that has held-out ones, in their shares."""
-    learnt, validation = text.by_kind, held_out.by_kind
-    count = sum(len(learnt[kind]) for kind in validation)
-    return [
-        Examples(kind, examples_of_windows(learnt[kind], 0.0), examples_of_windows(own, 0.0), len(learnt[kind]) / count)
-        for kind, own in validation.items()
-    ]

@@ -179,7 +179,10 @@ def loss_of_batch(
 
 
 def _with_gradients(
-    loss_of: Any, rows: Tensor, chunks: list[tuple[Tensor, int]], weights: list[nn.Parameter]
+    loss_of: Callable[[Tensor, int], Tensor],
+    rows: Tensor,
+    chunks: list[tuple[Tensor, int]],
+    weights: list[nn.Parameter],
 ) -> Tensor:
     """The sum of the losses of all chunks of rows. Its gradients with respect to the rows and the weights of the head
     are computed now, so that no logits are computed twice."""

@@ -54,7 +54,7 @@ def frozen(model: PreTrainedModel) -> PreTrainedModel:
     return in_fastest_dtype(model)
 
 
-def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> Any:
+def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> object:
     """Adapters on every linear layer of the decoder layers, in float32: of LoRA, or with IA3 a scale for each input."""
     layers = architecture_of(model.config).layers
     modules = [(name, module) for name, module in model.named_modules() if name.startswith(f"{layers}.")]
@@ -90,7 +90,7 @@ def unload_adapters(adapted: Any) -> dict[str, Any]:
     return adapters
 
 
-def merge(adapters: Mapping[str, Any], model: PreTrainedModel) -> None:
+def merge(adapters: Mapping[str, object], model: PreTrainedModel) -> None:
     """Merges adapters into the weights of a model in float32, one at a time: the changes of all weights together are
     twice as large as a model in bfloat16."""
 
@@ -120,15 +120,15 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     part. A layer has its weights whole while it runs; all else is whole from the first call of the model on."""
     PartialState()  # connects the processes, as the Trainer does later
     state, device = model.state_dict(), model.device
-    shares: Any = {"mesh": init_device_mesh(device.type, (this_process().count,))}
+    mesh = init_device_mesh(device.type, (this_process().count,))
     cast(nn.Module, model)._apply(lambda tensor: tensor.to("meta") if isinstance(tensor, nn.Parameter) else tensor)
     model.tie_weights(recompute_mapping=False)
     for layer in decoder_layers(model):
-        fully_shard(layer, **shares)
+        fully_shard(layer, mesh=mesh)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
-        fully_shard(embedding, **shares)
-    fully_shard(model, reshard_after_forward=False, **shares)
+        fully_shard(embedding, mesh=mesh)
+    fully_shard(model, reshard_after_forward=False, mesh=mesh)
     read_parts(model, state, device)
     model.tie_weights(recompute_mapping=False)
     return model
@@ -220,7 +220,7 @@ class TokenTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _loss_of_batch(
-        self, student: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any
+        self, student: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: object
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)

@@ -13,7 +13,15 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import BaseModel
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from adapruner.base.errors import NonFiniteError
 from adapruner.base.processes import random_state_kept, this_process
@@ -199,7 +207,7 @@ def _trained(
         # PEFT, the Trainer and PyTorch warn about intended settings, and about each other.
         warnings.simplefilter("ignore")
         set_seed(options.seed)
-        trained: Any = with_adapters(model, options) if trains_adapters else model
+        trained: object = with_adapters(model, options) if trains_adapters else model
         mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
         last = _last_checkpoint(folder)
         trainer = TokenTrainer(
@@ -297,20 +305,27 @@ class _Watcher(TrainerCallback):
     def __init__(self, progress: Callable[[int], None] | None, folder: Path) -> None:
         self._progress, self._folder = progress, folder
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         best = self._folder / f"checkpoint-{state.best_global_step}"
         if best.is_dir():  # the state has the path of the folder at the time when it was saved
             state.best_model_checkpoint = str(best)
         if self._progress and state.global_step:
             self._progress(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._progress and state.global_step <= state.max_steps:
             self._progress(1)
         if state.global_step >= state.max_steps:  # the last weights are candidates too, whatever the interval
             control.should_evaluate = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
         watched = {"loss": "the loss", "eval_loss": "the validation loss", "grad_norm": "the gradient"}
         for name, title in watched.items():
             value = (logs or {}).get(name, 0.0)

@@ -16,7 +16,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import atomic_path, staging_folder
-from adapruner.gguf.checks import (
+from adapruner.formats import Export, register_format
+from adapruner.formats.gguf_checks import (
     QUANTIZED_BY_LLAMA_CPP,
     check_gguf,
     head_dim,
@@ -25,7 +26,7 @@ from adapruner.gguf.checks import (
     stored_type,
     tensor_bytes,
 )
-from adapruner.gguf.tokenizer import add_tokenizer
+from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.options import GgufType
 
 # Architectures of llama.cpp that rotate neighbouring rows.
@@ -195,3 +196,8 @@ def _write_header(
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+@register_format("gguf", check_gguf, is_file=True)
+def _export(export: Export) -> None:
+    write_gguf(export.model, export.tokenizer, export.path, export.gguf_type)

@@ -130,7 +130,7 @@ def _add_sentencepiece_like(writer: GGUFWriter, definition: dict[str, Any], toke
     writer.add_add_space_prefix(_prefixes_a_space(definition))
 
 
-def _prefixes_a_space(definition: dict[str, Any]) -> bool:
+def _prefixes_a_space(definition: dict[str, object]) -> bool:
     """True if text gets a space in front; refuses a tokenizer that changes text in other ways than SentencePiece."""
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}

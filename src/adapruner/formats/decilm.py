@@ -6,16 +6,17 @@ vLLM, SGLang, TensorRT-LLM and mlx-lm run them in classes of their own, with not
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.checkpoint import add_older_keys
-from adapruner.gguf.checks import head_dim, layer_counts
+from adapruner.checkpoint import add_older_keys, read_origin, save_checkpoint
+from adapruner.formats import Export, register_format
+from adapruner.formats.gguf_checks import head_dim, layer_counts
 from adapruner.model.layers import whole_state
 from adapruner.remote_code import configuration_decilm
+from adapruner.report.card import card_of_export, read_card
 
 # Readers round the width of a feed-forward up to a multiple of this.
 WIDTH_MULTIPLE = 256
@@ -120,7 +121,7 @@ def write_decilm(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str, dict[str, Any]]:
+def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str, dict[str, object]]:
     """The entry of a layer in `block_configs`. Readers compute the width as `int(2 * ffn_mult * hidden / 3)`, rounded
     up to a multiple of 256; mlx-lm rounds `ffn_mult` to 6 digits before."""
     return {
@@ -131,3 +132,10 @@ def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str,
         },
         "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * width / (2 * hidden)},
     }
+
+
+@register_format("decilm", lambda model, _: check_decilm(model.config))
+def _export(export: Export) -> None:
+    origin = read_origin(export.location) if export.location else None
+    card = card_of_export(read_card(export.location)) if export.location else None
+    save_checkpoint(export.model, export.tokenizer, export.path, card, record=origin, write=write_decilm)

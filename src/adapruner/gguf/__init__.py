@@ -1,1 +1,0 @@
-"""Other formats: GGUF files for llama.cpp, and DeciLM checkpoints."""
