@@ -230,7 +230,7 @@ def _parameters_of(arguments: ast.arguments) -> list[str]:
     parameters = [shown(*pair) for pair in zip(positional, defaults, strict=True)]
     if arguments.kwonlyargs:
         parameters += ["*", *(shown(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))]
-    return parameters + [f"**{shown(arguments.kwarg)}"] * bool(arguments.kwarg)
+    return [*parameters, f"**{shown(arguments.kwarg)}"] if arguments.kwarg else parameters
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Objects in, objects out: what is in memory gives what files give, and type checkers know the options."""
 
 import gc
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import adapruner
-from adapruner import AdaPrunerError, PruneOptions
+from adapruner import AdaPrunerError, PruneOptions, formats
 from adapruner.importance import Term
 from adapruner.measurement.taylor import Statistics
 from adapruner.run.choice import _content_of_term
@@ -194,3 +196,17 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
         torch.testing.assert_close(compensated[name], tensor, rtol=1e-3, atol=1e-5)
     plain = adapruner.cut(loaded, structure, finished.plan).state_dict()
     assert any(not torch.equal(plain[name], tensor) for name, tensor in compensated.items())
+
+
+def test_an_export_is_one_file(model_folder, tmp_path, monkeypatch):
+    """That of docs/contribute/additions.md, beside those of the package."""
+    page = Path(__file__).parents[1] / "docs" / "contribute" / "additions.md"
+    diff = page.read_text(encoding="utf-8").partition("formats/shapes.py\n")[2].partition("```")[0]
+    (tmp_path / "shapes.py").write_text("\n".join(line.removeprefix("+") for line in diff.splitlines()))
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    monkeypatch.setattr(formats, "_FORMATS", dict(formats.formats()))
+    adapruner.export(model_folder, "shapes", tmp_path / "shapes.json")
+    shapes = {name: list(tensor.shape) for name, tensor in adapruner.load(model_folder).state_dict().items()}
+    assert json.loads((tmp_path / "shapes.json").read_text()) == shapes
+    with pytest.raises(AdaPrunerError, match="no format 'onnx': expected decilm or gguf or shapes"):
+        adapruner.export(model_folder, "onnx", tmp_path / "a")
