@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from adapruner.graph.nodes import Graph, Kept
-from adapruner.run.inputs import GRAPH
+from adapruner.run.models import GRAPH
 
 _WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 158, 26, 36, 18, 16
 _STYLE = (

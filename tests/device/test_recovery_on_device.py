@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import adapruner
+from adapruner.run.recover import RecoveryFolder
 from device.client import SMALL_RUN, only_json, only_line, pruning, recovering
 
 KILLED = 9
@@ -70,7 +71,7 @@ def test_a_recovery_resumes_on_another_device(train, first, second, device, fami
         *command(model, text_file, tmp_path / "a", first, **options), killed_in=("recovering", 6), native_bfloat16=False
     )
     assert killed.code == KILLED
-    assert list((tmp_path / "a.training").glob("checkpoint-*"))
+    assert list(RecoveryFolder(tmp_path / "a").unfinished.rglob("checkpoint-*"))
     resumed = device.run(*command(model, text_file, tmp_path / "a", second, **options), native_bfloat16=False)
     whole = device.run(*command(model, text_file, tmp_path / "b", second, **options), native_bfloat16=False)
     records = [only_json(outcome) for outcome in (resumed, whole)]

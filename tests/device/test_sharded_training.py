@@ -44,7 +44,7 @@ class Killed:
     """A recovery that was killed.
 
     Attributes:
-        folder: `a.training` in it is what was left.
+        folder: where the recovery `a` was to be, with what was left of it.
     """
 
     folder: Path
@@ -93,11 +93,17 @@ def killed(request, two_devices, family, counting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     options = {"train": train, "steps": 8, "teacher": family("llama", num_hidden_layers=3)}
     own = Killed(folder, family("llama"), counting, options, {"FSDP_STATE_DICT_TYPE": saved})
-    state = folder / "a.training/checkpoint-4/trainer_state.json"
-    outcome = two_devices.launch(*own.command(folder / "a"), environment=own.environment, killed_when=state.is_file)
+
+    def states() -> list[Path]:
+        return list(folder.rglob("checkpoint-4/trainer_state.json"))
+
+    outcome = two_devices.launch(
+        *own.command(folder / "a"), environment=own.environment, killed_when=lambda: bool(states())
+    )
     assert outcome.code == -KILLED, outcome.stderr
     assert not (folder / "a").exists()
     # Only a training that resumes from here has this number in its record.
+    [state] = states()
     edited = json.loads(state.read_text())
     next(entry for entry in edited["log_history"] if "eval_loss" in entry)["eval_loss"] = 123
     state.write_text(json.dumps(edited))
@@ -116,7 +122,7 @@ def undisturbed(killed, two_devices):
 
 @pytest.mark.parametrize("processes", [2, 1])
 def test_a_killed_recovery_resumes(processes, killed, undisturbed, launch, tmp_path):
-    shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
+    shutil.copytree(killed.folder, tmp_path, dirs_exist_ok=True)
     outcome = launch(*killed.command(tmp_path / "a"), environment=killed.environment, processes=processes)
     record = only_json(outcome)
     assert (record["steps"], record["loss_before"]) == (8, 123)
@@ -125,7 +131,7 @@ def test_a_killed_recovery_resumes(processes, killed, undisturbed, launch, tmp_p
 
 
 def test_a_killed_recovery_does_not_resume_without_fsdp(killed, two_devices, tmp_path):
-    shutil.copytree(killed.folder / "a.training", tmp_path / "a.training")
+    shutil.copytree(killed.folder, tmp_path, dirs_exist_ok=True)
     assert "resumes only with FSDP" in only_line(two_devices.run(*killed.command(tmp_path / "a")))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import adapruner
+from adapruner.run.recover import RecoveryFolder
 from device.client import LAYER_WISE, SMALL_RUN, Outcome, only_json, only_line, pruning, recovering
 from device.test_commands import STEPS
 from run_helpers import flags
@@ -50,7 +51,8 @@ def test_layers_on_two_gpus_give_the_plan_of_the_cpu(model_type, two_devices, fa
 PROGRAM = """
 import json, sys, torch
 from adapruner.families import open_model
-from adapruner.models import find_model, layer_devices
+from adapruner.model.layers import layer_devices
+from adapruner.model.places import find_model
 
 def outputs(folder, device):
     model = open_model(find_model(folder), device=device)
@@ -139,7 +141,7 @@ def test_two_processes_recover(train, method, launch, family, text_file, tmp_pat
     assert only_json(outcome)["steps"] == 3
     assert all(peaks(outcome))
     assert sum(": done in" in line for line in outcome.stderr.splitlines()) == 2
-    assert not (tmp_path / "a.training").exists()
+    assert not RecoveryFolder(tmp_path / "a").unfinished.exists()
 
 
 def test_all_weights_are_trained_though_an_attention_is_gone(launch, two_devices, family, text_file, tmp_path):
