@@ -18,6 +18,7 @@ from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement.moments import InputMoments, measure_moments
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.model.architecture import Architecture, remember_family, using_architecture
+from adapruner.model.loading import copy_in_dtype
 from adapruner.options import EXPERT_TRIALS, OF_A_SEARCH
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
@@ -295,3 +296,20 @@ def test_experts_are_searched_by_default(mixtral, tokenizer, text_file, tmp_path
     assert result.result.costs.by_block == {}
     with pytest.raises(AdaPrunerError, match="whole experts are ranked by a search alone"):
         adapruner.prune(*arguments, output=tmp_path / "b", **options | {"trials": 0})
+
+
+def test_experts_of_any_width_are_proven_and_computed_in_bfloat16():
+    """Grouped products of PyTorch refuse rows that are not multiples of 16 bytes."""
+    config = tiny_config("mixtral")
+    config.intermediate_size = 40
+    architecture, model = infer_architecture(config), random_model(config)
+    assert not failed_checks(model, architecture, "channel")
+    with using_architecture(architecture):
+        structure = build_structure(model, experts="channel")
+        counts = [block.groups * 3 // 4 for block in structure.blocks]
+        pruned = prune_model(model, structure, random_plan(structure, counts))
+        rounded = copy_in_dtype(pruned, torch.bfloat16)
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        exact, logits = pruned(tokens).logits, rounded(tokens).logits.float()
+    assert (logits - exact).norm() < 0.05 * exact.norm()

@@ -17,6 +17,7 @@ from adapruner.budget.plan import BlockPlan, PruningPlan
 from adapruner.measurement.moments import InputMoments, solve_damped
 from adapruner.model.architecture import architecture_of, fields_by_layer, lacks_attention, stock_fields
 from adapruner.model.layers import (
+    allow_any_width,
     is_streamed,
     layer_devices,
     loaded_layer,
@@ -59,8 +60,7 @@ def prune_model(
     else:
         # Buffers that are not saved (rotary frequencies) were made on the CPU.
         place_layers(pruned, model.device, layer_devices(model))
-    finished: PreTrainedModel = pruned.train(model.training)
-    return finished
+    return allow_any_width(pruned.train(model.training))
 
 
 def prune_on_reading(
@@ -77,8 +77,7 @@ def prune_on_reading(
     pruned.tie_weights()
     move_resident(pruned, model.device)
     stream_layers(pruned, [partial(cut.layer, layer) for layer in range(structure.layers)])
-    finished: PreTrainedModel = pruned.train(model.training)
-    return finished
+    return allow_any_width(pruned.train(model.training))
 
 
 @dataclass(frozen=True)

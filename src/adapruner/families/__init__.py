@@ -32,7 +32,7 @@ from adapruner.model.loading import load_model
 from adapruner.model.places import ModelLocation, quiet_transformers, reported_as_unloadable
 
 # Changes when families are inferred or proven in another way.
-_FORMAT = 5
+_FORMAT = 6
 
 # For this process only: another version of this package may be able to prune the family.
 _refused: dict[Path, str] = {}

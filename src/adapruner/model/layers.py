@@ -100,6 +100,16 @@ def other_forwards(forwards: dict[nn.Module, Callable[..., object]]) -> Iterator
                 layer.forward = forward_before
 
 
+def allow_any_width(model: PreTrainedModel) -> PreTrainedModel:
+    """The model. Experts whose rows are not multiples of 16 bytes, which grouped products of PyTorch need, are computed
+    one by one."""
+    stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+    is_odd = any(size * stack.element_size() % 16 for stack in stacks for size in stack.shape[1:])
+    if is_odd and getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("eager")
+    return model
+
+
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """The device of every decoder layer."""
     return [_device_of(layer) for layer in decoder_layers(model)]

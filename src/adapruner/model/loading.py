@@ -33,7 +33,15 @@ from adapruner.model.config import (
     load_config,
     without_tokens,
 )
-from adapruner.model.layers import ReadLayer, decoder_layers, is_streamed, place_layers, share_out, stream_layers
+from adapruner.model.layers import (
+    ReadLayer,
+    allow_any_width,
+    decoder_layers,
+    is_streamed,
+    place_layers,
+    share_out,
+    stream_layers,
+)
 from adapruner.model.places import ModelLocation, quiet_panics, reported, reported_as_unloadable
 from adapruner.model.stored import (
     StoredTensor,
@@ -178,7 +186,7 @@ def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     copied = copy.deepcopy(model, known | {id(layer.stream): layer.stream for layer in layers})
     if layers:
         stream_layers(copied, [_in_dtype(layer.stream.read, dict(layer.named_parameters()), dtype) for layer in layers])
-    return copied
+    return allow_any_width(copied)
 
 
 def _in_dtype(read: ReadLayer, parameters: Container[str], dtype: torch.dtype) -> ReadLayer:
@@ -304,7 +312,7 @@ def load_model(
         clear_gguf_marks(marked, location)
     for settings in (model.config, model.generation_config):
         drop_negative_tokens(settings)
-    return cast(PreTrainedModel, model)
+    return allow_any_width(cast(PreTrainedModel, model))
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
