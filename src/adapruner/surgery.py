@@ -119,7 +119,8 @@ class _Cut:
             if block.layer != number or len(block_plan.kept) == block.groups:
                 continue
             if not block_plan.kept:
-                path = f"{prefix}{architecture.module_of(block.kind)}."
+                part = architecture.attention if block.kind == "heads" else architecture.feed_forward
+                path = f"{prefix}{part.module if part else ''}."
                 tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(path)}
                 continue
             for parameter, slices in block.slices_by_parameter.items():

@@ -168,10 +168,6 @@ class Folder:
             link_or_copy(source.path / file, target)
         self._save(name, record)
 
-    def remove_unfinished(self) -> None:
-        """Removes all work in progress."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-
     def _are_as_written(self, files: Mapping[str, str]) -> bool:
         """True if all files exist and are as they were written."""
         try:

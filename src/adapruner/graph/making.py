@@ -241,7 +241,7 @@ class Making:
         while missing := self.missing():
             self.make(missing[0])
             self.release_unneeded([node.name for node in missing[1:]])
-        self.folder.remove_unfinished()
+        shutil.rmtree(self.folder.unfinished, ignore_errors=True)
         # What an interrupted run with other options made, if these results do not need it any more.
         for name in self.outdated():
             self.folder.remove(name)

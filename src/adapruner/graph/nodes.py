@@ -44,10 +44,6 @@ class Record(BaseModel, extra="forbid", frozen=True):
     inputs: dict[str, str]
     files: dict[str, str] | None = None
 
-    def was_made_with(self, options: Mapping[str, object]) -> bool:
-        """True if it was made with these options, by name, as JSON."""
-        return all(name in options and options[name] == value for name, value in self.options.items())
-
     @property
     def key(self) -> str:
         """SHA-256 over all that the artifact depends on."""

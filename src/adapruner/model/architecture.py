@@ -169,11 +169,6 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
         )
         return register_family(family)
 
-    def module_of(self, kind: str) -> str:
-        """Path, in a layer, of the attention (of `heads`) or the feed-forward (of `channels`)."""
-        names = self.attention if kind == "heads" else self.feed_forward
-        return names.module if names else ""
-
     @property
     def layer_fields(self) -> set[str | None]:
         """The config fields in which layers may differ."""

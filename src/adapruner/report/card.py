@@ -22,7 +22,6 @@ from adapruner.model.places import ModelLocation, quiet_transformers
 from adapruner.model.stored import has_multi_token_head
 from adapruner.report.result import Number, RunResult, measured_table, shown_name
 from adapruner.tokens.model import VocabularySummary
-from adapruner.train.healing import Healing
 from adapruner.train.training import RecoveryRecord
 
 # Longer cards, metadata and licences are cut off.
@@ -56,6 +55,10 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
     chosen = f"search: {search.trials} trials, seed {result.config.seed}" if search else "no search"
     if result.costs:
         chosen += "; what costs the least divergence is removed first, in whatever layer"
+    trained, healing = _NOT_TRAINED, result.healing
+    if healing and healing.record:
+        kinds = ", ".join(f"`{_escaped(_public(name))}`" for name in healing.record.parts)
+        trained = f"{_HEALED}, on {healing.record.tokens:,} tokens of {kinds}: {_TRAINED[healing.trained]}."
     return _render(
         location,
         config,
@@ -70,7 +73,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         removed=dense.parameters - model.parameters,
         parameters=dense.parameters,
         parts=_what_was_removed(plan),
-        trained=healed_sentence(result.healing) if result.healing and result.healing.record else _NOT_TRAINED,
+        trained=trained,
         plan=plan,
         verdict=model.verdict,
         solves=bool(model.abilities.solved),
@@ -225,13 +228,6 @@ def trained_sentence(record: RecoveryRecord) -> str:
         f"It was fine-tuned on {', '.join(names)}: {record.steps:,} steps,"
         f" {record.tokens:,} tokens, {how}, learning {learnt}."
     )
-
-
-def healed_sentence(healing: Healing) -> str:
-    """The training after the cut in one sentence."""
-    assert healing.record is not None
-    kinds = ", ".join(f"`{_escaped(_public(name))}`" for name in healing.record.parts)
-    return f"{_HEALED}, on {healing.record.tokens:,} tokens of {kinds}: {_TRAINED[healing.trained]}."
 
 
 def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:

@@ -159,7 +159,7 @@ def _is_current(run: RunFolder, name: str, config: PruneConfig) -> bool:
     made_with = config.model_dump(mode="json") | ({"ratio": config.searched} if is_taken else {})
     # An input without a record decides nothing.
     inputs = [(input_, key, then.key) for input_, key in record.inputs.items() if (then := run.record(input_))]
-    return record.was_made_with(made_with) and all(
+    return record.options.items() <= made_with.items() and all(
         key == now and _is_current(run, input_, config) for input_, key, now in inputs
     )
 

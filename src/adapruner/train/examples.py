@@ -353,13 +353,15 @@ class MixedExamples(Dataset[Example]):
     """
 
     def __init__(self, blend: Sequence[Examples], count: int, seed: int) -> None:
-        self._blend, self._count, self._seed = blend, count, seed
+        self._blend, self._count = blend, count
         # The examples of a dataset are wanted at equal intervals.
         wanted = [(torch.arange(_CYCLE, dtype=torch.float64) + 0.5) / examples.share for examples in blend]
         order = torch.cat(wanted).argsort(stable=True)[:_CYCLE]
         self._part, self._number = order // _CYCLE, order % _CYCLE
         self._per_cycle = self._part.bincount(minlength=len(blend)).tolist()
-        self._order = functools.lru_cache(maxsize=2 * len(blend))(self._order_of_pass)
+        self._order = functools.lru_cache(maxsize=2 * len(blend))(
+            lambda count, number: torch.randperm(count, generator=torch.Generator().manual_seed(seed + number))
+        )
 
     def __len__(self) -> int:
         return self._count
@@ -376,9 +378,6 @@ class MixedExamples(Dataset[Example]):
         cycles, rest = divmod(count, _CYCLE)
         begun = self._part[:rest].bincount(minlength=len(self._blend)).tolist()
         return [cycles * full + part for full, part in zip(self._per_cycle, begun, strict=True)]
-
-    def _order_of_pass(self, count: int, number: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + number))
 
 
 def examples_to_learn(blend: Sequence[Examples], options: RecoveryOptions) -> int:
