@@ -111,12 +111,12 @@ def measured(
     path = text / "windows.safetensors" if text.is_dir() else text
     windows = load_texts_by_use(path)["compensation"].windows
     windows = windows.roll(seed * (len(windows) // 2), 0)
-    location = find_model(name)
+    location, begun = find_model(name), time.process_time()
     tokenizer, dense = load_tokenizer(location), load_model(location)
     structure = build_structure(dense)
     blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)
     folder = output / f"{shown(name)}-{method}-{ratio:g}-{seed}"
-    begun, seconds = time.process_time(), 0.0
+    seconds = 0.0
     if method in PEERS:
         read = next(output.glob(f"{shown(name)}-quick-*-0/windows.safetensors"))  # a part is kept for other uses
         # No peer weights tokens by what a norm makes of them.
@@ -127,7 +127,8 @@ def measured(
         seconds = setting.saved_seconds
     elif method in OURS:
         options = OURS[method] | {"ratio": ratio * blocks / structure.total_parameters, "seed": seed}
-        kept = output / f"{shown(name)}-text-{seed}"
+        # It loads the model itself.
+        begun, kept = time.process_time(), output / f"{shown(name)}-text-{seed}"
         seconds = prune(name, save_text(windows, kept, "windows"), options, output, folder)
     seconds += time.process_time() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

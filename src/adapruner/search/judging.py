@@ -126,7 +126,8 @@ def measure_costs(
         calls = (call for call, *_ in prefix.calls)
         return [log_probabilities(model, state[:, _COMPARED], call) for state, call in zip(states, calls, strict=True)]
 
-    dense, by_block = predictions(states[-1] for states in prefix.states), dict[int, Cost]()
+    dense = [(p.exp(), (p.exp() * p).sum(-1)) for p in predictions(states[-1] for states in prefix.states)]
+    by_block: dict[int, Cost] = {}
     for index in range(structure.layers):
         states = {}
         for number in (number for number in cuts if structure.blocks[number].layer == index):
@@ -140,7 +141,7 @@ def measure_costs(
                 states = {number: after(later, layer, own) for number, own in states.items()}
         for number, own in states.items():
             pairs = zip(dense, predictions(own), strict=True)
-            divergence = torch.cat([(p.exp() * (p - q)).sum(-1).double().mean(1) for p, q in pairs])
+            divergence = torch.cat([(known - torch.linalg.vecdot(p, q)).double().mean(1) for (p, known), q in pairs])
             error = float(divergence.std()) / math.sqrt(len(divergence)) if len(divergence) > 1 else None
             # A divergence of nothing may come out below it.
             cost = Cost(kept=cuts[number], nats=max(0.0, float(divergence.mean())), standard_error=error)
