@@ -264,7 +264,8 @@ def test_other_locales_and_no_home_folder(tmp_path):
         "# Füße\nfeet: {split: train, columns: [text], local: {train: a.jsonl}}", encoding="utf-8"
     )
     script = (
-        "from pathlib import Path; from adapruner.calibration import *\n"
+        "from pathlib import Path; from adapruner.text.reading import *; "
+        "from adapruner.text.sources import *\n"
         "register_sources(Path('sources.yaml'))\n"
         "print(*(ascii(read_documents(parse_source(name))) for name in ('feet', 'a.jsonl')))"
     )
@@ -369,7 +370,7 @@ def test_long_texts_are_tokenized_in_pieces(characters, text_file, tokenizer, mo
         monkeypatch.setattr(_tokenizing, name, characters)
     for before, after in zip(whole, tokenized(), strict=True):
         assert torch.equal(before, after)
-    assert list(map(len, _tokenizing._pieces("x" * 2 * characters))) == [characters] * 2
+    assert list(map(len, _tokenizing._text_pieces("x" * 2 * characters))) == [characters] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -79,8 +79,8 @@ FILES = {
     "model/model.safetensors": "model",
     "model/config.json": "model",
     "evaluation/perplexity-dense.json": "evaluation/perplexity-dense.json",
-    "evaluation/perplexity-searched.json": "evaluation/perplexity-searched.json",
-    "evaluation/abilities-searched.json": "evaluation/abilities-searched.json",
+    "evaluation/perplexity-pruned.json": "evaluation/perplexity-pruned.json",
+    "evaluation/abilities-pruned.json": "evaluation/abilities-pruned.json",
     "result.json": "result.json",
     "report.html": "report.html",
 }
@@ -166,7 +166,7 @@ def test_a_report_of_what_cannot_be_read_is_refused(run, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 9"),
+        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 10"),
         ("result.json", "[1]", "Input should be an object"),
         ("speed.json", "[1]", "Input should be an object"),
     ],

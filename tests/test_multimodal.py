@@ -161,8 +161,8 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(tokenizer, tmp_path, monk
         pytest.fail("weights are loaded")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
-    for module in ("_stored", "_wrapper"):
-        monkeypatch.setattr(f"adapruner.models.{module}.read_tensors", refuse)
+    for module in ("stored", "wrapper"):
+        monkeypatch.setattr(f"adapruner.model.{module}.read_tensors", refuse)
     before = sorted(tmp_path.rglob("*"))
     command = ["prune", str(tmp_path / "dense"), "--calibration", str(tmp_path / "pairs.jsonl"), "--dry-run"]
     assert exit_code([*command, *flags(QUICK), "-o", str(tmp_path / "run")]) == 0

@@ -76,16 +76,16 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 @pytest.fixture
 def resolved(monkeypatch):
-    """The config with which a command of the command line would begin to work."""
+    """The config of a command of the command line, before what depends on the model is filled in."""
 
     def resolve(command: list[str]) -> PruneConfig:
         made: list[PruneConfig] = []
 
-        def stop(config: PruneConfig, *_: object, **others: object) -> None:
+        def stop(config: PruneConfig) -> None:
             made.append(config)
             raise AdaPrunerError("far enough")
 
-        monkeypatch.setattr("adapruner.run.prune.making_of", stop)
+        monkeypatch.setattr("adapruner.run.options.with_defaults", stop)
         with pytest.raises(AdaPrunerError, match="far enough"):
             app(command, exit_on_error=False)
         return made[0]
@@ -98,7 +98,8 @@ def test_a_recipe_is_valid_and_opens_with_its_command(recipe, resolved):
     name = recipe.name.removesuffix(".yaml")
     command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
     assert command == ["adapruner", "prune", "--recipe", name, "-o", f"runs/{name}"]
-    assert resolved(command[1:]) == PruneConfig.from_options(**yaml.safe_load(recipe.read_text()))
+    options = yaml.safe_load(recipe.read_text())
+    assert resolved(command[1:]) == PruneConfig.from_options(**options, given=sorted(options))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)

@@ -61,7 +61,7 @@ OPTIONS = "--round-to, --micro-batch-size, --gguf-type and --evaluate-bos, not `
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; rerun the same command, without --overwrite, to resume\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume\n"),
         (AdaPrunerError(FIELDS), 2, f"{OPTIONS}\n"),
         (MemoryError(), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2, "out of memory"),
@@ -159,9 +159,8 @@ def test_nothing_is_left_behind(run_cli, monkeypatch):
 
 
 def test_the_lazy_names_are_those_that_tools_see():
-    tree = ast.parse(Path(adapruner.__file__).read_text(encoding="utf-8"))
-    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
-    homes = {name.name: node.module for node in typed.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    tree = ast.parse(Path(adapruner.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    homes = {name.name: node.module for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names}
     assert homes.keys() == {*adapruner.__all__}
     for name, home in homes.items():
         assert getattr(adapruner, name) is getattr(importlib.import_module(str(home)), name)

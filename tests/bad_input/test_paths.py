@@ -87,7 +87,7 @@ def test_no_earlier_run(finished, refused, tmp_path):
 def test_a_record_of_a_recovery_that_is_broken(content, command, refused, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "recovery.json").write_bytes(content)
-    refused(command("recover", output=tmp_path / "there"), "recovery.json")
+    refused(command("recover", output=tmp_path / "there"), "holds no such recovery")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to this user")

@@ -84,7 +84,7 @@ def test_a_killed_run_resumes(finished, model_folder, text_file, data, tmp_path,
     run = tmp_path / "run"
     arguments = prune_command(model_folder, run, text_file, OPTIONS | {"tasks": "boolq"})
     environment = {"ADAPRUNER_DATA": str(data)}
-    run_killed_before_writing(f"{run}/evaluation/tasks-searched.json", arguments, tmp_path, **environment)
+    run_killed_before_writing(f"{run}/evaluation/tasks-pruned.json", arguments, tmp_path, **environment)
     assert (run / "evaluation/tasks-dense.json").is_file()
     assert not (run / "result.json").exists()
     monkeypatch.setenv("ADAPRUNER_DATA", str(data))

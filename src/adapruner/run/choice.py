@@ -181,7 +181,7 @@ def _content_of_term(term: Term) -> list[object]:
     """The declaration of a term; of one from outside this package, with `NAME@HASH` of the file that it is from, or of
     its own source where that is no file. What else it depends on, such as data that it has read, is not seen."""
     content = [term.family, term.share, sorted(term.needs)]
-    if term.function.__module__.startswith("adapruner."):
+    if str(term.function.__module__).startswith("adapruner."):
         return content
     function = term.function
     written = inspect.unwrap(function.func if isinstance(function, functools.partial) else function)
