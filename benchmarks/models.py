@@ -161,6 +161,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
     taken = 0.0
     with computing_repeatably(torch.device("cpu")), run.locked():
         run.save_config(making.value("config"))
+        making.value("dense")  # Loading has no part in what cells share.
         missing = {node.path for node in making.missing()}
         for node in making.wanted:
             path, key = node.path, making.record(node).key
@@ -171,7 +172,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
             elif path in missing:
                 begun = time.process_time()
                 making.make(node)
-                making.release_unneeded([])
+                making.release_unneeded([other.name for other in making.missing()])
                 spent[key] = time.process_time() - begun
             if path == "model":
                 break

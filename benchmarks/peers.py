@@ -72,14 +72,15 @@ class Setting:
             price.write_text(json.dumps(time.process_time() - begun))
         return made
 
-    def moments(self) -> StoredMoments:
-        """Second moments of the inputs of every row-wise projection."""
+    def moments(self, counts: Sequence[int]) -> StoredMoments:
+        """Second moments of the inputs of every projection from which these counts remove something."""
+        blocks = [number for number, block in enumerate(self.structure.blocks) if counts[number] < block.groups]
 
         def make(folder: Path) -> None:
-            for block, moments in measure_moments(in_fastest_dtype(self.dense), self.structure, self.windows):
+            for block, moments in measure_moments(in_fastest_dtype(self.dense), self.structure, self.windows, blocks):
                 moments.save(StoredMoments(folder).path(block))
 
-        return StoredMoments(self.once("moments", make))
+        return StoredMoments(self.once(f"moments of {len(blocks)}", make))
 
     def elimination_errors(self, moments: StoredMoments) -> Tensor:
         """[groups]: the error of each when the cheapest of its block is removed again and again."""
@@ -89,7 +90,7 @@ class Setting:
                 removal_errors(self.dense, self.structure, moments, variance=False), folder / "errors.safetensors"
             )
 
-        return load_file(self.once("elimination", make) / "errors.safetensors")["elimination_error"]
+        return load_file(self.once(f"elimination of {len(moments)}", make) / "errors.safetensors")["elimination_error"]
 
     def counts(self, shares: Sequence[float]) -> list[int]:
         """Number of groups that each block keeps, if channels are removed in proportion to a share of each layer."""
@@ -129,8 +130,9 @@ class Setting:
 def slimgpt(setting: Setting) -> PreTrainedModel:
     """SlimGPT (arXiv 2412.18110): optimal brain surgeon in batches, layer i of n losing r_0 + (r_last - r_0) · log(i +
     1) / log(n) of its channels. The paper does not state r_0: it is 0 here, and r_last follows from the ratio."""
-    moments, layers = setting.moments(), setting.structure.layers
+    layers = setting.structure.layers
     counts = setting.counts([math.log(layer + 1) / math.log(layers) for layer in range(layers)])
+    moments = setting.moments(counts)
     scores = setting.elimination_errors(moments)
     return setting.cut(scores, counts, moments)
 
@@ -138,7 +140,8 @@ def slimgpt(setting: Setting) -> PreTrainedModel:
 def osscar(setting: Setting) -> PreTrainedModel:
     """OSSCAR (arXiv 2403.12983): the elimination of SlimGPT, then swaps between kept and removed channels as long as
     they lower the error of the layer."""
-    moments, counts = setting.moments(), setting.even
+    counts = setting.even
+    moments = setting.moments(counts)
     scores = setting.elimination_errors(moments)
     for index, block, own in setting.by_block(scores):
         if block.kind == "channels" and counts[index] < block.groups:
@@ -193,11 +196,11 @@ def modegpt(setting: Setting) -> PreTrainedModel:
     """MoDeGPT (arXiv 2408.09632), feed-forwards only: the channels of highest ridge leverage [C (C + I)⁻¹]_cc are kept,
     with C the sum of x xᵀ over the tokens; least squares is its Nyström formula. Layer i loses in proportion to
     exp(-influence_i / ε)."""
-    moments = setting.moments()
     counts = setting.counts((-block_influence(setting).double() / SMOOTHNESS).softmax(0).tolist())
+    moments = setting.moments(counts)
     scores = torch.zeros(setting.structure.group_offsets[-1], dtype=torch.float64)
-    for index, block, own in setting.by_block(scores):
-        if block.kind == "channels":
+    for index, _, own in setting.by_block(scores):
+        if index in moments:
             ridge = 1 / setting.windows.numel()
             own.copy_(1 - ridge * torch.cholesky_inverse(factorize(moments[index].second, ridge)).diagonal())
     return setting.cut(scores, counts, moments)

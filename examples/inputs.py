@@ -6,8 +6,8 @@ import argparse
 import tiny
 
 import adapruner
-from adapruner.text.sources import parse_source
 from adapruner.text.reading import read_documents
+from adapruner.text.sources import parse_source
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="smollm2", help="Hub id, model folder, .gguf file, or smollm2")

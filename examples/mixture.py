@@ -12,12 +12,7 @@ held_out, calibration = texts[:50], texts[50:]
 pruned = {"dense": model}
 for granularity in ("expert", "channel"):
     result = adapruner.prune(
-        model,
-        calibration,
-        tokenizer=tokenizer,
-        ratio=0.2,
-        expert_granularity=granularity,
-        **options | {"round_to": 8},
+        model, calibration, tokenizer=tokenizer, ratio=0.2, expert_granularity=granularity, **options | {"round_to": 8}
     )
     pruned[granularity] = result.model
     left = {block.kind: f"{len(block.kept)} of {block.groups}" for block in result.plan.blocks}

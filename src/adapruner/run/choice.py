@@ -44,16 +44,59 @@ MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.fo
 STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
+# What may be removed
+
+
+@GRAPH.leaf(lambda allocation: allocation and [*asdict(allocation).values()])
+def allocation(
+    structure: Structure,
+    starting_budget: Budget,
+    space: Space,
+    layout: Layout,
+    ratio_of: RatioOf,
+    head_share: float | None,
+    remove_attention: bool | None,
+    is_searched: bool,
+) -> ByCost | None:
+    """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
+    layers would lose more than half of their channels otherwise."""
+    if remove_attention and not structure.attention_parameters:
+        raise AdaPrunerError(
+            f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
+        )
+    if structure.has_experts and not is_searched:
+        raise AdaPrunerError("`trials` 0: whole experts are ranked by a search alone; leave `trials` out")
+    profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
+    if structure.cuts_experts or not decides or not isinstance(profile, Profile):
+        return None
+    channels = largest_channel_share(structure, kept_counts(structure, starting_budget))
+    heads = bool(starting_budget.heads) or channels > CHANNELS_BEFORE_HEADS
+    whole = heads if remove_attention is None else remove_attention
+    return ByCost(profile.protect_first, profile.protect_last, heads and head_share is None, whole)
+
+
 # Measurements
 
 
-@GRAPH.kept("moments", MOMENTS, version=2, is_wanted=needs_moments)
+@GRAPH.leaf()
+def blocks_to_read(structure: Structure, allocation: ByCost | None, is_searched: bool) -> list[int]:
+    """The blocks whose second moments are of use: those that may be cut, or all where a search ranks them."""
+    known = projected_blocks(structure)
+    return known if is_searched or not allocation else sorted({*known} & allocation.cut_blocks(structure).keys())
+
+
+@GRAPH.kept("moments", MOMENTS, version=3, is_wanted=needs_moments)
 def moments(
-    dense_fast: PreTrainedModel, structure: Structure, text_to_learn: tuple[Text, Text], reporter: Reporter, work: Path
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    blocks_to_read: list[int],
+    text_to_learn: tuple[Text, Text],
+    reporter: Reporter,
+    work: Path,
 ) -> StoredMoments:
-    """Second moments of all blocks; those of finished blocks are kept."""
+    """Second moments of these blocks; those of finished blocks are kept."""
     moments = StoredMoments(work)
-    missing = [index for index in projected_blocks(structure) if not is_whole(moments.path(index))]
+    missing = [index for index in blocks_to_read if not is_whole(moments.path(index))]
     if missing:
         text, _ = text_to_learn
         with reporter.stage("reading activations", structure.layers) as advance:
@@ -99,34 +142,6 @@ def statistics(
 
 
 # How much is removed from each block
-
-
-@GRAPH.leaf(lambda allocation: allocation and [*asdict(allocation).values()])
-def allocation(
-    structure: Structure,
-    starting_budget: Budget,
-    space: Space,
-    layout: Layout,
-    ratio_of: RatioOf,
-    head_share: float | None,
-    remove_attention: bool | None,
-    is_searched: bool,
-) -> ByCost | None:
-    """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
-    layers would lose more than half of their channels otherwise."""
-    if remove_attention and not structure.attention_parameters:
-        raise AdaPrunerError(
-            f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
-        )
-    if structure.has_experts and not is_searched:
-        raise AdaPrunerError("`trials` 0: whole experts are ranked by a search alone; leave `trials` out")
-    profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
-    if structure.cuts_experts or not decides or not isinstance(profile, Profile):
-        return None
-    channels = largest_channel_share(structure, kept_counts(structure, starting_budget))
-    heads = bool(starting_budget.heads) or channels > CHANNELS_BEFORE_HEADS
-    whole = heads if remove_attention is None else remove_attention
-    return ByCost(profile.protect_first, profile.protect_last, heads and head_share is None, whole)
 
 
 @GRAPH.in_memory
