@@ -323,7 +323,11 @@ def list_recipes(*, json: Json = False) -> None:
     adapruner prune --recipe mine.yaml -o runs/mine
     ```
     """
-    purposes = {name: _purpose(text) for name, text in recipe.recipes().items()}
+    purposes = {}
+    for name, text in recipe.recipes().items():
+        # The first sentence of the comment, after the command.
+        lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+        purposes[name] = " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]
     table = Table("recipe", "", show_lines=True)
     for name, purpose in purposes.items():
         table.add_row(name, purpose)
@@ -353,9 +357,3 @@ def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = Fal
         raise AdaPrunerError(f"{target} exists: name another file, or replace it with `overwrite`")
     write_text(target, known[name])
     plain_console().print(f"{target}: adapruner prune --recipe {target}", soft_wrap=True)
-
-
-def _purpose(recipe: str) -> str:
-    """The first sentence of the comment that a recipe begins with, after the command."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines()[1:])
-    return " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]

@@ -161,7 +161,11 @@ def load_tasks(names: Sequence[str], limit: int | None = None, used_text: Iterab
             for sign, why in _IMPOSSIBLE.items():
                 if getattr(task, sign, False):
                     raise AdaPrunerError(f"task {task_name!r} {why}")
-            unused = [number for number, item in enumerate(task.eval_docs) if not used or not _holds(item, used)]
+            unused = []
+            for number, item in enumerate(task.eval_docs):
+                texts = [text for text in item.values() if isinstance(text, str)]
+                if used.isdisjoint([*texts, *(text.partition(" -- ")[2] for text in texts)]):  # or after a title
+                    unused.append(number)
             count = min(limit or len(unused), len(unused))
             items[task_name] = [unused[step * len(unused) // count] for step in range(count)]
             if not unused:
@@ -307,12 +311,6 @@ def _data_set(config: dict[str, Any]) -> str:
         file = str(next(iter(files.values())))
         return next((data for data in _local_tasks()[config["task"]]["local"] if data in file), file)
     return " ".join(str(config[name]) for name in ("dataset_path", "dataset_name") if config.get(name))
-
-
-def _holds(item: dict[str, Any], used: frozenset[str]) -> bool:
-    """True if a field is one of the texts, as it is or after a title."""
-    texts = [value for value in item.values() if isinstance(value, str)]
-    return any(text in used or text.partition(" -- ")[2] in used for text in texts)
 
 
 @contextlib.contextmanager

@@ -143,12 +143,10 @@ def place_layers(model: PreTrainedModel, device: torch.device, of_layers: Sequen
     if {*of_layers} != {device}:
         holding = (module for module in outside if [*module.parameters(False), *module.buffers(False)])
         for module in (*layers, *holding):
-            module.register_forward_pre_hook(_bring_arguments, with_kwargs=True)
-
-
-def _bring_arguments(module: nn.Module, *called: object) -> object:
-    """Moves arguments to the device of the module. Caches are left alone: their part of a layer is with the layer."""
-    return send_to_device(called, _device_of(module))
+            # Caches are left alone: their part of a layer is with the layer.
+            module.register_forward_pre_hook(
+                lambda module, *called: send_to_device(called, _device_of(module)), with_kwargs=True
+            )
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -228,7 +228,11 @@ def select_vocabulary(
             " `vocabulary_size`, or a text in fewer languages"
         )
     known = [token for token in parts.texts if token < rows]
-    scripts = dict(zip(known, scripts_of(tokenizer, known), strict=True))
+    texts = tokenizer.batch_decode([[token] for token in known])
+    # The script of a token is that of its first letter; parts of characters have none.
+    letters = ([unicodedata.name(sign, "") for sign in text if sign.isalpha()] for text in texts)
+    of_texts = [next(filter(None, own), "OTHER").partition(" ")[0] for own in letters]
+    scripts = dict(zip(known, of_texts, strict=True))
     before, after = Counter(scripts.values()), Counter(scripts[token] for token in kept if token in scripts)
     vocabulary = Vocabulary(kept=kept, beyond=tuple(sorted(token for token in parts.texts if token >= rows)))
     with torch.device("meta"):
@@ -279,18 +283,6 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
             joined, length = [], 0
     if joined:
         yield "\n\n".join(joined), len(joined)
-
-
-@lru_cache(maxsize=1 << 16)
-def _script(sign: str) -> str | None:
-    return unicodedata.name(sign, "").partition(" ")[0] if sign.isalpha() else None
-
-
-def scripts_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
-    """The script of every token: the first word of the Unicode name of its first letter, as LATIN or CJK; OTHER without
-    letters, as for parts of characters."""
-    texts = tokenizer.batch_decode([[token] for token in tokens])
-    return [next((script for sign in text if (script := _script(sign))), "OTHER") for text in texts]
 
 
 def choose_tokens(
