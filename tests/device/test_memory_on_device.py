@@ -13,9 +13,8 @@ pytestmark = pytest.mark.device_matrix
 
 # All stages of a run that hold tensors on the device.
 STAGES = (
-    *("loading", "writing text", "reading activations", "measuring", "comparing removals"),
-    *("searching", "cutting", "healing", "evaluating"),
-    "comparing abilities",
+    *("loading", "checking text", "reading activations", "measuring", "comparing removals", "measuring costs"),
+    *("searching", "cutting", "healing", "writing answers", "evaluating", "comparing abilities"),
 )
 
 
@@ -38,7 +37,7 @@ def test_a_stage_that_runs_out_of_memory_says_so_and_resumes(stage, device, undi
     arguments = command(family("llama"), text_file, tmp_path / "a")
     message = only_line(device.run(*arguments, limits={stage: needed // 2}))
     assert "out of memory" in message
-    assert message.startswith(f"{stage}: ") or stage == "loading"
+    assert message.startswith(f"{stage}: ") or stage in ("loading", "cutting")
     only_json(device.run(*arguments))
     assert PruningPlan.load(tmp_path / "a/plan.json").hash == PruningPlan.load(folder / "plan.json").hash
     results = [json.loads((one / "result.json").read_text())["models"] for one in (folder, tmp_path / "a")]
@@ -91,15 +90,16 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(device, family, t
 )
 def test_other_commands_that_run_out_of_memory_say_so(verb, stage, device, undisturbed, family, text_file, tmp_path):
     model = undisturbed[0] / "model"
+    taught = ["--teacher", family("llama")]
     arguments: dict[str, list[object]] = {
-        "recover": recovering(model, text_file, tmp_path / "a")[2:-1],
+        "recover": [*recovering(model, text_file, tmp_path / "a")[2:-1], *taught],
         "evaluate": ["--evaluate", text_file, "--seq-len", 16],
         "benchmark": ["--against", family("llama"), "--prompt", 8, "--new-tokens", 2, "--repetitions", 1],
     }
     whole = device.run(verb, model, *arguments[verb], "--json")
     only_json(whole)
     needed = max(one.peak - one.held for one in whole.stages if one.name == stage)
-    again = [*arguments[verb], "--overwrite"] if verb == "recover" else arguments[verb]
+    again = [tmp_path / "b" if argument == tmp_path / "a" else argument for argument in arguments[verb]]
     message = only_line(device.run(verb, model, *again, "--json", limits={stage: needed // 2}))
     assert "out of memory" in message
 

@@ -97,7 +97,7 @@ def test_a_run_continues_on_its_own_kind_of_device_only(stage, first, second, de
         *("--device", second, "--overwrite"),
         native_bfloat16=False,
     )
-    losses = [only_json(outcome)["healing"]["record"]["loss_after"] for outcome in (resumed, rebuilt)]
+    losses = [only_json(outcome)["healing"]["loss_before"] for outcome in (resumed, rebuilt)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
