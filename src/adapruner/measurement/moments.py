@@ -67,7 +67,7 @@ class InputMoments:
 
 
 class StoredMoments(Mapping[int, InputMoments]):
-    """Moments by block number, one file for each block, read on access: all moments of a 7B model are 18 GB, those of
+    """Moments by block number, one file for each block, read on access: those of a 7B model are 12 to 18 GB, those of
     its largest block 0.5 GB.
 
     Args:

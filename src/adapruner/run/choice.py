@@ -78,7 +78,7 @@ def allocation(
 # Measurements
 
 
-@GRAPH.leaf()
+@GRAPH.leaf(lambda numbers: numbers)
 def blocks_to_read(structure: Structure, allocation: ByCost | None, is_searched: bool) -> list[int]:
     """The blocks whose second moments are of use: those that may be cut, or all where a search ranks them."""
     known = projected_blocks(structure)
