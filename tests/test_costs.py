@@ -186,3 +186,17 @@ def test_costs_serve_every_ratio(closed, tmp_path):
     other = adapruner.prune(from_=closed.output, output=tmp_path / "other", ratio=0.15)
     assert not {"measuring costs", "comparing removals"} & {*stages_done(tmp_path / "other")}
     assert abs(other.plan.ratio - 0.15) <= 0.005
+
+
+def test_a_ratio_at_which_heads_are_removed_reads_their_moments(model_folder, text_file, tmp_path):
+    def run(ratio, **options):
+        return adapruner.prune(output=tmp_path / str(len([*tmp_path.iterdir()])), ratio=ratio, **options)
+
+    own = CLOSED | {"model": str(model_folder), "calibration": str(text_file)}
+    del own["ratio"]
+    low = run(0.05, **own)
+    high, alone = run(0.27, from_=low.output), run(0.27, **own)
+    assert any(len(block.kept) < block.groups for block in high.plan.blocks if block.kind == "heads")
+    read = [{path.name for path in (one.output / "moments").iterdir()} for one in (low, high)]
+    assert read[0] < read[1]
+    assert high.plan == alone.plan
