@@ -25,9 +25,6 @@ from adapruner.base.progress import Advance, Reporter
 from adapruner.cli import main
 from adapruner.evaluation import abilities as _abilities, abilities as _choices
 
-# The same dtypes on every machine: what training gains on tiny random models is less than bfloat16 resolves.
-torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
-
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json", "healing.json", "study.jsonl", "config.yaml")
 # Of a run that takes little time.

@@ -18,7 +18,7 @@ from adapruner.train.training import RecoveryRecord, train, try_training
 
 # The record of healing, in the folder of the model.
 HEALING = "healing.json"
-# Learning rates that are tried, by what is trained, from the lowest until one is no better than that before, and the
+# Learning rates that are tried, by what is trained, from the lowest until one is worse than that before, and the
 # share of all steps that each trial takes, at least so many, but never more than a tenth: a training that does not help
 # ends after the first (research/experiments/healing.md).
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
@@ -102,7 +102,7 @@ def heal(
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[PreTrainedModel | None, Healing]:
     """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first,
-    from the lowest until one is no better; then the model is trained at the best of them, from the beginning.
+    from the lowest until one is worse; then the model is trained at the best of them, from the beginning.
 
     Args:
         load: gives the model to train.
@@ -148,7 +148,7 @@ def _try_rates(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Healing:
-    """The losses after a few steps at each rate, up to the first that is no better than the one before."""
+    """The losses after a few steps at each rate, up to the first that is worse than the one before."""
     losses, before, least = dict[float, float](), None, math.inf
     for rate in _RATES[options.train]:
         settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
@@ -157,7 +157,7 @@ def _try_rates(
             least = min(least, before)
         except NonFiniteError:
             losses[rate] = math.inf
-        if not losses[rate] < least:
+        if losses[rate] > least:
             break
         least = losses[rate]
     progress((len(_RATES[options.train]) - len(losses)) * _steps_of_a_trial(options))

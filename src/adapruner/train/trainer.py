@@ -34,7 +34,7 @@ from adapruner.model.layers import change_weight, decoder_layers
 from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import read_parts
-from adapruner.options import RecoveryOptions
+from adapruner.options import RecoveryOptions, TrainedWeights
 from adapruner.train.examples import IGNORED, Example
 from adapruner.train.loss import Predictor, loss_of_batch
 
@@ -46,8 +46,11 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
         with_adapters(empty, options)
 
 
-def frozen(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast."""
+def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. For scales,
+    float32 stays: times 1.001, a number in bfloat16 is the same number."""
+    if train == "ia3" and model.dtype == torch.float32:
+        return model
     if model.dtype == torch.float16:
         native = computes_bfloat16_natively(model.device)
         return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)

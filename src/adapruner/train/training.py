@@ -105,8 +105,8 @@ def train(
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
 
-    The frozen weights below adapters, of LoRA or IA3, are held in bfloat16 if the hardware computes that natively, and
-    the adapters are merged into the original weights, in their dtype. Without adapters, all weights are trained in
+    The frozen weights below adapters of LoRA are held in bfloat16 if the hardware computes that natively, and
+    adapters are merged into the original weights, in their dtype. Without adapters, all weights are trained in
     float32, with bfloat16 products if those are native. Nothing is trained in float16.
 
     Args:
@@ -192,7 +192,7 @@ def _trained(
     dtype = model.dtype
     trains_adapters = options.train in ("lora", "ia3")
     if trains_adapters:
-        model = frozen(model)
+        model = frozen(model, options.train)
         if is_streamed(model):
             hold_places(model)
     elif deferred_by_module(model):
