@@ -101,8 +101,7 @@ def other_forwards(forwards: dict[nn.Module, Callable[..., object]]) -> Iterator
 
 
 def allow_any_width(model: PreTrainedModel) -> PreTrainedModel:
-    """The model. Experts whose rows are not multiples of 16 bytes, which grouped products of PyTorch need, are computed
-    one by one."""
+    """The model; experts are computed one by one if grouped products of PyTorch want other rows, of n · 16 bytes."""
     stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]
     is_odd = any(size * stack.element_size() % 16 for stack in stacks for size in stack.shape[1:])
     if is_odd and getattr(model.config, "_experts_implementation", None) == "grouped_mm":

@@ -127,7 +127,7 @@ def measure_costs(
         return [log_probabilities(model, state[:, _COMPARED], call) for state, call in zip(states, calls, strict=True)]
 
     dense = [(p.exp(), (p.exp() * p).sum(-1)) for p in predictions(states[-1] for states in prefix.states)]
-    by_block: dict[int, Cost] = {}
+    by_block = dict[int, Cost]()
     for index in range(structure.layers):
         states = {}
         for number in (number for number in cuts if structure.blocks[number].layer == index):

@@ -47,9 +47,8 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 
 
 def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
-    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. For scales,
-    float32 stays: times 1.001, a number in bfloat16 is the same number."""
-    if train == "ia3" and model.dtype == torch.float32:
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast."""
+    if train == "ia3" and model.dtype == torch.float32:  # times 1.001, a number in bfloat16 is the same number
         return model
     if model.dtype == torch.float16:
         native = computes_bfloat16_natively(model.device)

@@ -105,9 +105,9 @@ def train(
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
 
-    The frozen weights below adapters of LoRA are held in bfloat16 if the hardware computes that natively, and
-    adapters are merged into the original weights, in their dtype. Without adapters, all weights are trained in
-    float32, with bfloat16 products if those are native. Nothing is trained in float16.
+    The frozen weights below LoRA are held in bfloat16 if the hardware computes that natively. Adapters are merged into
+    the original weights, in their dtype. All weights are trained in float32, with bfloat16 products if those are
+    native. Nothing is trained in float16.
 
     Args:
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
