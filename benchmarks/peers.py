@@ -80,7 +80,7 @@ class Setting:
             for block, moments in measure_moments(in_fastest_dtype(self.dense), self.structure, self.windows, blocks):
                 moments.save(StoredMoments(folder).path(block))
 
-        return StoredMoments(self.once(f"moments of {len(blocks)}", make))
+        return StoredMoments(self.once(f"moments of {'-'.join(map(str, blocks))}", make))
 
     def elimination_errors(self, moments: StoredMoments) -> Tensor:
         """[groups]: the error of each when the cheapest of its block is removed again and again."""
@@ -90,7 +90,9 @@ class Setting:
                 removal_errors(self.dense, self.structure, moments, variance=False), folder / "errors.safetensors"
             )
 
-        return load_file(self.once(f"elimination of {len(moments)}", make) / "errors.safetensors")["elimination_error"]
+        return load_file(self.once(f"elimination of {'-'.join(map(str, moments))}", make) / "errors.safetensors")[
+            "elimination_error"
+        ]
 
     def counts(self, shares: Sequence[float]) -> list[int]:
         """Number of groups that each block keeps, if channels are removed in proportion to a share of each layer."""

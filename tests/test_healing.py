@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 import adapruner
 from adapruner import AdaPrunerError
 from adapruner.model.loading import empty_model
-from adapruner.options import OF_A_SEARCH
+from adapruner.options import OF_A_SEARCH, RecoveryOptions
 from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.recover import read_record
 from adapruner.train import healing as _healing
 from adapruner.train.healing import healing_options, read_healing
+from adapruner.train.trainer import frozen, with_adapters
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
@@ -56,6 +57,20 @@ def test_every_input_of_a_linear_layer_is_scaled(healed, compensated, model_fold
     rows = torch.randint(4, 60, (32, 16), generator=torch.Generator().manual_seed(0))
     dense = adapruner.load(model_folder)
     assert divergence(after, dense, rows) < divergence(before, dense, rows)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of PEFT
+def test_small_scales_are_seen_where_bfloat16_is_native(model_folder, monkeypatch):
+    """Of a number in bfloat16, a thousandth more is the same number."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    adapted: Any = with_adapters(frozen(adapruner.load(model_folder), "ia3"), RecoveryOptions(train="ia3", steps=1))
+    rows = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = adapted(rows).logits
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.001)
+        assert not adapted(rows).logits.equal(before)
 
 
 def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_path, monkeypatch):

@@ -152,9 +152,10 @@ def estimate_memory(
     phases = [(dense, measuring), (dense + pruned, pruning)]
     healing = healing_within(config, model, left, devices, by_layer, stated)
     if healing:
-        phases.append(
-            (dense + held(left) * size, {"training after the cut": _training(model, healing, trial, left, by_layer)})
-        )
+        # As `frozen` has it.
+        computed = max(dtype, trial, key=lambda of: of.itemsize) if healing.train == "ia3" else trial
+        training = {"training after the cut": _training(model, healing, computed, left, by_layer)}
+        phases.append((dense + held(left) * size, training))
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
     return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + of_pool)
 

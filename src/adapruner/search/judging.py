@@ -117,7 +117,7 @@ def measure_costs(
         cuts: by number of the block, how many groups it keeps.
         progress: called with 1 after every block.
     """
-    prefix = compute_prefix(model, windows, structure.layers)
+    prefix, by_block = compute_prefix(model, windows, structure.layers), dict[int, Cost]()
 
     def after(index: int, layer: nn.Module, states: Iterable[Tensor]) -> list[Tensor]:
         return [calls[index].run(layer, state) for calls, state in zip(prefix.calls, states, strict=True)]
@@ -127,7 +127,6 @@ def measure_costs(
         return [log_probabilities(model, state[:, _COMPARED], call) for state, call in zip(states, calls, strict=True)]
 
     dense = [(p.exp(), (p.exp() * p).sum(-1)) for p in predictions(states[-1] for states in prefix.states)]
-    by_block = dict[int, Cost]()
     for index in range(structure.layers):
         states = {}
         for number in (number for number in cuts if structure.blocks[number].layer == index):
