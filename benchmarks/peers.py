@@ -90,9 +90,8 @@ class Setting:
                 removal_errors(self.dense, self.structure, moments, variance=False), folder / "errors.safetensors"
             )
 
-        return load_file(self.once(f"elimination of {'-'.join(map(str, moments))}", make) / "errors.safetensors")[
-            "elimination_error"
-        ]
+        made = self.once(f"elimination of {'-'.join(map(str, moments))}", make)
+        return load_file(made / "errors.safetensors")["elimination_error"]
 
     def counts(self, shares: Sequence[float]) -> list[int]:
         """Number of groups that each block keeps, if channels are removed in proportion to a share of each layer."""
