@@ -104,7 +104,7 @@ def _valid_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Makes the generation config of a model one that transformers writes, while this lasts. Some models have settings
     for sampling but do not sample, which transformers reads and refuses to write; here they sample. Of other settings
     that exclude each other, the last ones are left out."""
-    settings: Any = model.generation_config
+    settings = model.generation_config
     if not _is_valid(settings):
         model.generation_config = copy.deepcopy(settings)
         model.generation_config.do_sample = True

@@ -164,7 +164,7 @@ def find_local_data(name: str) -> Path | None:
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases, with which a few lines can expand to more than fits into memory."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise ValueError("it has an alias (*name): write out what it stands for")
         return super().compose_node(parent, index)

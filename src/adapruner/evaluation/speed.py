@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -155,7 +154,7 @@ def now(device: torch.device) -> float:
 def _peak_beyond_weights(model: PreTrainedModel, run: Callable[[], object]) -> int | None:
     """The most memory that a run needs beyond the memory held before; None if the system does not report it."""
     if model.device.type != "cpu":
-        accelerator: Any = torch.get_device_module(model.device)
+        accelerator = torch.get_device_module(model.device)
         accelerator.reset_peak_memory_stats(model.device)
         before = accelerator.memory_allocated(model.device)
         run()

@@ -222,7 +222,7 @@ def _evaluate(runner: Any, built: list[Any], items: dict[str, list[int]], progre
     return evaluate(runner, loaded, samples=items, log_samples=True, fewshot_as_multiturn=True)
 
 
-def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> TaskScore:
+def _score(name: str, outcome: dict[str, Any], tasks: Tasks, model: PreTrainedModel) -> TaskScore:
     """The score of a task, or of a group that lm-eval reduces to one number."""
     metrics: dict[str, float] = {}
     standard_errors: dict[str, float] = {}
@@ -254,7 +254,7 @@ def _score(name: str, outcome: Any, tasks: Tasks, model: PreTrainedModel) -> Tas
     )
 
 
-def _members(name: str, outcome: Any) -> list[str]:
+def _members(name: str, outcome: dict[str, Any]) -> list[str]:
     """The tasks of a group, and of the groups in it; of a task, itself."""
     inside = outcome["group_subtasks"].get(name)
     return [task for member in inside for task in _members(member, outcome)] if inside else [name]

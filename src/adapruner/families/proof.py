@@ -7,7 +7,7 @@ import contextlib
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast, get_args
 
@@ -286,11 +286,9 @@ class _NeverChosen(TorchFunctionMode):
         super().__init__()
         self.routers: dict[int, Tensor] = {}
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> object:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and getattr(function, "__name__", "") in ("linear", "matmul", "mm", "__matmul__"):
+    def __torch_function__(self, call: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
+        result = call(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and getattr(call, "__name__", "") in ("linear", "matmul", "mm", "__matmul__"):
             for factor in (*args, *(kwargs or {}).values()):
                 removed = self.routers.get(factor.untyped_storage().data_ptr()) if isinstance(factor, Tensor) else None
                 if removed is not None and result.shape[-1] == len(removed):

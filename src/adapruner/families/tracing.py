@@ -3,7 +3,7 @@
 Found by differentiation on a tiny random model. Parameter names are not used.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -27,16 +27,14 @@ class _Transparent(TorchFunctionMode):
     """While it lasts, statistics of norms are constants and rectifiers are smooth, so that a number has gradients to
     exactly the numbers that it is computed from."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> object:
+    def __torch_function__(self, call: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
-        if function in (functional.layer_norm, functional.rms_norm):
-            return _norm(function is functional.layer_norm, *args, **kwargs)
-        if function in (functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
+        if call in (functional.layer_norm, functional.rms_norm):
+            return _norm(call is functional.layer_norm, *args, **kwargs)
+        if call in (functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_):
             return functional.silu(args[0])
-        result = function(*args, **kwargs)
-        return result.detach() if getattr(function, "__name__", "") in ("rsqrt", "mean", "var") else result
+        result = call(*args, **kwargs)
+        return result.detach() if getattr(call, "__name__", "") in ("rsqrt", "mean", "var") else result
 
 
 def _norm(
@@ -302,7 +300,7 @@ def _any_beside(entries: Tensor, *axes: int) -> Tensor:
     return entries.amax(others) if others else entries
 
 
-def _silenced(output: Any) -> Any:
+def _silenced(output: Tensor | tuple[Tensor, ...]) -> object:
     return torch.zeros_like(output) if isinstance(output, Tensor) else tuple(map(_silenced, output))
 
 

@@ -347,7 +347,7 @@ def fields_by_layer(per_layer_config: Mapping[Any, Mapping[str, Any]]) -> dict[i
 
 def new_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a config, with random weights of transformers; meant for devices on which they cost nothing."""
-    make: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config
+    make = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM.from_config
     return cast(PreTrainedModel, make(config))
 
 

@@ -137,7 +137,7 @@ def _continue(
         settings_of_model, model.generation_config = model.generation_config, settings
         try:
             with _FastAttention() if model.device.type == "cpu" else contextlib.nullcontext():
-                generated: Any = cast(Any, model).generate(
+                generated = cast(Any, model).generate(
                     rows.clamp(min=0).to(model.device),
                     attention_mask=(rows != NO_TOKEN).long().to(model.device),
                     generation_config=settings,
@@ -184,7 +184,7 @@ class _Sampling(LogitsProcessor):
         self.counts = Counter(generators[row] for row in self.rows.tolist())
         self.temperatures = temperatures[self.rows, None]
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
         self.step(1)
         summed = scores[self.rows].div_(self.temperatures).softmax(-1).cumsum(-1)
         numbers = [torch.rand(count, 1, generator=generator) for generator, count in self.counts.items()]
@@ -198,12 +198,12 @@ class _FastAttention(TorchFunctionMode):
     """On a processor, attention of few queries as two matrix products, like that of transformers' `eager`: the kernel
     of PyTorch is made for many queries and takes five times as long."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, call: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = kwargs or {}
-        is_attention = func is functional.scaled_dot_product_attention and not kwargs.get("is_causal")
+        is_attention = call is functional.scaled_dot_product_attention and not kwargs.get("is_causal")
         if is_attention and args[0].shape[-2] <= _FEW_QUERIES:
             return _attend(*args, **kwargs)
-        return func(*args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def _attend(

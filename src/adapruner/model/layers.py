@@ -165,14 +165,14 @@ class _Stream:
         # Adapters change the paths of modules.
         self._owners = {name: weakref.ref(layer.get_submodule(name.rpartition(".")[0])) for name in self._placeholders}
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: object, **named: Any) -> object:
         if self._users or not torch.is_grad_enabled():
             return self._run(*arguments, **named)
         # The weights would be kept for the backward pass: the layer is read and run again when its gradient arrives.
         return checkpoint(self._run, *arguments, use_reentrant=False, **named)
 
     def _run(self, *arguments: object, **named: object) -> object:
-        layer: Any = self._layer()
+        layer = cast(nn.Module, self._layer())
         with self.loaded():
             return type(layer).forward(layer, *arguments, **named)
 
@@ -192,7 +192,7 @@ class _Stream:
         # Assigned and not copied into place: a backward pass uses the tensors of its forward pass.
         with torch.inference_mode(False):
             for name, weight in weights.items():
-                module: Any = self._owners[name]()
+                module = cast(nn.Module, self._owners[name]())
                 attribute = name.rpartition(".")[2]
                 is_parameter = attribute in module._parameters
                 setattr(module, attribute, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
@@ -217,8 +217,7 @@ def hold_places(model: PreTrainedModel) -> None:
     """Gives the weights of streamed layers that are not in use the device of the model, each with one number in memory:
     libraries look at it, and move models, before they train them."""
     for layer in decoder_layers(model):
-        stream: Any = layer.stream
-        stream.hold_places(model.device)
+        cast(_Stream, layer.stream).hold_places(model.device)
 
 
 def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
@@ -294,7 +293,7 @@ def is_streamed(model: PreTrainedModel) -> bool:
 def loaded_layer(model: PreTrainedModel, layer: int) -> Iterator[nn.Module]:
     """A decoder layer with its weights in memory while this lasts, for streamed and other models."""
     module = decoder_layers(model)[layer]
-    stream: Any = getattr(module, "stream", None)
+    stream: _Stream | None = getattr(module, "stream", None)
     with stream.loaded() if stream else contextlib.nullcontext():
         yield module
 

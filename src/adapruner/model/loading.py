@@ -119,7 +119,7 @@ def computing_repeatably(device: torch.device) -> Iterator[None]:
         yield
         return
     settings: Any = torch.utils.deterministic
-    cudnn: Any = torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     is_strict = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     # Read by cuBLAS on first use: without it, sums may differ between streams.

@@ -81,7 +81,7 @@ def read_parts(model: nn.Module, others: Mapping[str, Tensor], device: torch.dev
         if not isinstance(weight, DTensor):
             state[path] = source.to(device)
             continue
-        layout: Any = weight.device_mesh, weight.placements
+        layout = weight.device_mesh, weight.placements
         shape, start = compute_local_shape_and_global_offset(weight.shape, *layout)
         local = torch.empty(shape, dtype=weight.dtype, device=device)
         if local.numel():

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -210,7 +211,7 @@ class _LossOfLogits(torch.autograd.Function):
     """`loss_and_gradient` of logits in any dtype, times a scale."""
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, expected: Tensor | None, *settings: Any) -> Tensor:
+    def forward(context: FunctionCtx, logits: Tensor, expected: Tensor | None, *settings: Any) -> Tensor:
         labels, weights, scale, temperature = settings
         wide = torch.promote_types(logits.dtype, torch.float32)
         with torch.autocast(logits.device.type, enabled=False):
@@ -221,7 +222,7 @@ class _LossOfLogits(torch.autograd.Function):
         return scaled
 
     @staticmethod
-    def backward(context: Any, *outer: Any) -> Any:
+    def backward(context: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
         return gradient * outer[0], None, None, None, None, None
 

@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp_utils
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
@@ -96,11 +96,12 @@ def merge(adapters: Mapping[str, object], model: PreTrainedModel) -> None:
     """Merges adapters into the weights of a model in float32, one at a time: the changes of all weights together are
     twice as large as a model in bfloat16."""
 
-    def merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Any:
+    def merged(adapter: Any, is_transposed: bool, weight: Tensor) -> Tensor:
         if isinstance(adapter, IA3Layer):
-            scales = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
+            scales: Tensor = adapter.ia3_l["default"].to(weight.device)  # [1, inputs]
             return weight.float() * (scales.T if is_transposed else scales)
-        return adapter.get_delta_weight("default").to(weight.device).float().add_(weight)
+        change: Tensor = adapter.get_delta_weight("default")
+        return change.to(weight.device).float().add_(weight)
 
     with torch.no_grad():
         for name, adapter in adapters.items():
@@ -142,7 +143,7 @@ def sharded(trainer: Trainer) -> Iterator[None]:
     first one hold and broadcast them; the loss is computed and gradients are added up in float32; and checkpoints are
     saved unsharded. At the end, the first process has all weights in main memory, in modules of their original classes,
     to be saved and not run; the others keep their shards."""
-    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise AdaPrunerError(f"FSDP version {plugin.fsdp_version} is not supported: launch with --fsdp_version 2")
     plugin.cpu_ram_efficient_loading = True
@@ -151,7 +152,9 @@ def sharded(trainer: Trainer) -> Iterator[None]:
     if isinstance(policy := plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
-    def load(accelerator: Any, model: nn.Module, state: Mapping[str, Tensor], cpu_offload: bool = False) -> None:
+    def load(
+        accelerator: Accelerator, model: nn.Module, state: Mapping[str, Tensor], cpu_offload: bool = False
+    ) -> None:
         read_parts(model, state, torch.device("cpu") if cpu_offload else accelerator.device)
 
     before, fsdp_utils.fsdp2_load_full_state_dict = fsdp_utils.fsdp2_load_full_state_dict, load
@@ -210,7 +213,7 @@ class TokenTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         # FSDP would round what its model is given.
         self._label_weight, self._taught = inputs.pop("label_weight"), inputs.pop("taught", None)
         if self._teacher:
@@ -229,8 +232,8 @@ class TokenTrainer(Trainer):
         parts = self._label_weight, self._scale, self._temperature, self._teacher, self._taught
         return {"loss": loss_of_batch(self._predictor, hidden, labels, *parts)}
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        loss, *logits_and_labels = super().prediction_step(model, inputs, *arguments, **named)
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        loss, *logits_and_labels = super().prediction_step(model, inputs, *rest, **named)
         assert loss is not None
         # The Trainer averages over examples. The sum over tokens was divided by the mean number per process.
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.args.device)
@@ -263,9 +266,8 @@ def check_processes(options: RecoveryOptions) -> None:
 def check_trainer_options(options: RecoveryOptions) -> None:
     """Refuses an optimizer or an experiment tracker that the Trainer does not know, or whose package is missing."""
     try:
-        model: Any = nn.Linear(1, 1)
-        arguments: Any = TrainingArguments("unused", **trainer_options(options))
-        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        arguments = TrainingArguments("unused", **trainer_options(options))
+        Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, nn.Linear(1, 1)))
     except (ImportError, NotImplementedError, ValueError) as error:
         raise AdaPrunerError(f"`optimizer` {options.optimizer}: {reason(error)}") from None
     try:
@@ -274,7 +276,7 @@ def check_trainer_options(options: RecoveryOptions) -> None:
     except (ImportError, RuntimeError, ValueError) as error:
         raise AdaPrunerError(f"`report_to` {options.report_to}: {reason(error)}") from None
     # The Trainer's default is a folder that is removed at the end of the training.
-    if "tensorboard" in arguments.report_to and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+    if "tensorboard" in (arguments.report_to or ()) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
         raise AdaPrunerError(
             "`report_to` tensorboard: set the environment variable TENSORBOARD_LOGGING_DIR to a folder"
         )
