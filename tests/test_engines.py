@@ -1,14 +1,19 @@
 """A run that is made for an engine leaves a model that the engine loads, or is refused before it begins."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import adapruner
 from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.counts import BudgetError, kept_counts, reference_budget
 from adapruner.families import learn
+from adapruner.model.loading import empty_model
 from adapruner.options import PruneConfig
-from adapruner.run.options import options_for, serving_commands
+from adapruner.run.options import options_for, options_when_split, serving_commands
+from adapruner.structure.build import build_structure
 from run_helpers import QUICK, exit_code, flags
 from tiny_families import tiny_config
 
@@ -84,3 +89,89 @@ def test_code_in_the_folder_is_named_in_the_command(make_model, tokenizer, tmp_p
         f"transformers serve '{folder}' --trust-remote-code",
         f"mlx_lm.server --model '{folder}' --trust-remote-code",
     ]
+
+
+# Sizes of which four bits on two GPUs leave something to choose.
+LARGE = {
+    **dict.fromkeys(("hidden_size", "n_embd"), 512),
+    **dict.fromkeys(("intermediate_size", "n_inner", "moe_intermediate_size"), 4096),
+    **dict.fromkeys(("num_attention_heads", "n_head"), 16),
+    "num_key_value_heads": 8,
+    **dict.fromkeys(("num_experts", "num_local_experts"), 32),
+}
+
+
+def split(model_type, sizes=LARGE, **options):
+    """The structure of a model that is to be split, and the groups that its blocks keep."""
+    plain = tiny_config(model_type)
+    config = tiny_config(model_type, **{name: size for name, size in sizes.items() if name in plain.to_dict()})
+    learn(config)
+    wanted = PruneConfig.from_options(model="x", for_="vllm", **options)
+    wanted = wanted.model_copy(update=options_for(wanted, config) | options_when_split(wanted, config))
+    structure = build_structure(empty_model(config))
+    for hundredths in range(15, 60):  # the first ratio that so large steps meet
+        with contextlib.suppress(BudgetError):
+            return structure, kept_counts(structure, reference_budget(wanted, structure, hundredths / 100))
+    raise AssertionError("no ratio is met")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt_neox"),
+        *("mixtral", "qwen3_moe"),
+    ],
+)
+def test_two_gpus_get_equal_parts_of_every_layer(model_type):
+    # What vLLM asks of a checkpoint with two workers, and of groups of 128 weights with a scale in each.
+    structure, counts = split(model_type, tensor_parallel=2)
+    kept = dict.fromkeys((block.kind for block in structure.blocks), 0)
+    for block, count in zip(structure.blocks, counts, strict=True):
+        assert not count % (256 if block.kind == "channels" else 2)
+        kept[block.kind] += count
+    assert sum(kept.values()) < sum(block.groups for block in structure.blocks)
+
+
+def test_heads_are_removed_in_pairs_for_two_gpus():
+    structure, counts = split("llama", tensor_parallel=2, head_share=1.0)
+    heads = {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"}
+    assert heads in ({6}, {4})
+
+
+@pytest.mark.parametrize(
+    ("options", "width"), [({}, 256), ({"round_to": 64}, 64), ({"round_to": 8}, 16), ({"for_": "llama.cpp"}, 32)]
+)
+def test_the_larger_multiple_holds(options, width):
+    config = tiny_config("llama", intermediate_size=4096)
+    wanted = PruneConfig.from_options(
+        **{"model": "x", "for_": "vllm", "tensor_parallel": 2} | options, given=[*options]
+    )
+    assert options_when_split(wanted, config) == {"round_to": width}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}, r"the 9 heads .*9 / 2 = 4.50"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 576},
+            r"the 3 KV heads of layer 0 .*3 / 2 = 1.50",
+        ),
+        ({"intermediate_size": 4095}, r"the 4095 channels of layer 0 .*4095 / 2 = 2047.50"),
+    ],
+)
+def test_a_model_that_cannot_be_split_is_refused(sizes, message):
+    with pytest.raises(AdaPrunerError, match=message):
+        split("llama", LARGE | sizes, tensor_parallel=2)
+
+
+def test_few_kv_heads_are_copied_and_all_kept():
+    structure, counts = split("llama", LARGE | {"num_key_value_heads": 2}, tensor_parallel=4)
+    assert {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"} == {2}
+
+
+def test_a_ratio_between_steps_is_refused_with_the_nearest():
+    structure = build_structure(empty_model(tiny_config("llama", intermediate_size=4096)))
+    config = PruneConfig.from_options(model="x", layout="uniform", round_to=1024)
+    with pytest.raises(BudgetError, match=r"come to 0\.2\d*, .*; choose a `ratio` near that, or lower `round_to`"):
+        kept_counts(structure, reference_budget(config, structure, 0.3))

@@ -307,6 +307,11 @@ class PruneOptions(_Options):
         " then what costs least.",
     )
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
+    tensor_parallel: Count = Field(
+        default=1,
+        description="GPUs over which the served model is split: widths, KV heads and experts can be divided among them;"
+        " round_to is a multiple of 8 for each, and by default of 128 for vllm and sglang, as four bits need.",
+    )
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(
         default=384, ge=2, description="Maximum number of calibration windows to fit the compensation on."

@@ -98,6 +98,7 @@ class Budget:
         heads: share of heads removed, relative to the share of channels removed (0 leaves attention whole; 1 gives the
             equal shares of LLM-Pruner, arXiv 2305.11627, and of the paper).
         round_to: kept feed-forward widths are multiples of this.
+        tensor_parallel: kept heads and experts are multiples of this; a block with fewer loses none.
         ratio_of: `groups` makes the ratio a share of the channels (and, times `heads`, of the heads) of a layer of
             weight 1, rounded in each layer, as in the protocol of LLM-Pruner.
     """
@@ -106,7 +107,14 @@ class Budget:
     allocation: Allocation = Profile()
     heads: float = 0.0
     round_to: int = 1
+    tensor_parallel: int = 1
     ratio_of: RatioOf = "parameters"
+
+    def step(self, block: Block) -> int:
+        """What the number of groups that a block keeps is a multiple of."""
+        return (
+            math.lcm(block.strata, self.tensor_parallel) if block.kind != "channels" else self.round_to * block.strata
+        )
 
 
 def kept_counts(structure: Structure, budget: Budget, costs: Tensor | None = None) -> list[int]:
@@ -168,7 +176,7 @@ def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: T
     of_blocks = costs.double().split([block.groups for block in structure.blocks])
     for number, block in allocation.cut_blocks(structure).items():
         whole, partly = allocation.may_remove(structure, block), allocation.heads or block.kind != "heads"
-        curves[number] = curve = _removals(block, of_blocks[number], budget.round_to, partly, whole)
+        curves[number] = curve = _removals(block, of_blocks[number], budget.step(block), partly, whole)
         steps += [(slope, number, begin, end) for slope, begin, end in _hull(curve)]
     target = budget.ratio * structure.total_parameters
     counts, left, full = [block.groups for block in structure.blocks], target, set[int]()
@@ -192,16 +200,15 @@ def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: T
             f" {structure.total_parameters:,} parameters can be removed"
             if most < target
             else f"a ratio of {budget.ratio:g} is not met: whole heads and steps of {budget.round_to} channels come to"
-            f" {reached / structure.total_parameters:.4f}; lower `round_to`"
+            f" {reached / structure.total_parameters:.4f}; choose a `ratio` near that, or lower `round_to`"
         )
     if not reached:
         raise BudgetError(f"a ratio of {budget.ratio:g} removes nothing: lower `round_to` or raise `ratio`")
     return counts
 
 
-def _removals(block: Block, costs: Tensor, round_to: int, partly: bool, whole: bool) -> list[_Removal]:
+def _removals(block: Block, costs: Tensor, unit: int, partly: bool, whole: bool) -> list[_Removal]:
     """What can be removed from a block in whole steps, from nothing to the most."""
-    unit = (round_to if block.kind == "channels" else 1) * block.strata
     fewest = max(block.least, math.ceil((1 - MOST_CHANNELS) * block.groups) if block.kind == "channels" else 1)
     steps = range(-(-fewest // unit), -(-block.groups // unit)) if partly else ()
     kept = [*([0] if whole else []), *(unit * count for count in steps)]
@@ -234,7 +241,9 @@ def _hull(curve: Sequence[_Removal]) -> list[tuple[float, int, int]]:
 def reference_budget(config: PruneConfig, structure: Structure, ratio: float) -> Budget:
     """The budget that the options of a config describe; see `default_budget`."""
     shares = config.protect_first, config.protect_last, config.head_share
-    return default_budget(structure, ratio, config.layout, config.ratio_of, config.round_to, *shares)
+    return default_budget(
+        structure, ratio, config.layout, config.ratio_of, config.round_to, *shares, config.tensor_parallel
+    )
 
 
 def default_budget(
@@ -246,6 +255,7 @@ def default_budget(
     protect_first: int | None,
     protect_last: int | None,
     head_share: float | None,
+    tensor_parallel: int = 1,
 ) -> Budget:
     """The budget that options describe. By default, feed-forward channels of the middle layers are removed; more layers
     and heads only if that would remove more than `MOST_CHANNELS` of the channels of a layer.
@@ -257,7 +267,9 @@ def default_budget(
         )
         allocation: Allocation = "uniform" if layout == "uniform" else profile
         counted: RatioOf = "groups" if ratio_of == "groups" else "parameters"
-        budget = Budget(ratio, allocation, heads if head_share is None else head_share, round_to, counted)
+        budget = Budget(
+            ratio, allocation, heads if head_share is None else head_share, round_to, tensor_parallel, counted
+        )
         try:
             largest = largest_channel_share(structure, kept_counts(structure, budget))
         except BudgetError as error:
@@ -324,7 +336,7 @@ def _in_steps(structure: Structure, budget: Budget, kind: Kind, wanted: dict[int
             continue
         elif carries:
             count += carried
-        unit = (budget.round_to if kind == "channels" else 1) * block.strata
+        unit = budget.step(block)
         least = unit * math.ceil(block.least / unit)
         counts[index] = min(max(unit * round(count / unit), least), block.groups)
         carried = count - counts[index]
@@ -370,5 +382,5 @@ def _refuse_missed_ratio(
     lower = "`round_to` or `head_share`" if budget.round_to > 1 else "`head_share`"
     raise BudgetError(
         f"a ratio of {budget.ratio:g} is not met: whole heads, experts and steps of {budget.round_to} channels come to"
-        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; lower {lower}"
+        f" {reached:.4f}, more than {RATIO_TOLERANCE} off; choose a `ratio` near that, or lower {lower}"
     )

@@ -41,7 +41,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "A size instead of a ratio": tuple(config.SizeLimit.model_fields),
     "What is removed": (
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
-        *("expert_granularity", "round_to"),
+        *("expert_granularity", "round_to", "tensor_parallel"),
     ),
     "Datasets": ("seq_len", "sources"),
     "Search": ("trials", "search", "space", "seed"),

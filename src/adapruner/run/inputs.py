@@ -203,13 +203,14 @@ def starting_budget(
     protect_first: int | None,
     protect_last: int | None,
     head_share: float | None,
+    tensor_parallel: int,
 ) -> Budget:
     """The budget that the search starts from."""
     if layout not in family.layouts:
         raise AdaPrunerError(
             f"the layers of a {family.model_type} cannot be cut differently: set `layout` to {family.layouts[0]}"
         )
-    options = layout, ratio_of, round_to, protect_first, protect_last, head_share
+    options = layout, ratio_of, round_to, protect_first, protect_last, head_share, tensor_parallel
     return default_budget(structure, ratio_of_decoder, *options)
 
 

@@ -59,6 +59,10 @@ _MLX_READS_HEAD_WIDTH = (
 _MLX_DIVIDES = ("cohere", "granite", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2")
 
 
+# Kernels read eight channels at a time; weights of four bits have a scale for each 128, in checkpoints for vLLM.
+_WIDTH_OF_A_GPU, _GROUP_OF_FOUR_BITS = 8, 128
+
+
 def options_for(wanted: PruneOptions, config: PreTrainedConfig) -> dict[str, object]:
     """The options with which a run makes a model that all engines in `wanted.for_` load.
 
@@ -163,10 +167,36 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
     if config.for_:
         updates |= options_for(config, model_config)
         PruneConfig.from_options(**config.model_dump(exclude_unset=True) | updates)  # what they exclude
+    if config.tensor_parallel > 1:
+        updates |= options_when_split(config, model_config)
     # Experts have no ranking without a search.
     has_experts = config.trials is None and architecture_of(model_config).experts
     updates["trials"] = EXPERT_TRIALS if has_experts else config.default_trials
     return config.model_copy(update=updates)
+
+
+def options_when_split(config: PruneConfig, model_config: PreTrainedConfig) -> dict[str, object]:
+    """The options with which each of `config.tensor_parallel` GPUs gets an equal part of every layer of a model.
+
+    Raises:
+        AdaPrunerError: the dense model cannot be divided. Of KV heads alone there may be fewer, which are copied.
+    """
+    parts, heads = config.tensor_parallel, getattr(model_config, "num_attention_heads", None)
+    structure = build_structure(empty_model(model_config), config.head_granularity, config.expert_granularity)
+    sizes = [("heads", 0, heads)] if heads else []
+    for block in structure.blocks:
+        if block.kind == "heads":
+            sizes.append(("KV heads", block.layer, block.strata if block.strata > 1 else block.groups))
+        else:
+            sizes.append((block.kind, block.layer, block.groups // max(block.experts, 1)))
+    for name, layer, size in sizes:
+        if size % parts and not (name == "KV heads" and parts % size == 0):
+            raise AdaPrunerError(
+                f"`tensor_parallel` {parts}: the {size} {name} of layer {layer} cannot be divided among {parts} GPUs"
+                f" ({size} / {parts} = {size / parts:.2f}); choose a divisor"
+            )
+    four_bits = "round_to" not in config.given and {"vllm", "sglang"} & {*config.for_}
+    return {"round_to": math.lcm(config.round_to, parts * (_GROUP_OF_FOUR_BITS if four_bits else _WIDTH_OF_A_GPU))}
 
 
 def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
