@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.terminal_theme import MONOKAI
 
 from adapruner.base.progress import PlainConsole
-from adapruner.report.result import RunResult, tables_of
+from adapruner.report.result import RunResult, summary_of
 
 PICTURE = Path(__file__).parent / "images" / "first-run.svg"
 # Without the font that rich takes from the web: a picture in a page may load nothing.
@@ -33,10 +33,7 @@ def draw(result: RunResult, command: str) -> str:
             bars.add_row(stage, ProgressBar(1, 1, width=56), f"{minutes}:{seconds:02}")
     console.print(bars)
     title = f"{result.config.model}: {result.removed_share:.1%} of all parameters removed"
-    console.print(tables_of(title, result.models)[0])
-    for model in result.models:
-        if model.verdict:
-            console.print(f"verdict: {model.verdict}")
+    console.print(summary_of(title, result.models))
     return console.export_svg(title="adapruner", theme=MONOKAI, code_format=FORMAT, unique_id="run")
 
 

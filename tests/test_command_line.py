@@ -23,7 +23,7 @@ import adapruner
 from adapruner.base.progress import Reporter
 from adapruner.cli import main
 from adapruner.cli.runs import _default_output
-from adapruner.cli.shared import HIDDEN_GROUPS, OPTION_GROUPS
+from adapruner.cli.shared import OPTION_GROUPS
 from adapruner.options import PruneConfig, PruneOptions, SizeLimit
 from adapruner.recipes import read_recipe, recipes
 
@@ -50,13 +50,30 @@ def test_every_option_of_a_run_is_in_one_group():
 
 
 def test_help_begins_with_what_most_runs_set_and_fits_a_narrow_terminal():
-    shown = in_a_shell("prune", "--help", COLUMNS="80").stdout
+    shown = in_a_shell("prune", "--help-all", COLUMNS="80").stdout
     assert max(map(len, shown.splitlines())) <= 80
-    panels = [name for name in OPTION_GROUPS if name not in HIDDEN_GROUPS]
-    places = [shown.index(f"─ {name} ─") for name in (*panels, "Run folder")]
+    places = [shown.index(f"─ {name} ─") for name in (*OPTION_GROUPS, "Run folder")]
     assert places == sorted(places)
-    assert places[0] < shown.index("--ratio", places[0]) < shown.index("--device", places[0]) < places[1]
-    assert len(re.findall("^│ --", shown, re.MULTILINE)) <= 55
+    assert places[0] < shown.index("--ratio", places[0]) < shown.index("--size", places[0]) < places[1]
+    assert {"--" + name.strip("_").replace("_", "-") for name in PruneOptions.model_fields} <= options_in(shown)
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "inspect", "evaluate"])
+def test_help_lists_at_most_fifteen_options(verb):
+    shown, everything = (options_in(in_a_shell(verb, flag, COLUMNS="80").stdout) for flag in ("--help", "--help-all"))
+    assert len(shown) <= 15
+    assert shown <= everything
+
+
+def options_in(text: str) -> set[str]:
+    """The options that begin a line of a help."""
+    return set(re.findall("^│ (--[a-z-]+)", text, re.MULTILINE))
+
+
+def test_verbs_stand_in_the_order_of_use():
+    shown = in_a_shell("--help", COLUMNS="80").stdout
+    verbs = re.findall("^│ ([a-z]+) ", shown, re.MULTILINE)
+    assert verbs == [*["inspect", "prune", "report", "recover", "evaluate", "benchmark", "export", "vocabulary", "recipes", "env"]]
 
 
 def test_no_colour_where_none_is_wanted():

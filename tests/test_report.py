@@ -196,6 +196,21 @@ def test_terminal_page_and_card_show_the_same_cells(finished, page):
         assert f"| {before} | {after} |" in card
 
 
+def test_the_summary_fits_on_a_screen_and_has_the_cells_of_the_tables(finished):
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(finished.summary())
+    printed = console.export_text()
+    assert len(printed.splitlines()) <= 20
+    rows = {str(row[0]): [str(cell) for cell in row[1:]] for row in finished.summary().rows}
+    text, measured = next(iter(finished.result.final.perplexity.items()))
+    assert f"{measured.perplexity:.2f}" in rows[f"perplexity on {text}"][-1]
+    agreements = [reading.agreement for reading in finished.result.final.abilities.reads.values()]
+    assert rows["tokens predicted as by the original"] == ["100%", f"{sum(agreements) / len(agreements):.0%}"]
+    (least,) = (cells[-1] for name, cells in rows.items() if name.startswith("the same, where least"))
+    assert least == f"{min(agreements):.0%}"
+    assert rows["verdict"][-1] == finished.result.final.verdict
+
+
 def test_rows_that_differ_in_their_names_alone_are_merged():
     rows = [["0", "2 of 4"], ["1", "none"], ["2", "none"], ["3", "none"], ["4", "2 of 4"]]
     table = Table("t", "T", [Column("layer"), Column("kept|by\nlayer")], rows)

@@ -309,8 +309,8 @@ class PruneOptions(_Options):
     round_to: Count = Field(default=32, description="Kept MLP widths are multiples of this.")
     tensor_parallel: Count = Field(
         default=1,
-        description="GPUs over which the served model is split: widths, KV heads and experts can be divided among them;"
-        " round_to is a multiple of 8 for each, and by default of 128 for vllm and sglang, as four bits need.",
+        description="GPUs that share the served model: KV heads and experts are multiples of it, and widths of 8 times"
+        " it; with for_ vllm or sglang, unless round_to is given, of 128 times it, as four bits need.",
     )
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(

@@ -33,7 +33,7 @@ from adapruner.base.errors import (
 )
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import env, inspect, prune, recipes, report
-from adapruner.cli.shared import CLOSED_OUTPUT, Flag, plain_console
+from adapruner.cli.shared import CLOSED_OUTPUT, HELP_ALL, Flag, plain_console
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
@@ -49,8 +49,11 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-for verb in (prune, report, recover, vocabulary, evaluate, benchmark, export, inspect, recipes, env):
+# In the order of use.
+for verb in (inspect, prune, report, recover, evaluate, benchmark, export, vocabulary, recipes, env):
     app.command(verb)
+for place, name in enumerate(name for name in app if not name.startswith("-")):
+    app[name].sort_key = place
 app.register_install_completion_command()
 app.meta.suppress_keyboard_interrupt = False
 
@@ -89,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with handling_interrupts(end_by_interrupt):
-            app.meta(arguments, exit_on_error=False, print_error=False)
+            words = sys.argv[1:] if arguments is None else arguments
+            app.meta(["--help" if word == HELP_ALL else word for word in words], exit_on_error=False, print_error=False)
             sys.stdout.flush()
     except AdaPrunerError as error:
         _say(with_options(str(error)))

@@ -17,13 +17,14 @@ from adapruner.cli.shared import (
     Model,
     Names,
     Output,
+    RecoveryOptions,
     WholeNumber,
     given,
     print_advice,
     print_output,
     starting,
 )
-from adapruner.options import GgufType, RecoveryOptions
+from adapruner.options import GgufType
 
 if TYPE_CHECKING:
     from adapruner.evaluation.speed import Speed

@@ -17,6 +17,7 @@ from adapruner.cli.shared import (
     Json,
     Model,
     PruneOptions,
+    ShownInAll,
     SizeLimit,
     given,
     memory_line,
@@ -60,12 +61,12 @@ def prune(
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     limit: Annotated[SizeLimit | None, Parameter(name="*")] = None,
-    overwrite: Annotated[Flag, Parameter(group=RUN_FOLDER)] = False,
+    overwrite: Annotated[Flag, ShownInAll, Parameter(group=RUN_FOLDER)] = False,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
     """Search, prune, heal, save and evaluate. Rerun the same command to resume.
 
-    Not listed below: what only a search reads, as --objective, --pool, --samples and --terms.
+    --help-all lists all options, this help those that most runs set.
 
     ```console
     adapruner prune Qwen/Qwen3-0.6B -o runs/a --dry-run
@@ -99,7 +100,7 @@ def prune(
     print_advice(result.advice())
     serving = engines.serving_commands(result.result.config.for_, result.model_folder)
     files = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
-    print_output(result.result, json, [*result.tables(), files, *(f"serve: {line}" for line in serving)])
+    print_output(result.result, json, [result.summary(), files, *(f"serve: {line}" for line in serving)])
 
 
 def _lines_of_preview(preview: Preview) -> Iterator[str]:

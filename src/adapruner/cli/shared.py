@@ -35,11 +35,10 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": (
-        *("ratio", "calibration", "heal", "evaluate", "effort", "for_", "layout", "remove_attention", "device"),
-    ),
-    "A size instead of a ratio": tuple(config.SizeLimit.model_fields),
+    "Most used": ("ratio", "size", "calibration", "effort", "for_", "heal", "evaluate", "device"),
+    "Memory instead of a ratio": ("memory", "context", "batch"),
     "What is removed": (
+        *("layout", "remove_attention"),
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "round_to", "tensor_parallel"),
     ),
@@ -50,16 +49,21 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
-# For comparisons: the help names them in a sentence, and the page of options lists them.
-HIDDEN_GROUPS = ("Read by a search alone",)
+# Of `recover`, what most runs set.
+_MOST_USED_IN_TRAINING = ("train", "tokens", "learning_rate", "seq_len", "micro_batch_size", "gradient_checkpointing")
+# A word of the command line that is read before it: what a help shows is fixed when the verbs are defined.
+HELP_ALL = "--help-all"
+SHOWS_ALL = HELP_ALL in sys.argv
 # The panels of the help of `prune`, in this order.
 _GROUPS = {name: Group(name, sort_key=number) for number, name in enumerate(OPTION_GROUPS)}
 MOST_USED = next(iter(_GROUPS.values()))
-RUN_FOLDER = Group("Run folder", sort_key=len(_GROUPS))
+_TRAINING, RUN_FOLDER = Group("Training", sort_key=0), Group("Run folder", sort_key=len(_GROUPS))
+ShownInAll = Parameter(show=SHOWS_ALL)
 
 if TYPE_CHECKING:
     PruneOptions = config.PruneOptions
     SizeLimit = config.SizeLimit
+    RecoveryOptions = config.RecoveryOptions
 else:
     _group_of = {field: name for name, fields in OPTION_GROUPS.items() for field in fields}
     _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
@@ -72,7 +76,9 @@ else:
         """The same fields, each with its panel and its help."""
         fields = {}
         for name, field in options.model_fields.items():
-            group, shown = _GROUPS[_group_of[name]], _group_of[name] not in HIDDEN_GROUPS
+            is_training = options is config.RecoveryOptions
+            group = _TRAINING if is_training else _GROUPS[_group_of[name]]
+            shown = SHOWS_ALL or (name in _MOST_USED_IN_TRAINING if is_training else group is MOST_USED)
             parameter = Parameter(group=group, show=shown, help=_help(field.description), negative_iterable=())
             fields[name] = (Annotated[field.annotation, parameter], field)
         return create_model(options.__name__, __base__=options, **fields)
@@ -80,6 +86,7 @@ else:
     PruneOptions = _for_command_line(config.PruneOptions)
     PruneOptions._conflicts = lambda _: ()  # they are found with the options of the recipe
     SizeLimit = _for_command_line(config.SizeLimit)
+    RecoveryOptions = _for_command_line(config.RecoveryOptions)
 
 
 def given(options: BaseModel | None) -> dict[str, Any]:

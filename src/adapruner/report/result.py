@@ -355,6 +355,24 @@ def tables_of(title: str, models: Sequence[ModelNumbers]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+def summary_of(title: str, models: Sequence[ModelNumbers]) -> Table:
+    """What models come to, a row for each size, text and mean, and for the verdict; the tables have everything."""
+    numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
+    shown = _of_kind(numbers, "cost", "text", "mean") | _of_kind(numbers, "ability")
+    keys = [key for key in shown if key[1] not in ("bits per byte", "loss", "agreement")]
+    rows: list[Cells] = [
+        [shown[key].name if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
+    ]
+    agreements = [{key[2]: one.value for key, one in own.items() if key[1] == "agreement"} for own in numbers.values()]
+    if all(agreements):
+        means = [f"{statistics.fmean(own.values()):.0%}" for own in agreements]
+        least = min(agreements[-1], key=agreements[-1].__getitem__)
+        rows.append(["tokens predicted as by the original", *means])
+        rows.append([f"the same, where least: {least}", *(f"{own[least]:.0%}" for own in agreements)])
+    rows.append(["verdict", *(model.verdict or "" for model in models)])
+    return Table("summary", title, [Column("", is_number=False), *map(Column, numbers)], rows)
+
+
 def _damage(result: RunResult) -> Iterator[str]:
     """A line for every text on which the final model is much worse than the dense one, on the verdict if it is not
     usable, and for every other sign that it is broken."""

@@ -26,7 +26,7 @@ from adapruner.model.loading import load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.options import PruneConfig
 from adapruner.report.page import render_report
-from adapruner.report.result import RunResult, advice_on, shown_name, tables_of
+from adapruner.report.result import RunResult, advice_on, shown_name, summary_of, tables_of
 from adapruner.text.windows import load_texts_by_use
 
 # The model card is for people to edit; the report is written again by its own command.
@@ -136,9 +136,15 @@ class PruneResult:
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models, abilities, and scores in tasks, if they were measured;
         rich prints them."""
-        result = self.result
-        title = f"{shown_name(result.config.model)}: {result.removed_share:.1%} of all parameters removed"
-        return tables_of(title, result.models)
+        return tables_of(self._title, self.result.models)
+
+    def summary(self) -> Table:
+        """What was removed and lost, in a few rows, which the command line prints."""
+        return summary_of(self._title, self.result.models)
+
+    @property
+    def _title(self) -> str:
+        return f"{shown_name(self.result.config.model)}: {self.result.removed_share:.1%} of all parameters removed"
 
 
 def read_result(run: RunFolder) -> RunResult:
