@@ -73,7 +73,8 @@ def options_in(text: str) -> set[str]:
 def test_verbs_stand_in_the_order_of_use():
     shown = in_a_shell("--help", COLUMNS="80").stdout
     verbs = re.findall("^│ ([a-z]+) ", shown, re.MULTILINE)
-    assert verbs == [*["inspect", "prune", "report", "recover", "evaluate", "benchmark", "export", "vocabulary", "recipes", "env"]]
+    used = ["inspect", "prune", "report", "recover", "evaluate", "benchmark", "export"]
+    assert verbs == [*used, "vocabulary", "recipes", "env"]
 
 
 def test_no_colour_where_none_is_wanted():
