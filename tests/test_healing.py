@@ -107,6 +107,14 @@ def test_the_record_says_which_rate_was_best(healed):
     assert "It was trained to predict as the dense model does, on 19,968 tokens of" in card
 
 
+def test_trials_of_a_short_training_change_the_model(healed, model_folder, text_file, tmp_path):
+    """Of five steps, a trial of a tenth would end before its rate is more than zero."""
+    run = shutil.copytree(healed.output, tmp_path / "run")
+    options = OPTIONS | {"heal": "2560", "overwrite": True}
+    healing = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options).result.healing
+    assert all(loss != healing.loss_before for loss in healing.losses_by_rate.values())
+
+
 def test_a_finished_run_is_complete(healed, model_folder, text_file, tmp_path):
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
     (run / "report.html").unlink()
