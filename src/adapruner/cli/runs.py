@@ -30,6 +30,7 @@ from adapruner.cli.shared import (
 from adapruner.recipes import override, read_recipe
 
 if TYPE_CHECKING:
+    from adapruner.report.result import RunResult
     from adapruner.run.prune import Preview
 import yaml
 from rich.console import RenderableType
@@ -42,6 +43,7 @@ import itertools
 import os
 import platform
 import re
+import textwrap
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from cyclopts import App
@@ -98,9 +100,13 @@ def prune(
         return
     result = api.prune(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
     print_advice(result.advice())
-    serving = engines.serving_commands(result.result.config.for_, result.model_folder)
+    serving = engines.serving_commands(result.result.config.for_ or ("transformers",), result.model_folder)
     files = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
-    print_output(result.result, json, [result.summary(), files, *(f"serve: {line}" for line in serving)])
+    print_output(
+        result.result,
+        json,
+        [result.summary(), *_answers(result.result), files, *(f"serve: {line}" for line in serving)],
+    )
 
 
 def _lines_of_preview(preview: Preview) -> Iterator[str]:
@@ -114,6 +120,14 @@ def _lines_of_preview(preview: Preview) -> Iterator[str]:
     if preview.memory:
         yield with_options(memory_line(preview.memory, preview.device))
         yield where(preview.device, preview.layer_wise)
+
+
+def _answers(result: RunResult) -> Iterator[str]:
+    """The first text that each model wrote; the report has them all."""
+    for prompt in [*result.final.abilities.writes][:1]:
+        yield f"asked: {prompt}"
+        for model in result.models:
+            yield f"{model.role}: {textwrap.shorten(model.abilities.writes.get(prompt, ''), 110, placeholder=' …')}"
 
 
 def _default_output(model: str | None, recipe: str | None, options: dict[str, object]) -> Path:

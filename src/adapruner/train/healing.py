@@ -19,8 +19,8 @@ from adapruner.train.training import RecoveryRecord, train, try_training
 # The record of healing, in the folder of the model.
 HEALING = "healing.json"
 # Learning rates that are tried, by what is trained, from the lowest until one is worse than that before, and the share
-# of all steps that each trial takes, at least so many, but never more than a tenth (research/experiments/healing.md). In a
-# trial the rate grows from zero: a single step would change nothing.
+# of all steps that each trial takes, at least so many, but never more than a tenth (research/experiments/healing.md);
+# the rate grows from zero, so that a single step would change nothing.
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
     "layers": (5e-6, 3e-5, 1.5e-4),
     "lora": (3e-5, 1e-4, 5e-4),
