@@ -11,7 +11,7 @@ RUN ?= runs/demo
 .PHONY: demo test bench screenshots clean
 
 demo: .venv/demo .data/ready
-	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-10 --output runs/demo
+	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-6 --output runs/demo
 
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .

@@ -56,7 +56,13 @@ def draw(result: RunResult, plan: PruningPlan, name: str, prompt: str) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def main(run: Path, /, *, name: str = "SmolLM2-135M", prompt: str = "Why is the sky blue?") -> None:
+def main(
+    run: Path,
+    /,
+    *,
+    name: str = "SmolLM2-135M",
+    prompt: str = "Write a Python function that returns the largest number of a list.",
+) -> None:
     """Draws the picture."""
     result = RunResult.model_validate_json((run / "result.json").read_bytes())
     PICTURE.write_text(draw(result, PruningPlan.load(run / "plan.json"), name, prompt), encoding="utf-8")
