@@ -18,6 +18,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def read(model: str, text: str, dtype: str) -> dict[str, Any]:
         for row in rows:
             logits = loaded(row[None]).logits[0, :-1].float()
             nats += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-            bytes_read += len(tokenizer.decode(row[1:]).encode())
+            bytes_read += len(str(tokenizer.decode(row[1:])).encode())
         written = [
             loaded.generate(
                 **tokenizer(prompt, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
@@ -102,7 +103,8 @@ def main(
         done = subprocess.run([python, __file__, "step", json.dumps(call)], capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("result: ")]
         if lines:
-            return json.loads(lines[-1].removeprefix("result: "))
+            result: dict[str, Any] = json.loads(lines[-1].removeprefix("result: "))
+            return result
         return {"failed": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:400]}
 
     results: dict[str, Any] = {"model": folder.name, "bytes": bytes_of(str(folder))}
@@ -127,7 +129,7 @@ def main(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["step"]:
         name, *arguments = json.loads(sys.argv[2])
-        steps = {"quantized": quantized, "read": read, "served": served}
+        steps: dict[str, Callable[..., Any]] = {"quantized": quantized, "read": read, "served": served}
         print("result: " + json.dumps(steps[name](*arguments)), flush=True)
     else:
         from cyclopts import run
