@@ -3,6 +3,7 @@ docs/images/layers.svg."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from html import escape
 from pathlib import Path
@@ -46,7 +47,8 @@ def draw(result: RunResult, plan: PruningPlan, name: str, prompt: str) -> str:
     y = _TOP + _BARS + _HEADS + 52
     for model in result.models:
         title = {"dense": "Original", "pruned": "Pruned"}[model.role]
-        text = textwrap.shorten(model.abilities.writes[prompt], 210, placeholder=" …")
+        written = re.sub("```(python)?", "", model.abilities.writes[prompt])
+        text = textwrap.shorten(written, 210, placeholder=" …")
         asked = f" (asked: {prompt})" if model.role == "dense" else ""
         lines.append(f'<text x="{_LEFT}" y="{y}"><tspan font-weight="bold">{title}</tspan>{escape(asked)}</text>')
         for part in textwrap.wrap(text, 108):
