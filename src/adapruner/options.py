@@ -211,7 +211,7 @@ class PruneOptions(_Options):
     effort: Effort = Field(
         default="standard",
         description="Amount of text and training: quick corrects in closed form alone; standard also trains, and"
-        " reads more text; thorough does more of both. Options that are given count.",
+        " reads more text; thorough does more of both. Explicit options win.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",
