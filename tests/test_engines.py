@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import adapruner
 from adapruner.base.errors import AdaPrunerError
-from adapruner.budget.counts import BudgetError, kept_counts, reference_budget
+from adapruner.budget.counts import Budget, BudgetError, kept_counts, reference_budget
 from adapruner.families import learn
 from adapruner.model.loading import empty_model
 from adapruner.options import PruneConfig
@@ -100,6 +100,10 @@ LARGE = {
     **dict.fromkeys(("num_experts", "num_local_experts"), 32),
 }
 
+LARGE_LLAMA = {
+    name: LARGE[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+}
+
 
 def split(model_type, sizes=LARGE, **options):
     """The structure of a model that is to be split, and the groups that its blocks keep."""
@@ -133,9 +137,17 @@ def test_two_gpus_get_equal_parts_of_every_layer(model_type):
 
 
 def test_heads_are_removed_in_pairs_for_two_gpus():
-    structure, counts = split("llama", tensor_parallel=2, head_share=1.0)
-    heads = {count for block, count in zip(structure.blocks, counts, strict=True) if block.kind == "heads"}
-    assert heads in ({6}, {4})
+    """Of eight, at a ratio at which one GPU would keep an odd number: more than five, rounded to a multiple of two."""
+    structure = build_structure(empty_model(tiny_config("llama", **LARGE_LLAMA)))
+    alone, shared = (
+        {
+            count
+            for block, count in zip(structure.blocks, kept_counts(structure, budget), strict=True)
+            if block.kind == "heads"
+        }
+        for budget in (Budget(0.37, "uniform", heads=1.0, round_to=8, tensor_parallel=gpus) for gpus in (1, 2))
+    )
+    assert (alone, shared) == ({5}, {6})
 
 
 @pytest.mark.parametrize(
