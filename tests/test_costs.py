@@ -38,10 +38,10 @@ def loud_model(make_model):
 
 @pytest.fixture
 def measured(loud_model, windows):
-    """The structure, the elimination errors, the moments, and the costs without protected layers."""
+    """The structure, the errors that rank, the moments, and the costs without protected layers."""
     structure = build_structure(loud_model)
     moments = dict(measure_moments(loud_model, structure, windows))
-    errors = removal_errors(loud_model, structure, moments)["elimination_error"]
+    errors = removal_errors(loud_model, structure, moments)["tempered_error"]
     cuts = cuts_to_measure(structure, ByCost())
     return structure, errors, moments, measure_costs(loud_model, structure, errors, moments, windows, cuts)
 
@@ -174,10 +174,10 @@ def test_without_a_search_nothing_is_made_for_one(closed):
     assert "no search; what costs the least divergence is removed first" in card
 
 
-def test_without_a_search_what_is_eliminated_last_is_kept(closed, model_folder):
+def test_without_a_search_the_tempered_errors_rank(closed, model_folder):
     model = load_model(find_model(str(model_folder)))
     structure = build_structure(model)
-    scores = load_file(closed.output / "removals.safetensors")["elimination_error"]
+    scores = load_file(closed.output / "removals.safetensors")["tempered_error"]
     counts = [len(block.kept) for block in closed.plan.blocks]
     assert closed.plan == make_plan(structure, scores, counts)
 

@@ -140,6 +140,18 @@ def test_elimination_adds_up_to_the_error_of_a_refit(model, windows):
             torch.testing.assert_close(costs[order[:gone]].sum(), left, rtol=0.05, atol=1e-6)
 
 
+def test_tempered_errors_are_between_the_elimination_and_the_squares_of_the_inputs(model, windows):
+    structure = build_structure(model)
+    errors = removal_errors(model, structure, measured(model, structure, windows, 1e-2))
+    for index, (block, x) in enumerate(zip(structure.blocks, activations(model, structure, windows), strict=True)):
+        eliminated, tempered = (
+            errors[name][structure.group_offsets[index] :][: block.groups].double()
+            for name in ("elimination_error", "tempered_error")
+        )
+        squared = x.square().mean(0).unflatten(0, (block.groups, -1)).sum(1)
+        torch.testing.assert_close(tempered.log(), (eliminated.log() + squared.log()) / 2, rtol=1e-3, atol=1e-3)
+
+
 def test_conditional_variances_multiply_to_the_determinant(model, windows):
     """By the chain rule, in whatever order the channels go; and the first head to go is the best explained, by a
     solver on the activations."""
@@ -147,7 +159,7 @@ def test_conditional_variances_multiply_to_the_determinant(model, windows):
     moments = measured(model, structure, windows, 1e-2)
     errors = removal_errors(model, structure, moments)
     fewer = removal_errors(model, structure, moments, variance=False)
-    assert [*fewer] == ["removal_error", "elimination_error"]
+    assert [*fewer] == ["removal_error", "elimination_error", "tempered_error"]
     assert all(torch.equal(errors[name], own) for name, own in fewer.items())
     variances = errors["conditional_variance"].double()
     inputs = activations(model, structure, windows)

@@ -139,6 +139,14 @@ def elimination(statistics: Statistics) -> Tensor:
     return _measured(statistics.elimination_error, "from second moments")
 
 
+@register_term(unit="groups", family="reconstruction", needs=["moments"], share=1.0)
+def tempered_elimination(statistics: Statistics) -> Tensor:
+    """[groups]: the geometric mean of `elimination` and of E‖x_g‖², the squared inputs of the group. It halves the
+    influence of the output weights: an error of the output of a block tells how large it is, not how much it harms
+    (research/experiments/channel-ranking.md)."""
+    return _measured(statistics.tempered_error, "from second moments")
+
+
 @register_term(unit="groups", family="conditional_variance", needs=["moments"])
 def conditional_variance(statistics: Statistics) -> Tensor:
     """[groups]: tr(([H⁻¹]_gg)⁻¹), for a channel 1 / [H⁻¹]_cc: the part of the inputs of the group that the other inputs

@@ -285,7 +285,7 @@ class PruneOptions(_Options):
     protect_last: int | None = Field(
         default=None,
         ge=0,
-        description="Layers at the output that are not pruned; by default 3, or as many as the ratio allows.",
+        description="Layers at the output that are not pruned; by default 1, or as many as the ratio allows.",
     )
     head_granularity: HeadGranularity = Field(
         default="kv-group",

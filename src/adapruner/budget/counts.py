@@ -18,7 +18,7 @@ MOST_CHANNELS = 0.8
 # Up to this share of the channels of a layer, removing heads too gains nothing (research/experiments/costs.md).
 CHANNELS_BEFORE_HEADS = 0.5
 # Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
-_DEFAULT_ALLOCATIONS = ((4, 3, 0.0), (2, 2, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
+_DEFAULT_ALLOCATIONS = ((4, 1, 0.0), (2, 1, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 class BudgetError(AdaPrunerError):
@@ -39,7 +39,7 @@ class Profile:
     """
 
     protect_first: int = 4
-    protect_last: int = 3
+    protect_last: int = 1
 
     def weights(self, layers: int) -> tuple[float, ...]:
         """The weight of every layer; 0 for protected layers."""

@@ -310,7 +310,8 @@ def removal_errors(
     Returns:
         By the name in `Statistics`, [groups], float32; zeros for blocks without moments: `removal_error`, of the output
         of the block, squared, per token, if the group is removed alone; `elimination_error`, the addition of the group
-        to that error when groups are removed one after the other, the cheapest first, made ascending in this order; and
+        to that error when groups are removed one after the other, the cheapest first, made ascending in this order;
+        `tempered_error`, its geometric mean with the squared inputs of the group, per token; and
         `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token, one
         group after the other, the smallest first. The terms in `importance` have the formulas and sources.
     """
@@ -321,7 +322,7 @@ def removal_errors(
             for index, block in numbered_blocks:
                 block_moments = moments.get(index)
                 if block_moments is None:
-                    errors.append(torch.zeros(2 + variance, block.groups))
+                    errors.append(torch.zeros(3 + variance, block.groups))
                     continue
                 for weight, expert_moments in zip(
                     row_wise_weights(model, block).float(), block_moments.of_experts(), strict=True
@@ -332,17 +333,19 @@ def removal_errors(
     by_group = torch.cat(errors, dim=1)
     if not by_group.isfinite().all():
         raise AdaPrunerError("errors of removal are not finite: try `dtype` float32, or more `compensation_windows`")
-    names = ("removal_error", "elimination_error", "conditional_variance")
+    names = ("removal_error", "elimination_error", "tempered_error", "conditional_variance")
     return dict(zip(names[: len(by_group)], by_group, strict=True))
 
 
 def _errors_of_groups(weight: Tensor, moments: InputMoments, width: int, variance: bool) -> Tensor:
-    """[2 or 3, groups], float32, of one projection: see `removal_errors`."""
+    """[3 or 4, groups], float32, of one projection: see `removal_errors`."""
     # For the conditional variance, the projection of each group is the identity.
     identity = torch.eye(width, device=weight.device).repeat(1, weight.shape[1] // width)
     both, inverse = _with_inverse(torch.cat([weight, identity]), moments)
     weight, identity = both.split([len(weight), width])
-    errors = [*_eliminate(weight, inverse, width)]
+    alone, eliminated = _eliminate(weight, inverse, width)
+    squared = moments.second.diagonal().to(eliminated).view(-1, width).sum(1)
+    errors = [alone, eliminated, (eliminated * squared).sqrt()]
     if variance:
         errors.append(_eliminate(identity, inverse, width, takes_over=False)[1])
     return torch.stack(errors).float()

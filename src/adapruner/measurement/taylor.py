@@ -25,7 +25,8 @@ from adapruner.structure.blocks import Structure
 
 # Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
 MEASURED_AT_ONCE = {False: 4, True: 16}
-_OF_ALL_SAMPLES = ("column_absolute", "column_squared", "removal_error", "elimination_error", "conditional_variance")
+_FROM_MOMENTS = ("removal_error", "elimination_error", "tempered_error", "conditional_variance")
+_OF_ALL_SAMPLES = ("column_absolute", "column_squared", *_FROM_MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Statistics:
         routed_output: [samples, groups], for an expert the mean over all tokens of router weight · ‖output‖, 0 for
             tokens that are sent elsewhere; zeros for other groups; None without experts.
         routed_share: [samples, groups], the share of tokens that are sent to an expert; likewise.
-        removal_error, elimination_error, conditional_variance: [groups], from second moments (`removal_errors`), which
-            may be measured on other and more text than the samples; None if they were not measured.
+        removal_error, elimination_error, tempered_error, conditional_variance: [groups], from second moments
+            (`removal_errors`), which may be measured on other and more text than the samples; None if they were not
+            measured.
     """
 
     taylor: Tensor
@@ -63,6 +65,7 @@ class Statistics:
     routed_share: Tensor | None = None
     removal_error: Tensor | None = None
     elimination_error: Tensor | None = None
+    tempered_error: Tensor | None = None
     conditional_variance: Tensor | None = None
 
     def __len__(self) -> int:

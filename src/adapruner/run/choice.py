@@ -105,7 +105,7 @@ def moments(
     return moments
 
 
-@GRAPH.kept("removals.safetensors", TENSORS, is_wanted=needs_removal_errors)
+@GRAPH.kept("removals.safetensors", TENSORS, version=2, is_wanted=needs_removal_errors)
 def removals(
     dense: PreTrainedModel, structure: Structure, moments: StoredMoments, is_searched: bool, reporter: Reporter
 ) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def removals(
         return removal_errors(dense, structure, moments, advance, variance=is_searched)
 
 
-@GRAPH.kept("statistics.safetensors", STATISTICS, version=4, is_wanted=lambda trials: trials)
+@GRAPH.kept("statistics.safetensors", STATISTICS, version=5, is_wanted=lambda trials: trials)
 def statistics(
     dense: PreTrainedModel,
     structure: Structure,
@@ -150,7 +150,7 @@ def moments_to_correct(moments: StoredMoments | None, compensation: str) -> Stor
     return None if compensation == "none" else moments
 
 
-@GRAPH.kept("costs.json", json_form(Costs), version=2, is_wanted=allocates_by_cost)
+@GRAPH.kept("costs.json", json_form(Costs), version=3, is_wanted=allocates_by_cost)
 def costs(
     dense_fast: PreTrainedModel,
     structure: Structure,
@@ -169,7 +169,7 @@ def costs(
     text = (held_out if len(held_out) else learnt)[: max(8, TOKENS_FOR_COSTS // seq_len)]
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     with reporter.stage("measuring costs", len(cuts)) as advance:
-        return measure_costs(dense_fast, structure, removals["elimination_error"], held, text, cuts, advance)
+        return measure_costs(dense_fast, structure, removals["tempered_error"], held, text, cuts, advance)
 
 
 @GRAPH.costly
@@ -183,7 +183,7 @@ def counts(
     """The number of groups that each block keeps: by cost, or as options describe if the ratio is not met by that, as
     where a whole head is too much."""
     if allocation and costs and removals:
-        of_groups = costs.of_groups(structure, removals["elimination_error"])
+        of_groups = costs.of_groups(structure, removals["tempered_error"])
         with contextlib.suppress(BudgetError):
             return kept_counts(structure, replace(starting_budget, allocation=allocation, heads=0.0), of_groups)
     return kept_counts(structure, starting_budget)
@@ -244,7 +244,7 @@ def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tenso
     return window_losses(dense_fast, windows["objective"].windows)
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=11, is_result=True, is_wanted=lambda trials: trials)
+@GRAPH.kept("search.json", json_form(SearchResult), version=12, is_result=True, is_wanted=lambda trials: trials)
 def search_result(
     dense_fast: PreTrainedModel,
     structure: Structure,
@@ -273,7 +273,7 @@ def search_result(
         return study.result(text.kinds)
 
 
-@GRAPH.kept("plan.json", PLAN, version=3, is_result=True)
+@GRAPH.kept("plan.json", PLAN, version=4, is_result=True)
 def plan(
     structure: Structure,
     counts: list[int],
@@ -281,8 +281,8 @@ def plan(
     statistics: Statistics | None,
     search_result: SearchResult | None,
 ) -> PruningPlan:
-    """The plan of the chosen candidate; without a search, what is eliminated last is kept."""
+    """The plan of the chosen candidate; without a search, that of `tempered_error`."""
     if search_result is None or statistics is None:
         assert removals is not None
-        return make_plan(structure, removals["elimination_error"], counts)
+        return make_plan(structure, removals["tempered_error"], counts)
     return plan_candidate(structure, statistics, search_result.best, counts)

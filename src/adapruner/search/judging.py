@@ -58,7 +58,7 @@ class Costs(BaseModel, extra="forbid", frozen=True):
         such blocks counts, all in logarithms (research/experiments/costs.md).
 
         Args:
-            errors: [groups], what each group adds to the error of the output (`elimination_error`).
+            errors: [groups], by which the groups of a block are ranked (`tempered_error`).
         """
         costs = errors.double().clone()
         for kind in {structure.blocks[number].kind for number in self.by_block}:

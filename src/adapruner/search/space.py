@@ -261,6 +261,7 @@ class ExtendedSpace(SearchSpace):
         routing = {"routing": 0.5} if self.experts == "routing" else {}
         return [
             _mix(reconstruction=1.0, **experts),
+            _mix(reconstruction=1.0, **experts) | {"term.tempered_elimination": 0.0},
             _mix(reconstruction=1.0, taylor=0.5, **routing),
             _mix(conditional_variance=1.0, **experts),
             _mix(reconstruction=0.5, conditional_variance=0.5, **experts),
