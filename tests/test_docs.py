@@ -66,7 +66,9 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-360M": "llama",
     "Qwen/Qwen3-0.6B": "qwen3",
     "Qwen/Qwen3-8B": "qwen3",
+    "Qwen/Qwen3-30B-A3B": "qwen3_moe",
     "huggyllama/llama-7b": "llama",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama",
     "my-model": "llama",
     "smollm2": "llama",
 }
@@ -99,7 +101,8 @@ def write_models(folder: Path) -> None:
     numbers = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     for name, family in MODELS.items():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **sizes, **numbers)
+        experts = {"num_experts": 16, "moe_intermediate_size": 8} if family == "qwen3_moe" else {}
+        config = AutoConfig.for_model(family, **sizes, **numbers, **experts)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     config = tiny_wrapper_config("gemma3")
@@ -352,6 +355,12 @@ def test_the_reference_is_what_the_code_says(name):
     assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == pages[name], (
         "run python docs/reference.py"
     )
+
+
+def test_the_pages_of_models_are_what_the_code_says():
+    for name, page in runpy.run_path(str(ROOT / "docs" / "models.py"))["pages"]().items():
+        written = (ROOT / "docs" / "models" / name).read_text(encoding="utf-8")
+        assert written == page, "run python docs/models.py"
 
 
 def test_printed_rows_are_those_of_the_code():

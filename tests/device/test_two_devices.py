@@ -28,9 +28,8 @@ def test_the_second_gpu_alone_is_used(two_devices, family, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "jamba"])
-def test_layers_on_two_gpus_give_the_plan_of_the_cpu(model_type, two_devices, family, text_file, tmp_path):
-    # Scales are not tuned on two devices.
-    options = SMALL_RUN | {"heal": "none"} | ({"ratio": STEPS[model_type]} if model_type in STEPS else {})
+def test_layers_on_two_gpus_give_plan_and_scales_of_the_cpu(model_type, two_devices, family, text_file, tmp_path):
+    options = SMALL_RUN | ({"ratio": STEPS[model_type]} if model_type in STEPS else {})
     plans, results = [], []
     for place in ("cuda:0,cuda:1", "cpu"):
         output = tmp_path / place[:3]
@@ -42,6 +41,9 @@ def test_layers_on_two_gpus_give_the_plan_of_the_cpu(model_type, two_devices, fa
         assert ({"measuring", "searching", "evaluating"} <= moved) == (place != "cpu")
         assert outcome.left == 0
     assert plans[0] == plans[1]
+    losses = [result["healing"] and result["healing"]["losses_by_rate"] for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2, abs=1e-6)
+    assert bool(losses[0]) == (model_type == "llama")  # adapters cannot scale Jamba
     for ours, of_cpu in zip(results[0]["models"], results[1]["models"], strict=True):
         assert ours["perplexity"].keys() == of_cpu["perplexity"].keys()
         for name, one in of_cpu["perplexity"].items():

@@ -44,6 +44,10 @@ GEMMA_3 = {
     "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 8,
 }
+GEMMA_3_SCALING = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 LINEAR_SCALING = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
@@ -93,6 +97,7 @@ def generated_by_transformers(model: PreTrainedModel, prompt: list[int], tokens:
         ("qwen3", False, 3, {"rope_parameters": YARN, "max_position_embeddings": 256}, "qwen3"),
         ("qwen3", False, 6, {"rope_parameters": LINEAR_SCALING, "tie_word_embeddings": True}, "qwen3"),
         ("gemma3_text", False, 3, GEMMA_3 | {"tie_word_embeddings": True}, "gemma3"),
+        ("gemma3_text", False, 3, GEMMA_3 | {"rope_parameters": GEMMA_3_SCALING}, "gemma3"),
     ],
 )
 def test_llama_cpp_generates_the_same(

@@ -95,6 +95,8 @@ def _check_gemma3(model: PreTrainedModel) -> None:
     """llama.cpp's architecture `gemma3` has one width for all layers, and fixed values of many config fields."""
     _check_plain_layers(model)
     config, rope = model.config, model.config.rope_parameters
+    # Of 4B and more, positions of the layers that attend to everything are scaled.
+    scaling, of_all = rope["full_attention"]["rope_type"], ("default", "linear")
     # Every sixth layer attends to everything.
     layers = range(1, config.num_hidden_layers + 1)
     expected_types = ["sliding_attention" if layer % 6 else "full_attention" for layer in layers]
@@ -106,7 +108,7 @@ def _check_gemma3(model: PreTrainedModel) -> None:
         "attn_logit_softcapping": (config.attn_logit_softcapping, None),
         "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
         "rope_parameters": (rope["sliding_attention"], {"rope_type": "default", "rope_theta": 10_000.0}),
-        "rope_type of full_attention": (rope["full_attention"]["rope_type"], "default"),
+        "rope_type of full_attention": (scaling, scaling if scaling in of_all else " or ".join(of_all)),
     }
     for name, (value, expected) in fixed.items():
         if value != expected:

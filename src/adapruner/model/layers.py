@@ -174,6 +174,8 @@ class _Stream:
     def _run(self, *arguments: object, **named: object) -> object:
         layer = cast(nn.Module, self._layer())
         with self.loaded():
+            # What is read from a model that is spread over devices is where it was.
+            arguments, named = send_to_device((arguments, named), _device_of(layer))
             return type(layer).forward(layer, *arguments, **named)
 
     @contextlib.contextmanager

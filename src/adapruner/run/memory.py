@@ -179,21 +179,21 @@ def healing_within(
 ) -> RecoveryOptions | None:
     """The options of the training after the cut: with few tokens, of a scale for each input of a linear layer; with
     many, of all weights of the layers if the memory of the machine, free or not, holds that, else of LoRA, else of
-    scales; None without a training, as where the layers are spread over devices.
+    scales, as where layers are streamed or spread over devices; None without a training.
 
     Args:
         model: on the meta device.
         weights: of the pruned model.
         devices, by_layer, stated: see `estimate_memory`.
     """
-    if not (tokens := config.tokens_to_heal) or len(devices) > 1:
+    if not (tokens := config.tokens_to_heal):
         return None
     is_here = devices[0].type == "cpu" or torch.get_device_module(devices[0]).is_available()
     # Of a device that is not here, without a limit.
     total = stated or (total_and_free(devices[0])[0] if is_here else sys.maxsize)
     dtype = dtype_of_weights(model, config.dtype)
     kinds: tuple[TrainedWeights, ...] = ("layers", "lora", "ia3")
-    if by_layer or tokens < TOKENS_FOR_ALL_WEIGHTS:
+    if by_layer or len(devices) > 1 or tokens < TOKENS_FOR_ALL_WEIGHTS:
         kinds = ("ia3",)
     for trained in kinds:
         options = healing_options(trained, tokens, config.seq_len, config.seed, devices[0], by_layer)

@@ -63,11 +63,9 @@ def healing(
     """The options of the training after the cut; None without one."""
     left = structure.total_parameters - structure.removed_parameters(kept_counts(structure, starting_budget))
     options = healing_within(config, empty, left, placement.devices, placement.layer_wise)
-    if config.heal == "none":
+    if options is None:
         return None
     try:
-        if options is None:
-            raise AdaPrunerError("its layers are spread over devices")
         check_device(main_device)
         if options.train != "layers":
             check_adapters(empty_model(empty.config), options)
@@ -95,7 +93,6 @@ def pruned(
     tokenizer: Tokenizer,
     origin: dict[str, object],
     text_to_learn: tuple[Text, Text],
-    main_device: torch.device,
     placement: Placement,
     reporter: Reporter,
     work: Path,
@@ -114,7 +111,7 @@ def pruned(
     if healing and not len(held_out):
         reporter.note("The weights are left as they were: no kind of text has three windows, one of which is held out")
     elif healing:
-        read = partial(load_model, find_model(str(compensated)), "auto", str(main_device), placement.layer_wise)
+        read = partial(load_model, find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
             model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, work / "training", advance)
         if model is None:

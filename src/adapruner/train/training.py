@@ -26,7 +26,7 @@ from transformers import (
 from adapruner.base.errors import NonFiniteError
 from adapruner.base.processes import random_state_kept, this_process
 from adapruner.base.progress import give_back_memory
-from adapruner.model.layers import decoder_layers, hold_places, is_streamed
+from adapruner.model.layers import decoder_layers, hold_places, is_streamed, layer_devices
 from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import deferred_by_module, read_all
@@ -208,6 +208,9 @@ def _trained(
         warnings.simplefilter("ignore")
         set_seed(options.seed)
         trained: object = with_adapters(model, options) if trains_adapters else model
+        if len(devices := {*layer_devices(model)}) > 1:
+            # By this, the Trainer knows that it is not to move the model.
+            cast(Any, model).hf_device_map = dict(enumerate(devices))
         mixed = MixedExamples(blend, examples_to_learn(blend, options), options.seed)
         last = _last_checkpoint(folder)
         trainer = TokenTrainer(
