@@ -1,6 +1,6 @@
 """Draws the graph of a run as the code declares it: `python docs/graph.py` writes docs/images/graph.svg.
 
-What a run keeps stands from left to right, with arrows from what it is made of; results have another colour.
+What a run keeps stands from top to bottom, with lines from what it is made of; results have another colour.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from adapruner.graph.nodes import Graph, Kept
 from adapruner.run.models import GRAPH
 
-_WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 158, 26, 36, 18, 16
+_WIDTH, _HEIGHT, _BESIDE, _BELOW, _MARGIN = 158, 26, 36, 24, 16
 _STYLE = (
     "rect{fill:#fff;stroke:#5b6b7b;rx:5}.result{fill:#e8f1fb;stroke:#2a6fb0}"
     "text{font:12px sans-serif;fill:#1c2833;text-anchor:middle}path{fill:none;stroke:#8a99a8;stroke-width:1}"
@@ -20,14 +20,12 @@ _STYLE = (
 )
 
 
-def columns(graph: Graph) -> list[list[Kept[object]]]:
+def rows(graph: Graph) -> list[list[Kept[object]]]:
     """What a run keeps by the longest way from something that needs nothing else that is kept."""
     depth: dict[str, int] = {}
     for node in graph.kept_nodes:
         depth[node.name] = max((depth[name] + 1 for name in graph.inputs_of_key(node.name).kept), default=0)
-    return [
-        [node for node in graph.kept_nodes if depth[node.name] == column] for column in range(max(depth.values()) + 1)
-    ]
+    return [[node for node in graph.kept_nodes if depth[node.name] == row] for row in range(max(depth.values()) + 1)]
 
 
 def arrows(graph: Graph) -> list[tuple[str, str]]:
@@ -46,15 +44,15 @@ def behind_of(name: str, kept: Mapping[str, frozenset[str]]) -> frozenset[str]:
 
 def draw(graph: Graph) -> str:
     """The picture as SVG."""
-    placed = columns(graph)
-    tallest = max(map(len, placed))
+    placed = rows(graph)
+    widest = max(map(len, placed))
     place = {
         node.name: (
-            _MARGIN + column * (_WIDTH + _BESIDE),
-            _MARGIN + int((row + (tallest - len(nodes)) / 2) * (_HEIGHT + _BELOW)),
+            _MARGIN + int((column + (widest - len(nodes)) / 2) * (_WIDTH + _BESIDE)),
+            _MARGIN + row * (_HEIGHT + _BELOW),
         )
-        for column, nodes in enumerate(placed)
-        for row, node in enumerate(nodes)
+        for row, nodes in enumerate(placed)
+        for column, node in enumerate(nodes)
     }
     width = max(x for x, _ in place.values()) + _WIDTH + _MARGIN
     height = max(y for _, y in place.values()) + _HEIGHT + _MARGIN
@@ -63,9 +61,10 @@ def draw(graph: Graph) -> str:
         f"<title>What a run keeps, and what each is made from</title><style>{_STYLE}</style>",
     ]
     for source, name in arrows(graph):
-        (x, y), start = place[name], place[source][0] + _WIDTH
-        level, end, middle = place[source][1] + _HEIGHT // 2, y + _HEIGHT // 2, (start + x) // 2
-        lines.append(f'<path d="M{start} {level}C{middle} {level} {middle} {end} {x} {end}"/>')
+        (x, y), (start, above) = place[name], place[source]
+        begin, end, top = start + _WIDTH // 2, x + _WIDTH // 2, above + _HEIGHT
+        middle = (top + y) // 2
+        lines.append(f'<path d="M{begin} {top}C{begin} {middle} {end} {middle} {end} {y}"/>')
     for node in graph.kept_nodes:
         x, y = place[node.name]
         kind = ' class="result"' if node.is_result else ""

@@ -456,6 +456,12 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers():
         assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
 
 
+def test_the_picture_of_prices_is_that_of_the_results():
+    rows = json.loads((ROOT / "research" / "results" / "models.json").read_text())["tables"]["one-shot"]["rows"]
+    draw = runpy.run_path(str(ROOT / "docs" / "prices.py"))["draw"]
+    assert (ROOT / "docs" / "images" / "prices.svg").read_text(encoding="utf-8") == draw(rows)
+
+
 def test_messages_that_are_explained_are_those_of_the_code():
     page = (ROOT / "docs" / "contribute" / "family-fails.md").read_text()
     source = "".join(path.read_text() for path in sorted((ROOT / "src" / "adapruner").rglob("*.py")))

@@ -11,7 +11,7 @@ from pathlib import Path
 # Progress is shown on stderr, unless this level is raised.
 logging.getLogger(__name__).setLevel(logging.INFO)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The module of every name, as type checkers read it too; importing it, and PyTorch with it, waits until the name is
 # used.
