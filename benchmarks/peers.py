@@ -3,7 +3,7 @@
 Where a paper says how much each layer loses, its rule is used; otherwise all layers but the first four and the last
 three lose the same share of their channels, which was best for every one of them on SmolLM2. Those that compensate
 share our least squares, whose damping was chosen on held-out windows. The papers of SlimGPT and OSSCAR measure each
-layer behind the pruned ones; here all are measured in the dense model.
+layer after the pruned ones; here all are measured in the dense model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Heals a pruned model, or not: it is trained to predict as the dense model does, on 400,000 tokens.
 
-The second call changes the healing alone, so it resumes the run behind the pruned model. Not run with a real model.
+The second call changes the healing alone, so it reuses the plan. Not run with a real model.
 """
 
 from inputs import given, model, options, texts, tokenizer

@@ -1,5 +1,5 @@
 """What the examples prune. `python examples/NAME.py [MODEL [TEXT]]` takes SmolLM2-135M and C4 by default; `--small`
-takes a tiny random model and random words, for a try in seconds."""
+takes a tiny random model and random words, for a try in a minute."""
 
 import argparse
 

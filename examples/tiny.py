@@ -1,5 +1,5 @@
-"""What `--small` prunes: a tiny random model, a tokenizer of a few words, random texts; and options of a run that takes
-seconds."""
+"""What `--small` prunes: a tiny random model, a tokenizer of a few words, random texts; and options of a short
+run."""
 
 import random
 
