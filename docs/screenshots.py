@@ -1,4 +1,5 @@
-"""Pictures of a run's report: on a desk, on a phone, in the dark; and as it is printed.
+"""Pictures of a run's report: on a desk, on a phone, in the dark; and as it is printed. The first screens go to
+docs/images.
 
     python docs/screenshots.py --run runs/demo --output runs/screenshots
 
@@ -16,6 +17,8 @@ from playwright.sync_api import sync_playwright
 from adapruner.run.folder import RunFolder, write_report
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+IMAGES = Path(__file__).parent / "images"
+FIRST_SCREEN = {"width": 1000, "height": 640}
 PICTURES = {
     "desktop": {"viewport": {"width": 1280, "height": 900}},
     "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
@@ -36,6 +39,9 @@ def main(*, run: Path = Path("runs/demo"), output: Path = Path("runs/screenshots
             picture = output / f"report-{name}.png"
             page.screenshot(path=picture, full_page=True)
             print(picture)
+            if name != "phone":
+                page.set_viewport_size(FIRST_SCREEN)
+                page.screenshot(path=IMAGES / f"report-{name}.png")
         printed = output / "report-print.pdf"
         page.pdf(path=printed, prefer_css_page_size=True)
         print(printed)

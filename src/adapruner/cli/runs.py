@@ -66,7 +66,7 @@ def prune(
     overwrite: Annotated[Flag, ShownInAll, Parameter(group=RUN_FOLDER)] = False,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
-    """Search, prune, heal, save and evaluate. Rerun the same command to resume.
+    """Measure, prune, heal, save and evaluate. Rerun the same command to resume.
 
     --help-all lists all options, this help those that most runs set.
 
