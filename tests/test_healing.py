@@ -210,7 +210,9 @@ def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):
     assert options is not None
     assert options.train == "ia3"
     spread = [torch.device("cpu"), torch.device("cpu", 1)]
-    assert healing_within(config, empty, weights, spread, False, 2**40) is None
+    on_several = healing_within(config, empty, weights, spread, False, 2**40)
+    assert on_several is not None
+    assert on_several.train == "ia3"
 
 
 def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path):
