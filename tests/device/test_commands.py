@@ -33,7 +33,7 @@ SAMPLE = Case("llama", "float32", native_bfloat16=False)
 STEPS = {"mixtral": 0.1955, "jamba": 0.1201}
 CASES = [
     Case("llama", "bfloat16", True, False, {}),
-    Case("llama", "float32", True, True, {"head_granularity": "query-head"}),
+    Case("llama", "float32", True, False, {"head_granularity": "query-head"}),
     Case("phi3", "bfloat16", False, True, {"layout": "uniform"}),
     Case("phi3", "float16", True, True, {"remove_attention": True, "ratio": 0.3}),
     Case("gpt2", "float32", False, False, {"space": "paper"}),

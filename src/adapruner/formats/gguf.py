@@ -146,13 +146,12 @@ def _add_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_rope_dimension_count(head_dim(config))
-    # Llama 3's scaling is a tensor.
     rope = config.rope_parameters
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
         rope = rope["full_attention"]  # the other layers have fixed ones
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
+    if rope["rope_type"] in ("linear", "yarn"):  # Llama 3's scaling is a tensor
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
