@@ -1,9 +1,9 @@
-"""Prunes a model in memory on a list of strings, then evaluates, benchmarks and saves it: nothing needs a path.
+"""Prunes a model in memory on a list of strings, then evaluates and saves it: nothing needs a path.
 
 `--small` took 57 seconds on a busy core.
 """
 
-from inputs import model, options, seq_len, texts, tokenizer
+from inputs import model, options, perplexity, texts, tokenizer
 
 import adapruner
 
@@ -13,13 +13,8 @@ pruned = result.model  # an ordinary PreTrainedModel
 
 # Every number carries its protocol, without which a perplexity means nothing.
 for name, one in {"dense": model, "pruned": pruned}.items():
-    [measured] = adapruner.evaluate(one, {"held out": held_out}, seq_len=seq_len, tokenizer=tokenizer).perplexity
+    measured = perplexity(one, "held out", held_out)
     print(f"{name}: perplexity {measured.perplexity:.2f}, {measured.protocol}")
-
-# Both models take turns, so that other load on the machine affects both.
-speeds = adapruner.benchmark(pruned, against=model, batch_sizes=[1], prompt=seq_len, new_tokens=8, repetitions=3)
-for name, speed in speeds.items():
-    print(f"{name}: {speed.parameters:,} parameters, {speed.decode[1].median:,.0f} generated tokens per second")
 
 prompt = tokenizer(held_out[0][:20], return_tensors="pt").to(pruned.device)
 print(tokenizer.decode(pruned.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))

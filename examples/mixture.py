@@ -4,7 +4,7 @@ python examples/mixture.py --small mixtral        # took 2 minutes on a busy cor
 python examples/mixture.py Qwen/Qwen3-30B-A3B     # not run: 61 GB of weights
 """
 
-from inputs import model, options, seq_len, texts, tokenizer
+from inputs import model, options, perplexity, texts, tokenizer
 
 import adapruner
 
@@ -19,5 +19,5 @@ for granularity in ("expert", "channel"):
     print(f"{granularity}: the last layer keeps {left}")
 
 for name, one in pruned.items():
-    [measured] = adapruner.evaluate(one, {"held out": held_out}, seq_len=seq_len, tokenizer=tokenizer).perplexity
+    measured = perplexity(one, "held out", held_out)
     print(f"{name:8} {one.num_parameters():,} parameters, perplexity {measured.perplexity:.2f}")

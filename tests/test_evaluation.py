@@ -34,12 +34,12 @@ from adapruner.evaluation.abilities import (
 )
 from adapruner.evaluation.losses import Perplexity, finite_windows, may_overflow, measure_perplexity, window_losses
 from adapruner.evaluation.speed import count_macs, measure_speed
+from adapruner.model.config import load_config
 from adapruner.model.layers import is_streamed
 from adapruner.model.loading import load_model
 from adapruner.model.places import find_model
 from adapruner.options import PruneConfig
-from adapruner.run import evaluate as _evaluate, given as _source
-from adapruner.run.given import ModelSource
+from adapruner.run import evaluate as _evaluate
 from adapruner.run.memory import Placement
 from adapruner.text import written as _probes
 from adapruner.text.blends import assign_texts
@@ -155,11 +155,10 @@ def test_built_in_tasks_have_a_right_answer_and_others():
         assert answers[0].strip() in (sentence[0], sentence[-1])
 
 
-def test_two_models_are_compared_as_in_a_run(finished, model, model_folder, tokenizer, capsys):
+def test_two_models_are_compared_as_in_a_run(finished, model_folder, capsys):
     result, run = adapruner.evaluate(finished.model_folder, against=model_folder), finished.result
     assert (result.perplexity, result.tasks) == ([], [])
     assert (result.dense, result.abilities) == tuple(run.model(role).abilities for role in ("dense", "pruned"))
-    assert adapruner.evaluate(model, against=model, tokenizer=tokenizer).verdict == "usable"
     arguments = ["evaluate", str(finished.model_folder), "--against", str(model_folder)]
     app([*arguments, "--json"], exit_on_error=False, result_action="return_value")
     content = json.loads(capsys.readouterr().out)
@@ -432,7 +431,7 @@ def test_several_models_are_one_table(model, model_folder, text_file, tmp_path, 
     assert all(title in table for title in ("MB", "parameters", "bits per byte", "prompt tokens/s", "new tokens/s"))
     [row] = [line for line in table.splitlines() if cut in line]
     assert f"{of_cut['speed']['parameters']:,}" in row
-    monkeypatch.setattr(_source, "open_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(_evaluate, "open_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(AdaPrunerError, match="nowhere"):
         app([*command[:2], str(tmp_path / "nowhere"), *command[3:]], exit_on_error=False, print_error=False)
 
@@ -481,11 +480,6 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
     assert scores[0] == scores[1] == scores[2]
 
 
-def test_a_model_in_memory_is_used_as_it_is(model, tokenizer):
-    with pytest.raises(AdaPrunerError, match="used as it is: leave `layer_wise` out"):
-        adapruner.evaluate(model, {"own": ["w1 w2"]}, seq_len=16, tokenizer=tokenizer, layer_wise=True)
-
-
 def test_what_a_checkpoint_was_calibrated_on_is_said(model_folder, tmp_path, text_file, capsys):
     texts = assign_texts(PruneConfig(model="m", calibration=str(text_file)))
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
@@ -529,8 +523,9 @@ def test_where_a_model_is_evaluated(is_known, streamable, free, expected, model_
     monkeypatch.setattr("adapruner.run.memory.total_and_free", lambda device: (round(free * weights), 0))
     if not is_known:
         monkeypatch.setattr(_evaluate, "family_named", lambda name: None)
-    source = ModelSource.of(model_folder)
-    assert _evaluate._placement(source, "auto", "auto", None) == expected
+    location = find_model(str(model_folder))
+    of_model = location, load_config(location), "auto"
+    assert _evaluate._placement(*of_model, "auto", None) == expected
     if not is_known:
         with pytest.raises(AdaPrunerError, match="cannot be spread over several devices"):
-            _evaluate._placement(source, "auto", "cuda:0,cuda:1", None)
+            _evaluate._placement(*of_model, "cuda:0,cuda:1", None)

@@ -348,7 +348,7 @@ def measure_perplexity(
     """The perplexity over windows.
 
     Args:
-        windows: [windows, tokens], int64 (see `calibration.evaluation_text`).
+        windows: [windows, tokens], int64 (see `text.windows.evaluation_text`).
         text: the name of their text, for the protocol.
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.

@@ -19,14 +19,14 @@ class Export:
     Attributes:
         path: the file or folder to write.
         gguf_type: type of the matrices in a GGUF file.
-        location: of the model; None for one in memory.
+        location: of the model.
     """
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     path: Path
     gguf_type: GgufType
-    location: ModelLocation | None
+    location: ModelLocation
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,6 @@ def _block_config(heads: int, groups: int, width: int, hidden: int) -> dict[str,
 
 @register_format("decilm", lambda model, _: check_decilm(model.config))
 def _export(export: Export) -> None:
-    origin = read_origin(export.location) if export.location else None
-    card = card_of_export(read_card(export.location)) if export.location else None
+    origin = read_origin(export.location)
+    card = card_of_export(read_card(export.location))
     save_checkpoint(export.model, export.tokenizer, export.path, card, record=origin, write=write_decilm)

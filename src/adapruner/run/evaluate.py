@@ -1,12 +1,12 @@
 """Perplexity and task scores of one model, and what it writes compared with the dense model."""
 
-import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.progress import Reporter
@@ -15,17 +15,19 @@ from adapruner.evaluation.abilities import Abilities, Verdict, judge, measure_ab
 from adapruner.evaluation.losses import PROTOCOLS, Perplexity, measure_perplexity
 from adapruner.evaluation.speed import SPEED_TOKENS, Speed, measure_speed
 from adapruner.evaluation.tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
+from adapruner.families import open_config, open_model
 from adapruner.model.architecture import check_length, check_tokens, family_named
 from adapruner.model.loading import (
     check_streamable,
     empty_model,
     in_fastest_dtype,
     is_streamable,
+    load_tokenizer,
     resolve_devices,
     usable_devices,
 )
+from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import Dtype
-from adapruner.run.given import ModelGiven, ModelSource
 from adapruner.run.memory import Placement, place_weights
 from adapruner.text.blends import overlaps
 from adapruner.text.sources import Source, parse_source
@@ -58,7 +60,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: ModelGiven,
+    model: str | Path,
     perplexity: str | Sequence[str] | Mapping[str, Iterable[str]] = (),
     protocol: str | None = None,
     seq_len: int = 128,
@@ -68,16 +70,15 @@ def evaluate(
     limit: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-    tokenizer: Tokenizer | None = None,
     layer_wise: bool | None = None,
-    against: ModelGiven | None = None,
+    against: str | Path | None = None,
     speed: bool = False,
 ) -> Evaluation:
     """Perplexity on texts and scores in tasks of any model, each with its protocol; with a dense model, what it
     can still do and the verdict.
 
     Args:
-        model: as for `load`; or a model in memory, which is evaluated on its device and not changed.
+        model: as for `load`.
         perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
         protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
         seq_len: tokens per window of the texts in `perplexity`.
@@ -86,7 +87,6 @@ def evaluate(
             do not.
         tasks: tasks of lm-eval; `commonsense` is the seven of the paper, `generative` is GSM8K and IFEval.
         limit: maximum number of windows of each dataset and of items of each task, evenly spaced.
-        tokenizer: of a model in memory.
         device: `auto` uses as many GPUs as the weights need.
         layer_wise: keep one decoder layer in memory at a time; by default if the weights do not fit. Perplexity then
             reads the weights a few times, tasks once for every batch.
@@ -111,17 +111,16 @@ def evaluate(
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
-    source = ModelSource.of(model, dtype, device)
-    dense = None if against is None else ModelSource.of(against, dtype, device)
-    placement = _placement(source, dtype, device, layer_wise)
-    config, tokenizer = source.config, source.tokenizer(tokenizer)
+    location, of_dense = find_model(str(model)), None if against is None else find_model(str(against))
+    config, tokenizer = open_config(location), load_tokenizer(location)
+    placement = _placement(location, config, dtype, device, layer_wise)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
     texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
     sources = dict.fromkeys(text for _, text in (*published, *given) if isinstance(text, Source))
-    origin = (read_origin(source.location) if source.location else None) or {"texts": []}
+    origin = read_origin(location) or {"texts": []}
     known_uses = [
         f"the perplexity on {text} is optimistic: the checkpoint was {use}, which holds some of the same documents"
         for text in sources
@@ -132,31 +131,29 @@ def evaluate(
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     scores, measured_speed = [], None
     compared: tuple[Abilities | None, Abilities | None, Verdict | None] = (None, None, None)
-    with contextlib.ExitStack() as using:
+    with reporter.stage("loading"):
+        loaded = open_model(location, dtype, placement.device, placement.layer_wise)
+    perplexities: list[Perplexity] = []
+    if texts:
+        with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
+            perplexities = [
+                measure_perplexity(loaded, text.windows, name, advance, **text.about) for name, text in texts
+            ]
+    if any(math.isnan(measured.perplexity) for measured in perplexities):
+        raise AdaPrunerError(
+            f"the model predicts numbers that are NaN: its weights are broken, or {loaded.dtype} is too narrow"
+        )
+    if speed and not placement.layer_wise:
+        with reporter.stage("measuring speed", None) as advance:
+            measured_speed = measure_speed({"": loaded}, (1,), progress=advance)[""]
+    if to_run:
+        with reporter.stage("running tasks", len(to_run)) as advance:
+            scores = measure_tasks(loaded, tokenizer, to_run, advance)
+    if of_dense:
         with reporter.stage("loading"):
-            loaded = using.enter_context(source.loaded(dtype, placement.device, placement.layer_wise))
-        perplexities: list[Perplexity] = []
-        if texts:
-            with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
-                perplexities = [
-                    measure_perplexity(loaded, text.windows, name, advance, **text.about) for name, text in texts
-                ]
-        if any(math.isnan(measured.perplexity) for measured in perplexities):
-            raise AdaPrunerError(
-                f"the model predicts numbers that are NaN: its weights are broken, or {loaded.dtype} is too narrow"
-            )
-        if speed and not placement.layer_wise:
-            with reporter.stage("measuring speed", None) as advance:
-                measured_speed = measure_speed({"": loaded}, (1,), progress=advance)[""]
-        if to_run:
-            with reporter.stage("running tasks", len(to_run)) as advance:
-                scores = measure_tasks(loaded, tokenizer, to_run, advance)
-        if dense:
-            of_dense = dense.tokenizer(None) if dense.location else tokenizer
-            with reporter.stage("loading"):
-                dense_loaded = using.enter_context(dense.loaded(dtype, placement.device, placement.layer_wise))
-            with reporter.stage("comparing abilities"):
-                compared = _compare((dense_loaded, of_dense), (loaded, tokenizer))
+            dense = open_model(of_dense, dtype, placement.device, placement.layer_wise)
+        with reporter.stage("comparing abilities"):
+            compared = _compare((dense, load_tokenizer(of_dense)), (loaded, tokenizer))
     return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
 
 
@@ -167,9 +164,9 @@ def evaluate_each(models: Sequence[str], against: str | None = None, **options: 
         against: the dense model; if it is one of the models, it is not compared with itself.
         options: further arguments of `evaluate`.
     """
-    for source in map(ModelSource.of, models):
-        check_length(source.config, sum(SPEED_TOKENS))
-        source.tokenizer(None)
+    for location in map(find_model, models):
+        check_length(open_config(location), sum(SPEED_TOKENS))
+        load_tokenizer(location)
     return {
         model: evaluate(model, against=None if model == against else against, speed=True, **options) for model in models
     }
@@ -189,17 +186,14 @@ def _compare(
     return *both, judge(*both)
 
 
-def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool | None) -> Placement:
+def _placement(
+    location: ModelLocation, config: PreTrainedConfig, dtype: Dtype, device: str, layer_wise: bool | None
+) -> Placement:
     """The devices of the layers; refuses `layer_wise` and several devices where they are impossible."""
     named = resolve_devices(device)
-    if source.location is None:
-        if layer_wise is not None:
-            raise AdaPrunerError("a model in memory is used as it is: leave `layer_wise` out")
-        return Placement(named, False)
     if layer_wise:
-        check_streamable(source.location, source.config)
+        check_streamable(location, config)
         return Placement(named[:1], True)
-    config = source.config
     # The shapes of a quantized model do not tell its size.
     if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
         if len(named) > 1:
@@ -208,7 +202,7 @@ def _placement(source: ModelSource, dtype: Dtype, device: str, layer_wise: bool 
             )
         return Placement(named, False)
     least = 1 if device == "auto" else len(named)
-    may_stream = layer_wise is None and is_streamable(source.location, config)
+    may_stream = layer_wise is None and is_streamable(location, config)
     return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
 
 

@@ -1,13 +1,11 @@
 """One model in other forms: for other loaders, or with fewer tokens."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import output_path
@@ -22,7 +20,6 @@ from adapruner.model.wrapper import wrapper_of
 from adapruner.options import Dtype, GgufType
 from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
-from adapruner.run.given import ModelGiven, ModelSource
 from adapruner.text.blends import record_of
 from adapruner.text.sources import parse_source, source_names
 from adapruner.tokens.model import VocabularySummary, configs_with_tokens, cut_vocabulary, select_vocabulary
@@ -44,58 +41,49 @@ class Exported:
 
 
 def export(
-    model: ModelGiven,
-    to: str,
-    output: str | Path,
-    gguf_type: GgufType = "f16",
-    overwrite: bool = False,
-    tokenizer: Tokenizer | None = None,
+    model: str | Path, to: str, output: str | Path, gguf_type: GgufType = "f16", overwrite: bool = False
 ) -> Exported:
     """Writes a model, pruned or dense, in a form that other loaders read.
 
     Args:
-        model: as for `load`; or a model in memory, which is not changed.
+        model: as for `load`.
         to: `gguf`: one file for llama.cpp; `decilm`: a folder for vLLM, SGLang, TensorRT-LLM and mlx-lm (see
             `decilm.check_decilm`).
         output: the file or folder.
         gguf_type: type of the matrices in a GGUF file, see `gguf.write_gguf`.
         overwrite: replace an existing GGUF file, or a folder that this package wrote.
-        tokenizer: for a model in memory.
 
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
     """
-    path = output_path(output)
-    source = ModelSource.of(model)
+    path, location = output_path(output), find_model(str(model))
     if (form := formats().get(to)) is None:
         raise AdaPrunerError(f"no format {to!r}: expected {' or '.join(sorted(formats()))}")
-    check_output(path, source.location, overwrite, form.is_file)
-    form.check(empty_model(source.config), gguf_type)
-    tokenizer = source.tokenizer(tokenizer)
-    reporter = Reporter()
-    with contextlib.ExitStack() as using:
-        with reporter.stage("loading"):
-            loaded = using.enter_context(source.loaded(device="cpu"))
-        with reporter.stage("writing"):
-            form.write(Export(loaded, tokenizer, path, gguf_type, source.location))
-        if wrapper_of(loaded):
-            reporter.note(
-                "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
-                " not change"
-            )
+    check_output(path, location, overwrite, form.is_file)
+    form.check(empty_model(open_config(location)), gguf_type)
+    tokenizer, reporter = load_tokenizer(location), Reporter()
+    with reporter.stage("loading"):
+        loaded = open_model(location, "auto", "cpu")
+    with reporter.stage("writing"):
+        form.write(Export(loaded, tokenizer, path, gguf_type, location))
+    if wrapper_of(loaded):
+        reporter.note(
+            "it is the decoder alone: the projector file (mmproj) is that of the original model, which pruning does"
+            " not change"
+        )
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     is_quantized = to == "gguf" and gguf_type not in ("f32", "f16", "bf16")
     stored = read_stored_types(path, gguf_type) if is_quantized else None
     return Exported(path, sum(file.stat().st_size for file in files), stored)
 
 
-def check_output(path: Path, location: ModelLocation | None, overwrite: bool, is_file: bool = False) -> None:
+def check_output(path: Path, location: ModelLocation, overwrite: bool, is_file: bool = False) -> None:
     """Refuses an output that overlaps the model, or that would replace files that this package did not write.
 
     Args:
         is_file: True for a GGUF file, False for a folder.
     """
-    if location and location.is_local:
+    if location.is_local:
         source, target = Path(location.path, location.gguf_file or "").resolve(), path.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise AdaPrunerError(f"{path} overlaps the model {location}: choose another output")

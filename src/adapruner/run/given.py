@@ -3,11 +3,9 @@ resumed and repeated."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -15,16 +13,13 @@ from typing import TypeAlias
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import replace, staging_folder
 from adapruner.checkpoint import save_checkpoint
-from adapruner.families import learn, open_config, open_model
+from adapruner.families import learn
 from adapruner.model.architecture import architecture_of
-from adapruner.model.loading import load_tokenizer
-from adapruner.model.places import ModelLocation, find_model
-from adapruner.options import Dtype
 from adapruner.text.reading import WINDOWS, text_rows
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
@@ -118,53 +113,3 @@ def _write_rows(data: object, use: str, path: Path) -> None:
         file.writelines(json.dumps(row) + "\n" for row in text_rows(rows(), use))
     if not path.stat().st_size:
         raise AdaPrunerError(f"`{use}` holds no text")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model that a verb works on: the location of one to load, or one in memory."""
-
-    given: ModelLocation | PreTrainedModel
-
-    @classmethod
-    def of(cls, model: ModelGiven, dtype: Dtype = "auto", device: str = "auto") -> ModelSource:
-        """The model that a user named or gave; refuses a model in memory that cannot be used as it is."""
-        if isinstance(model, str | Path):
-            return cls(find_model(str(model)))
-        check_model(model)
-        if (dtype, device) != ("auto", "auto"):
-            raise AdaPrunerError("a model in memory is used as it is: leave `dtype` and `device` out, or use to()")
-        return cls(model)
-
-    @property
-    def location(self) -> ModelLocation | None:
-        """Location of the model; None for a model in memory."""
-        return None if isinstance(self.given, PreTrainedModel) else self.given
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.given.config if isinstance(self.given, PreTrainedModel) else open_config(self.given)
-
-    def tokenizer(self, given: Tokenizer | None) -> Tokenizer:
-        """The tokenizer in the files of the model, or the given one, which a model in memory alone needs and has."""
-        if self.location is None:
-            return check_tokenizer(given)
-        if given is not None:
-            raise AdaPrunerError("`tokenizer` is for a model in memory: leave it out, or load the model")
-        return load_tokenizer(self.location)
-
-    @contextlib.contextmanager
-    def loaded(
-        self, dtype: Dtype = "auto", device: str = "auto", layer_wise: bool = False
-    ) -> Iterator[PreTrainedModel]:
-        """The model in evaluation mode; a model in memory returns to its mode afterwards."""
-        if not isinstance(self.given, PreTrainedModel):
-            yield open_model(self.given, dtype, device, layer_wise)
-            return
-        training = [module for module in self.given.modules() if module.training]
-        self.given.eval()
-        try:
-            yield self.given
-        finally:
-            for module in training:
-                module.training = True

@@ -1,45 +1,32 @@
 """One model without a run: load, inspect, measure its speed; and the steps of pruning one by one, in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import output_path, write_text
+from adapruner.base.progress import Reporter
 from adapruner.budget.plan import PruningPlan
-from adapruner.families import open_config, resolve
+from adapruner.evaluation.speed import Speed, measure_speed
+from adapruner.families import open_config, open_model, resolve
 from adapruner.families.proof import failed_parts
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement.moments import measure_moments
 from adapruner.measurement.taylor import Statistics
-from adapruner.model.architecture import Architecture, register_architectures
+from adapruner.model import loading as _loading
+from adapruner.model.architecture import Architecture, check_length, register_architectures
 from adapruner.model.config import find_wrapper, load_config
-from adapruner.model.loading import empty_model, in_fastest_dtype
+from adapruner.model.loading import empty_model, in_fastest_dtype, resolve_device
 from adapruner.model.places import find_model
-from adapruner.options import ExpertGranularity, HeadGranularity
+from adapruner.options import Dtype, ExpertGranularity, HeadGranularity
 from adapruner.structure.blocks import Structure, count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
 from adapruner.text.windows import draw_windows
-
-if TYPE_CHECKING:
-    from adapruner.run.given import ModelGiven
-import contextlib
-from collections.abc import Sequence
-
-from pydantic import TypeAdapter
-
-from adapruner.base.files import output_path, write_text
-from adapruner.base.progress import Reporter
-from adapruner.evaluation.speed import Speed, measure_speed
-from adapruner.families import open_model
-from adapruner.model import loading as _loading
-from adapruner.model.architecture import check_length
-from adapruner.model.loading import resolve_device
-from adapruner.options import Dtype
-from adapruner.run.given import ModelGiven, ModelSource
 
 
 def make_windows(
@@ -114,7 +101,9 @@ def compensate(model: PreTrainedModel, structure: Structure, plan: PruningPlan, 
 
 
 def inspect(
-    model: ModelGiven, head_granularity: HeadGranularity = "kv-group", expert_granularity: ExpertGranularity = "expert"
+    model: str | Path | PreTrainedModel,
+    head_granularity: HeadGranularity = "kv-group",
+    expert_granularity: ExpertGranularity = "expert",
 ) -> Structure:
     """The prunable parts of a model, from its config alone.
 
@@ -196,8 +185,8 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
 
 def benchmark(
-    model: ModelGiven,
-    against: ModelGiven | None = None,
+    model: str | Path,
+    against: str | Path | None = None,
     batch_sizes: Sequence[int] = (1, 16),
     prompt: int = 128,
     new_tokens: int = 32,
@@ -209,7 +198,7 @@ def benchmark(
     """Size and speed of a model, and of a second one on request, measured alternately in this process.
 
     Args:
-        model: as for `load`; or a model in memory, which is measured on its device.
+        model: as for `load`.
         against: the model to compare with, the dense one as a rule.
         batch_sizes: sequences at once.
         prompt: tokens that are read at once.
@@ -218,7 +207,7 @@ def benchmark(
         output: a file for the result as JSON; `speed.json` in a run folder is shown by the report of the run.
 
     Returns:
-        By the name or path of each model; models in memory are called `against` and `model`.
+        By the name or path of each model.
 
     Raises:
         AdaPrunerError: an option or a model is invalid; before the weights are loaded.
@@ -227,23 +216,16 @@ def benchmark(
         raise AdaPrunerError("`batch_size`, `prompt`, `new_tokens` and `repetitions` must be at least 1")
     written = None if output is None else output_path(output)
     resolve_device(device)
-    given = {"against": against, "model": model}
-    sources = {
-        str(candidate) if isinstance(candidate, str | Path) else role: ModelSource.of(candidate, dtype, device)
-        for role, candidate in given.items()
-        if candidate is not None
-    }
-    for source in sources.values():
-        check_length(source.config, prompt + new_tokens)
-    reporter = Reporter()
-    with contextlib.ExitStack() as using:
-        loaded = {}
-        with reporter.stage("loading", len(sources)) as advance:
-            for name, source in sources.items():
-                loaded[name] = using.enter_context(source.loaded(dtype, device))
-                advance()
-        with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
-            speeds = measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
+    locations = {str(named): find_model(str(named)) for named in (against, model) if named is not None}
+    for location in locations.values():
+        check_length(open_config(location), prompt + new_tokens)
+    reporter, loaded = Reporter(), {}
+    with reporter.stage("loading", len(locations)) as advance:
+        for name, location in locations.items():
+            loaded[name] = open_model(location, dtype, device)
+            advance()
+    with reporter.stage("measuring", len(loaded) * (len(batch_sizes) * (repetitions + 1) + 1)) as advance:
+        speeds = measure_speed(loaded, batch_sizes, prompt, new_tokens, repetitions, advance)
     if written is not None:
         write_text(written, TypeAdapter(dict[str, Speed]).dump_json(speeds, indent=2).decode())
     return speeds
