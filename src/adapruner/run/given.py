@@ -41,13 +41,6 @@ def check_model(model: PreTrainedModel) -> None:
     learn(model.config)
 
 
-def check_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that a model in memory comes with."""
-    if tokenizer is None:
-        raise AdaPrunerError("a model in memory needs its `tokenizer`")
-    return tokenizer
-
-
 def check_prunable(model: PreTrainedModel) -> None:
     """Refuses a model in memory that cannot be pruned."""
     check_model(model)

@@ -35,7 +35,7 @@ from adapruner.options import (
 )
 from adapruner.recipes import override, read_recipe
 from adapruner.run.folder import RunFolder
-from adapruner.run.given import check_prunable, check_tokenizer, save_model, save_text
+from adapruner.run.given import check_prunable, save_model, save_text
 from adapruner.run.memory import dtype_of_weights
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
@@ -258,7 +258,8 @@ def _in_files(in_memory: dict[str, Any], tokenizer: Tokenizer | None, folder: Pa
         return {name: save_text(value, folder, name) for name, value in in_memory.items()}
     model = in_memory.pop("model")
     check_prunable(model)
-    tokenizer = check_tokenizer(tokenizer)
+    if tokenizer is None:
+        raise AdaPrunerError("a model in memory needs its `tokenizer`")
     texts = {name: save_text(value, folder, name) for name, value in in_memory.items()}
     return texts | {"model": save_model(model, tokenizer, folder)}
 
