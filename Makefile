@@ -23,7 +23,6 @@ test: .venv/dev .data/ready
 bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/measuring.py
 	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/run_memory.py
 	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/seven_billion.py --folder runs/7b --calibration boolq-passages
 
 screenshots: .venv/dev

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from adapruner.base.errors import AdaPrunerError, first_problem, reason
 from adapruner.base.tables import Column, Table
 from adapruner.budget.counts import default_budget, kept_counts
-from adapruner.options import HeadGranularity, Layout, RatioOf
+from adapruner.options import HeadGranularity
 from adapruner.structure.blocks import Kind, Structure, layers_without_heads, note_on_mixers
 
 _KINDS: tuple[Kind, ...] = ("heads", "experts", "channels")
@@ -134,8 +134,6 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
         scores: Tensor,
         ratio: float = 0.2,
         *,
-        layout: Layout = "per-layer",
-        ratio_of: RatioOf = "parameters",
         round_to: int = 32,
         protect_first: int | None = None,
         protect_last: int | None = None,
@@ -148,12 +146,13 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
         Args:
             scores: [groups], in the order of `structure.blocks`.
             ratio: fraction of all parameters to remove; of a multimodal model, of those of its decoder.
-            layout, ratio_of, round_to, protect_first, protect_last, head_share: as in `PruneOptions`.
+            round_to, protect_first, protect_last, head_share: as in `PruneOptions`.
 
         Raises:
             AdaPrunerError: the ratio cannot be reached; the message has the arithmetic.
         """
-        budget = default_budget(structure, ratio, layout, ratio_of, round_to, protect_first, protect_last, head_share)
+        shares = round_to, protect_first, protect_last, head_share
+        budget = default_budget(structure, ratio, "per-layer", "parameters", *shares)
         return make_plan(structure, scores, kept_counts(structure, budget))
 
     def save(self, path: Path) -> None:
