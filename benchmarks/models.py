@@ -154,7 +154,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
         The processor seconds that other cells spent on what is taken over from them.
     """
     run, prices = RunFolder(folder), output / "seconds.json"
-    given = {"model": name, "calibration": text, "evaluate": ("ptb",), "evaluate_windows": 1}
+    given = {"model": name, "calibration": text, "evaluate": ("ptb",), "limit": 1}
     making = making_of(resolve(given | options, None, run, None, None), run, Reporter())
     making.others = [RunFolder(path.parent) for path in output.glob("*/config.yaml")]
     spent: dict[str, float] = json.loads(prices.read_text()) if prices.exists() else {}

@@ -45,7 +45,7 @@ LITTLE_TEXT: dict[str, Any] = {
     "objective_windows": 4,
     "compensation_windows": 16,
     "heal": "none",
-    "evaluate_windows": 4,
+    "limit": 4,
 }
 
 

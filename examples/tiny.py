@@ -15,7 +15,7 @@ OPTIONS = {
     "samples": 4,
     "objective_windows": 4,
     "compensation_windows": 16,
-    "evaluate_windows": 4,
+    "limit": 4,
     "seq_len": 16,
     "trials": 5,
     "round_to": 1,

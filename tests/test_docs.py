@@ -54,7 +54,7 @@ LONGEST_EXAMPLE = 40
 # that tiny models have.
 SHORT_TRAINING = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "seq_len": 128, "records": 24}
 SMALL: dict[str, dict[str, Any]] = {
-    "prune": {**SMALL_RUN, "task_limit": 2},
+    "prune": {**SMALL_RUN, "limit": 2},
     "recover": SHORT_TRAINING,
     "vocabulary": {"vocabulary_size": 300, "vocabulary_multiple": 4},
     "evaluate": {"limit": 2},

@@ -247,13 +247,7 @@ def pruned(tmp_path_factory, model_folder, text_file):
     options = {"pool": 4, "samples": 2, "objective_windows": 4, "seq_len": 16, "trials": 4, "round_to": 1}
     options |= {"compensation_windows": 8, "heal": "2k", "protect_first": 1, "protect_last": 1}
     result = adapruner.prune(
-        str(model),
-        output=place / "run",
-        calibration=str(text),
-        evaluate=(str(text),),
-        evaluate_windows=2,
-        ratio=0.1,
-        **options,
+        str(model), output=place / "run", calibration=str(text), evaluate=(str(text),), limit=2, ratio=0.1, **options
     )
     adapruner.recover(result.output, seq_len=16, tokens=64)
     return result

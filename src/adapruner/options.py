@@ -238,9 +238,6 @@ class PruneOptions(_Options):
         description=f"Held-out windows that judge every trial; down to {FEWEST_JUDGING_WINDOWS} if the text has no"
         " more.",
     )
-    evaluate_windows: int | None = Field(
-        default=None, ge=1, description="Maximum number of windows, evenly spaced, for the reported perplexity."
-    )
     evaluate_bos: bool = Field(
         default=True,
         description="Begin every reported window with the token for the beginning of a text, if the tokenizer has one;"
@@ -325,7 +322,11 @@ class PruneOptions(_Options):
         description="Tasks of lm-eval to report, comma-separated or repeated; commonsense is the seven of the paper,"
         " generative is GSM8K and IFEval.",
     )
-    task_limit: int | None = Field(default=None, ge=1, description="Maximum number of items per task, evenly spaced.")
+    limit: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of windows of each reported text and of items of each task, evenly spaced.",
+    )
     sources: str | None = Field(default=None, description="YAML file with more datasets.")
     plugins: Names = Field(
         default=(), description="Plugins of installed packages that add terms, datasets or families; may be repeated."

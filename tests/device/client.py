@@ -181,7 +181,7 @@ class Device:
 SMALL_RUN = RUN_OPTIONS | {
     "trials": 6,
     "compensation_windows": 16,
-    "evaluate_windows": 6,
+    "limit": 6,
     # Three steps: training on a device is tested here.
     "heal": "3k",
 }

@@ -53,7 +53,7 @@ def test_pruned_for_real(dense, tmp_path, monkeypatch):
         output=tmp_path / "run",
         calibration="boolq-passages",
         evaluate=("boolq-passages",),
-        evaluate_windows=2,
+        limit=2,
         pool=4,
         samples=2,
         objective_windows=2,

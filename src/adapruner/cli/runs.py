@@ -62,7 +62,7 @@ def prune(
     from_: Annotated[Path | None, Parameter(name="--from", group=MOST_USED)] = None,
     dry_run: Annotated[Flag, Parameter(group=MOST_USED)] = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
-    limit: Annotated[SizeLimit | None, Parameter(name="*")] = None,
+    size_limit: Annotated[SizeLimit | None, Parameter(name="*")] = None,
     overwrite: Annotated[Flag, ShownInAll, Parameter(group=RUN_FOLDER)] = False,
     json: Annotated[Json, Parameter(group=RUN_FOLDER)] = False,
 ) -> None:
@@ -86,7 +86,7 @@ def prune(
         dry_run: Check the options and print the artifacts of the run, with sizes and memory; write nothing.
         overwrite: Rebuild artifacts of other options, another model or other text.
     """
-    chosen = given(options) | given(limit)
+    chosen = given(options) | given(size_limit)
     if output is None:
         if from_:
             raise AdaPrunerError("name the folder of the new run: `output`")

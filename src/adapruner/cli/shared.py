@@ -46,7 +46,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Search": ("trials", "search", "space", "seed"),
     "Read by a search alone": config.OF_A_SEARCH,
     "Compensation": ("compensation", "compensation_windows"),
-    "Evaluation": ("evaluate_windows", "evaluate_bos", "tasks", "task_limit"),
+    "Evaluation": ("evaluate_bos", "tasks", "limit"),
     "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
 # Of `recover`, what most runs set.

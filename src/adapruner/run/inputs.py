@@ -399,11 +399,11 @@ def drawn_to_report(
     empty: PreTrainedModel,
     seq_len: int,
     evaluate: tuple[str, ...],
-    evaluate_windows: int | None,
+    limit: int | None,
     evaluate_bos: bool,
 ) -> dict[str, EvaluationText]:
     """The windows that are reported on, by the name of their text."""
-    count = evaluate_windows or (None if evaluate else DEFAULT_REPORT_WINDOWS)
+    count = limit or (None if evaluate else DEFAULT_REPORT_WINDOWS)
     texts = {
         name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos)
         for name, source in evaluated_texts.items()

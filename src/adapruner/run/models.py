@@ -180,14 +180,14 @@ def used_documents(texts: Texts) -> Callable[[], list[str]]:
 @GRAPH.in_memory
 def loaded_tasks(
     tasks: tuple[str, ...],
-    task_limit: int | None,
+    limit: int | None,
     used_documents: Callable[[], list[str]],
     calibration_texts: object,
     objective_texts: object,
 ) -> Tasks:
     """Tasks of lm-eval, without the items whose text the model is calibrated or trained on."""
     # The documents are read when they are needed: the texts put their content into the key.
-    return load_tasks(tasks, task_limit, used_documents())
+    return load_tasks(tasks, limit, used_documents())
 
 
 def measured_tasks(

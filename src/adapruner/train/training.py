@@ -106,8 +106,8 @@ def train(
     share every batch. The random state of the program is left as it was.
 
     The frozen weights below LoRA are held in bfloat16 if the hardware computes that natively. Adapters are merged into
-    the original weights, in their dtype. All weights are trained in float32, with bfloat16 products if those are
-    native. Nothing is trained in float16.
+    the original weights, in their dtype. All weights, and scales, are trained in float32, with bfloat16 products if
+    those are native. Nothing is trained in float16.
 
     Args:
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
@@ -286,7 +286,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        bf16=options.train in ("full", "layers") and computes_bfloat16_natively(device),
+        bf16=options.train != "lora" and computes_bfloat16_natively(device),
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
