@@ -295,8 +295,7 @@ def test_quiet_leaves_results_and_advice(finished, run, model_folder, text_file,
 def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     known = finished.result.final.perplexity[f"{text_file}@report"]
 
-    def advice(dense: float = 20, final: float = 30, compensation: int = 768, widths: int = 24, **changes: Any) -> str:
-        blocks = [block.model_copy(update={"kept": tuple(range(widths))}) for block in finished.plan.blocks]
+    def advice(dense: float = 20, final: float = 30, compensation: int = 768, **changes: Any) -> str:
         models = [
             finished.result.final.model_copy(
                 update={"role": role, "perplexity": {"text": known.model_copy(update={"perplexity": value})}}
@@ -307,11 +306,7 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
         point = finished.result.search.points[0].model_copy(update={"starting_point": False})
         changes["search"] = finished.result.search.model_copy(update={"points": (point,)})
         return " | ".join(
-            adapruner.PruneResult(
-                tmp_path,
-                finished.plan.model_copy(update={"blocks": tuple(blocks)}),
-                finished.result.model_copy(update=changes),
-            ).advice()
+            adapruner.PruneResult(tmp_path, finished.plan, finished.result.model_copy(update=changes)).advice()
         )
 
     def damaged(code: float, verdict: Verdict) -> str:
@@ -333,7 +328,6 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
     assert "rose from 20.0 to 50.0 | more tokens of `heal`, or a lower `ratio`, helps" in advice(final=50)
     assert "rose from 20.0 to nan" in advice(final=float("nan"))
     assert "fitted on 40 windows" in advice(compensation=40)
-    assert "not multiples of 8" in advice(widths=23)
 
 
 def test_attention_that_the_family_cannot_lose_is_refused_before_anything_is_made(

@@ -331,7 +331,7 @@ def render_report(
         samples=samples,
         mean=next((number for number in final.numbers.values() if number.kind == "mean"), None),
         used={use: ", ".join(texts) for use, texts in used.items()},
-        advice=advice_on(result, plan),
+        advice=advice_on(result),
         next_commands=next_commands(result, folder, speed is not None),
         model_tables=tables_of("Numbers of every model", result.models),
         texts=figures.texts({model.role: model for model in result.models}),

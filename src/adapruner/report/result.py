@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field
 
 from adapruner.base.progress import StageCost
 from adapruner.base.tables import Cell, Cells, Column, Table
-from adapruner.budget.plan import PruningPlan
 from adapruner.evaluation.abilities import Abilities, Verdict, damaged
 from adapruner.evaluation.losses import Perplexity
 from adapruner.evaluation.speed import Speed
@@ -244,8 +243,8 @@ def _protocols(shown: Numbers) -> list[str]:
     return list(dict.fromkeys(number.protocol for number in shown.values() if number.protocol))
 
 
-# Limits of advice: the growth of a perplexity, the number of windows, the multiple that widths should have.
-_MUCH_WORSE, _FEW_WINDOWS, _FRIENDLY_MULTIPLE = 2.0, 256, 8
+# Limits of advice: the growth of a perplexity, the number of windows.
+_MUCH_WORSE, _FEW_WINDOWS = 2.0, 256
 
 Role = Literal["dense", "pruned"]
 
@@ -328,7 +327,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         return 1 - self.final.parameters / self.model("dense").parameters
 
 
-def advice_on(result: RunResult, plan: PruningPlan) -> list[str]:
+def advice_on(result: RunResult) -> list[str]:
     """Problems of the outcome and remedies, a line each."""
     if lines := [*_damage(result)]:
         lines.append("more tokens of `heal`, or a lower `ratio`, helps")
@@ -337,12 +336,6 @@ def advice_on(result: RunResult, plan: PruningPlan) -> list[str]:
         lines.append(
             f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
             " `compensation_windows`, makes a better model"
-        )
-    odd = [block for block in plan.blocks if block.kind == "channels" and len(block.kept) % _FRIENDLY_MULTIPLE]
-    if odd:
-        lines.append(
-            f"the feed-forward widths of {len(odd)} layers are not multiples of {_FRIENDLY_MULTIPLE}, with which"
-            " most devices are faster: `round_to` 32 keeps to those"
         )
     return lines
 

@@ -131,7 +131,7 @@ class PruneResult:
 
     def advice(self) -> list[str]:
         """Problems of the outcome and remedies, a line each."""
-        return advice_on(self.result, self.plan)
+        return advice_on(self.result)
 
     def tables(self) -> list[Table]:
         """Parameters and perplexities of all models, abilities, and scores in tasks, if they were measured;

@@ -39,13 +39,6 @@ def tokens_of(tokenizer: Tokenizer, text: str, special: bool = False) -> Tensor:
     return torch.cat([tokens for tokens, _ in _encodings(tokenizer, text, special, with_ends=False)])
 
 
-def tokens_with_ends(tokenizer: Tokenizer, text: str, special: bool = False) -> tuple[Tensor, Tensor]:
-    """[tokens], int64: `tokens_of` a fast tokenizer, and the number of characters up to the end of each; 0 for special
-    tokens."""
-    tokens, ends = zip(*_encodings(tokenizer, text, special, with_ends=True), strict=True)
-    return torch.cat(tokens), torch.cat(ends)
-
-
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that a tokenizer puts in front of a text."""
     text = "a"
@@ -260,7 +253,8 @@ def evaluation_text(
     size = seq_len - len(start)
     stride = min(stride or size, size)
     if tokenizer.is_fast:
-        tokens, ends = tokens_with_ends(tokenizer, text, special=not bos)
+        # Of special tokens, the characters up to their end are none.
+        tokens, ends = map(torch.cat, zip(*_encodings(tokenizer, text, not bos, with_ends=True), strict=True))
     else:
         tokens, ends = tokens_of(tokenizer, text, special=not bos), None
     windows = evenly_spaced(_cut_into_windows(tokens, name or "the text", start, size, stride), limit)
