@@ -65,12 +65,13 @@ def test_small_scales_are_seen_where_bfloat16_is_native(model_folder, monkeypatc
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     adapted: Any = with_adapters(frozen(adapruner.load(model_folder), "ia3"), RecoveryOptions(train="ia3", steps=1))
     rows = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = adapted(rows).logits
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.001)
         assert not adapted(rows).logits.equal(before)
+    assert {weight.dtype for name, weight in adapted.named_parameters() if "ia3" in name} == {torch.float32}
 
 
 def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_path, monkeypatch):

@@ -171,14 +171,20 @@ def in_fastest_dtype(model: PreTrainedModel) -> PreTrainedModel:
     return model if dtype == model.dtype else copy_in_dtype(model, dtype)
 
 
-def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype, only: Container[int] | None = None) -> PreTrainedModel:
     """A copy with parameters of another dtype; the frequencies of rotary embeddings keep their precision. Streamed
-    layers are read from the same files and converted each time, deferred weights when they are read."""
+    layers are read from the same files and converted each time, deferred weights when they are read.
+
+    Args:
+        only: ids of the parameters whose dtype changes; the others are shared with the model. By default all.
+    """
     # For deepcopy these are copied already: there is never a second copy in the first dtype.
     deferred = deferred_by_module(model)
     known: dict[int, Any] = {id(sources): sources for sources in deferred.values()}
     for parameter in model.parameters():
-        if deferred:
+        if only is not None and id(parameter) not in only:
+            known[id(parameter)] = parameter
+        elif deferred:
             known[id(parameter)] = placeholder(parameter, parameter.device, dtype)
         else:
             known[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)

@@ -30,10 +30,10 @@ from transformers.trainer import FSDP_MODEL_NAME
 from adapruner.base.errors import AdaPrunerError, reason
 from adapruner.base.processes import random_state_kept, this_process
 from adapruner.model.architecture import architecture_of
-from adapruner.model.layers import change_weight, decoder_layers
+from adapruner.model.layers import change_weight, decoder_layers, is_streamed
 from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
 from adapruner.model.places import quiet_transformers
-from adapruner.model.stored import read_parts
+from adapruner.model.stored import deferred_by_module, read_parts
 from adapruner.options import RecoveryOptions, TrainedWeights
 from adapruner.train.examples import IGNORED, Example
 from adapruner.train.loss import Predictor, loss_of_batch
@@ -47,11 +47,15 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 
 
 def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
-    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast."""
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. Of a model
+    in float32 whose scales are trained, the weights of linear layers alone are in bfloat16."""
+    native = computes_bfloat16_natively(model.device)
     if train == "ia3" and model.dtype == torch.float32:  # times 1.001, a number in bfloat16 is the same number
-        return model
+        if not native or is_streamed(model) or deferred_by_module(model):
+            return model
+        linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+        return copy_in_dtype(model, torch.bfloat16, linear - {id(model.get_input_embeddings().weight)})
     if model.dtype == torch.float16:
-        native = computes_bfloat16_natively(model.device)
         return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
     return in_fastest_dtype(model)
 

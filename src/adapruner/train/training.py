@@ -235,7 +235,7 @@ def _trained(
     if is_kept and (this_process().leads or not trainer.is_fsdp_enabled):
         if trains_adapters:
             adapters = unload_adapters(trained)
-            if model.dtype != dtype:
+            if any(parameter.dtype != dtype for parameter in model.parameters()):
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
                 give_back_memory()
                 model = load()
