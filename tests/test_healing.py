@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import adapruner
 from adapruner import AdaPrunerError
+from adapruner.base.processes import Process
 from adapruner.model.loading import empty_model
 from adapruner.options import OF_A_SEARCH, RecoveryOptions
 from adapruner.run import choice as chosen, models as nodes
@@ -71,7 +72,20 @@ def test_small_scales_are_seen_where_bfloat16_is_native(model_folder, monkeypatc
             if parameter.requires_grad:
                 parameter.mul_(1.001)
         assert not adapted(rows).logits.equal(before)
-    assert {weight.dtype for name, weight in adapted.named_parameters() if "ia3" in name} == {torch.float32}
+
+
+def test_weights_of_linear_layers_alone_are_rounded_below_scales(model_folder, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    loaded = adapruner.load(model_folder)
+    below = frozen(loaded, "ia3")
+    rounded = {name for name, weight in below.named_parameters() if weight.dtype == torch.bfloat16}
+    linear = {f"{name}.weight" for name, module in loaded.named_modules() if isinstance(module, nn.Linear)}
+    assert rounded == linear - ({"lm_head.weight"} if loaded.config.tie_word_embeddings else set())
+    assert loaded.dtype == below.get_input_embeddings().weight.dtype == torch.float32
+    # FSDP rounds what it gathers.
+    monkeypatch.setattr("adapruner.train.trainer.this_process", lambda: Process(count=2))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert frozen(loaded, "ia3") is loaded
 
 
 def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_path, monkeypatch):

@@ -148,6 +148,13 @@ def test_documents_in_memory_are_evaluated_as_a_file_with_them(model_folder, tex
     assert of_list.text == "own"
 
 
+def test_a_model_in_memory_is_to_be_saved_first(loaded, tmp_path):
+    for use in (adapruner.evaluate, adapruner.benchmark, lambda model: adapruner.export(model, "gguf", tmp_path / "a")):
+        with pytest.raises(AdaPrunerError, match="a LlamaForCausalLM does not name a model: save it") as refusal:
+            use(loaded)
+        assert "\n" not in str(refusal.value)
+
+
 def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
     structure = adapruner.inspect(loaded)
     texts = load_texts_by_use(finished.output / "windows.safetensors")

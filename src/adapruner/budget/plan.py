@@ -141,7 +141,7 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
     ) -> PruningPlan:
         """The plan that keeps in every block the groups with the highest scores.
 
-        For an allocation that `Budget` describes in more detail, call `planning.kept_counts` and `planning.make_plan`.
+        For what else a `Budget` describes, as a uniform layout, call `budget.counts.kept_counts` and `make_plan`.
 
         Args:
             scores: [groups], in the order of `structure.blocks`.

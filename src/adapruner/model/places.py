@@ -59,8 +59,11 @@ class ModelLocation:
         return self.written or self.path
 
 
-def find_model(name: str) -> ModelLocation:
+def find_model(named: str | Path) -> ModelLocation:
     """The location of the model that the user named; loads nothing."""
+    if not isinstance(named, str | Path):
+        raise AdaPrunerError(f"a {type(named).__name__} does not name a model: save it, and give its folder")
+    name = str(named)
     if name == _BUILT_IN:
         return _find_smollm2()
     path = given_path(name)

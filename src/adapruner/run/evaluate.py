@@ -111,8 +111,9 @@ def evaluate(
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
-    location, of_dense = find_model(str(model)), None if against is None else find_model(str(against))
+    location, of_dense = find_model(model), None if against is None else find_model(against)
     config, tokenizer = open_config(location), load_tokenizer(location)
+    tokenizer_of_dense = load_tokenizer(of_dense) if of_dense else None
     placement = _placement(location, config, dtype, device, layer_wise)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
     texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
@@ -149,11 +150,11 @@ def evaluate(
     if to_run:
         with reporter.stage("running tasks", len(to_run)) as advance:
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
-    if of_dense:
+    if of_dense and tokenizer_of_dense:
         with reporter.stage("loading"):
             dense = open_model(of_dense, dtype, placement.device, placement.layer_wise)
         with reporter.stage("comparing abilities"):
-            compared = _compare((dense, load_tokenizer(of_dense)), (loaded, tokenizer))
+            compared = _compare((dense, tokenizer_of_dense), (loaded, tokenizer))
     return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
 
 

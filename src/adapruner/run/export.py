@@ -56,7 +56,7 @@ def export(
     Raises:
         AdaPrunerError: the model cannot be written in this form, or the output cannot be replaced.
     """
-    path, location = output_path(output), find_model(str(model))
+    path, location = output_path(output), find_model(model)
     if (form := formats().get(to)) is None:
         raise AdaPrunerError(f"no format {to!r}: expected {' or '.join(sorted(formats()))}")
     check_output(path, location, overwrite, form.is_file)
@@ -144,7 +144,7 @@ def vocabulary(
     if not names:
         raise AdaPrunerError("`vocabulary` names no text: give datasets or files in the languages to keep")
     sources = [parse_source(name) for name in names]
-    path, location = output_path(output), find_model(str(model))
+    path, location = output_path(output), find_model(model)
     check_output(path, location, overwrite)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
     with reporter.stage("counting tokens", None) as advance:

@@ -185,7 +185,7 @@ def read_samples(run: RunFolder, numbers: tuple[int, ...]) -> dict[int, str | No
     windows, model = run.path / "windows.safetensors", run.path / "model"
     if not windows.exists() or not model.exists():
         return dict.fromkeys(numbers)
-    pool, tokenizer = load_texts_by_use(windows)["pool"], load_tokenizer(find_model(str(model)))
+    pool, tokenizer = load_texts_by_use(windows)["pool"], load_tokenizer(find_model(model))
     return {number: str(tokenizer.decode(pool.windows[number].tolist())) for number in numbers}
 
 

@@ -152,7 +152,7 @@ def estimate_memory(
     phases = [(dense, measuring), (dense + pruned, pruning)]
     healing = healing_within(config, model, left, devices, by_layer, stated)
     if healing:
-        # As `frozen` has it.
+        # At most, below scales: `frozen` holds some weights in bfloat16.
         computed = max(dtype, trial, key=lambda of: of.itemsize) if healing.train == "ia3" else trial
         training = {"training after the cut": _training(model, healing, computed, left, by_layer)}
         phases.append((dense + held(left) * size, training))

@@ -82,7 +82,7 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, objec
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.kept("model", FOLDER, version=11, is_result=True)
+@GRAPH.kept("model", FOLDER, version=12, is_result=True)
 def pruned(
     dense_later: Callable[[], PreTrainedModel],
     dense_fast_later: Callable[[], PreTrainedModel],
@@ -111,7 +111,7 @@ def pruned(
     if healing and not len(held_out):
         reporter.note("The weights are left as they were: no kind of text has three windows, one of which is held out")
     elif healing:
-        read = partial(load_model, find_model(str(compensated)), "auto", placement.device, placement.layer_wise)
+        read = partial(load_model, find_model(compensated), "auto", placement.device, placement.layer_wise)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
             model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, work / "training", advance)
         if model is None:
@@ -134,7 +134,7 @@ def healed(pruned: Path) -> Healing | None:
 
 @GRAPH.costly
 def pruned_model(pruned: Path, placement: Placement) -> PreTrainedModel:
-    return load_model(find_model(str(pruned)), "auto", placement.device, placement.layer_wise)
+    return load_model(find_model(pruned), "auto", placement.device, placement.layer_wise)
 
 
 PAGE: Form[str] = Form(
@@ -241,7 +241,7 @@ def result(
     stage_costs: Callable[[], dict[str, StageCost]],
 ) -> RunResult:
     """All numbers of a run; the model card is written too, which shows them."""
-    config_after = load_config(find_model(str(pruned)))
+    config_after = load_config(find_model(pruned))
     after = build_structure(empty_model(config_after)).total_parameters
     dense = ModelNumbers(
         role="dense",

@@ -115,7 +115,7 @@ def inspect(
         AdaPrunerError: there is no such model, or its family is not known.
     """
     if isinstance(model, str | Path):
-        config = open_config(find_model(str(model)))
+        config = open_config(find_model(model))
     else:
         # Not imported for a model by name: it imports the readers of text.
         from adapruner.run.given import check_model
@@ -128,7 +128,7 @@ def inspect(
 def multimodal(model: str | Path) -> tuple[str, int] | None:
     """The type and the number of parameters of the multimodal model whose decoder `inspect` shows; None for a text
     model."""
-    location = find_model(str(model))
+    location = find_model(model)
     wrapper = find_wrapper(location)
     if wrapper is None:
         return None
@@ -141,7 +141,7 @@ def describe(model: str | Path) -> Architecture:
     Raises:
         AdaPrunerError: there is no such model, or its family cannot be pruned.
     """
-    return resolve(load_config(find_model(str(model))))
+    return resolve(load_config(find_model(model)))
 
 
 def check_described(model: str | Path, file: str | Path) -> None:
@@ -150,7 +150,7 @@ def check_described(model: str | Path, file: str | Path) -> None:
     Raises:
         AdaPrunerError: the file is invalid, describes other families, or a check fails; with the part and the reason.
     """
-    families, config = register_architectures(Path(file)), load_config(find_model(str(model)))
+    families, config = register_architectures(Path(file)), load_config(find_model(model))
     if config.model_type not in families:
         raise AdaPrunerError(f"{file} describes {', '.join(families)}, not {config.model_type}, the family of {model}")
     if failures := failed_parts(config, resolve(config)):
@@ -169,7 +169,7 @@ def load(model: str | Path, dtype: Dtype = "auto", device: str = "auto") -> PreT
     Raises:
         AdaPrunerError: there is no such model, or it cannot be read.
     """
-    return open_model(find_model(str(model)), dtype, device)
+    return open_model(find_model(model), dtype, device)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
@@ -181,7 +181,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     Raises:
         AdaPrunerError: there is no such model, or its tokenizer cannot be read.
     """
-    return _loading.load_tokenizer(find_model(str(model)))
+    return _loading.load_tokenizer(find_model(model))
 
 
 def benchmark(
@@ -216,7 +216,7 @@ def benchmark(
         raise AdaPrunerError("`batch_size`, `prompt`, `new_tokens` and `repetitions` must be at least 1")
     written = None if output is None else output_path(output)
     resolve_device(device)
-    locations = {str(named): find_model(str(named)) for named in (against, model) if named is not None}
+    locations = {str(named): find_model(named) for named in (against, model) if named is not None}
     for location in locations.values():
         check_length(open_config(location), prompt + new_tokens)
     reporter, loaded = Reporter(), {}

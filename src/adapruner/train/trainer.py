@@ -49,15 +49,22 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
     """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. Of a model
     in float32 whose scales are trained, the weights of linear layers alone are in bfloat16."""
-    native = computes_bfloat16_natively(model.device)
     if train == "ia3" and model.dtype == torch.float32:  # times 1.001, a number in bfloat16 is the same number
-        if not native or is_streamed(model) or deferred_by_module(model):
+        if not multiplies_in_bfloat16(train, model.device) or is_streamed(model) or deferred_by_module(model):
             return model
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
         return copy_in_dtype(model, torch.bfloat16, linear - {id(model.get_input_embeddings().weight)})
     if model.dtype == torch.float16:
+        native = computes_bfloat16_natively(model.device)
         return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
     return in_fastest_dtype(model)
+
+
+def multiplies_in_bfloat16(train: TrainedWeights, device: torch.device) -> bool:
+    """True if weights that are trained in float32 are rounded for products alone. FSDP would round scales before they
+    are used; LoRA has weights in bfloat16."""
+    rounds_scales = train == "ia3" and this_process().shares_weights
+    return train != "lora" and not rounds_scales and computes_bfloat16_natively(device)
 
 
 def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> object:

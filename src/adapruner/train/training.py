@@ -27,7 +27,7 @@ from adapruner.base.errors import NonFiniteError
 from adapruner.base.processes import random_state_kept, this_process
 from adapruner.base.progress import give_back_memory
 from adapruner.model.layers import decoder_layers, hold_places, is_streamed, layer_devices
-from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype
+from adapruner.model.loading import copy_in_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import deferred_by_module, read_all
 from adapruner.options import RecoveryOptions
@@ -37,6 +37,7 @@ from adapruner.train.trainer import (
     TokenTrainer,
     frozen,
     merge,
+    multiplies_in_bfloat16,
     refuse_other_sharding,
     sharded,
     trainer_options,
@@ -105,9 +106,9 @@ def train(
     """Trains a model; a call that was killed resumes from its last saved step. Processes that were started together
     share every batch. The random state of the program is left as it was.
 
-    The frozen weights below LoRA are held in bfloat16 if the hardware computes that natively. Adapters are merged into
-    the original weights, in their dtype. All weights, and scales, are trained in float32, with bfloat16 products if
-    those are native. Nothing is trained in float16.
+    The frozen weights below LoRA, and those of linear layers below scales, are held in bfloat16 if the hardware
+    computes that natively. Adapters are merged into the original weights, in their dtype. All weights, and scales, are
+    trained in float32, with bfloat16 products if those are native. Nothing is trained in float16.
 
     Args:
         load: gives the model, whose weights change. Called a second time, to merge adapters, if they are trained on a
@@ -189,10 +190,12 @@ def _trained(
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
     the examples. If it is not to be kept, no checkpoints are saved."""
     model = load()
-    dtype = model.dtype
+    dtype, is_copy = model.dtype, False
     trains_adapters = options.train in ("lora", "ia3")
     if trains_adapters:
+        loaded = id(model)
         model = frozen(model, options.train)
+        is_copy = id(model) != loaded
         if is_streamed(model):
             hold_places(model)
     elif deferred_by_module(model):
@@ -235,7 +238,7 @@ def _trained(
     if is_kept and (this_process().leads or not trainer.is_fsdp_enabled):
         if trains_adapters:
             adapters = unload_adapters(trained)
-            if any(parameter.dtype != dtype for parameter in model.parameters()):
+            if is_copy:
                 cast(nn.Module, model).to("meta")  # nothing of the copy is needed any more
                 give_back_memory()
                 model = load()
@@ -286,7 +289,7 @@ def _arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        bf16=options.train != "lora" and computes_bfloat16_natively(device),
+        bf16=multiplies_in_bfloat16(options.train, device),
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
