@@ -268,11 +268,6 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     verdict: Verdict | None = None
 
     @property
-    def mean_accuracies(self) -> dict[str, float]:
-        """The means over all tasks, by metric."""
-        return mean_accuracies(score.metrics for score in self.tasks.values())
-
-    @property
     def numbers(self) -> Numbers:
         """All numbers, and the means over tasks."""
         size = Number("cost", "parameters", "", self.parameters, 0)

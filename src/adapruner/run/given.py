@@ -24,13 +24,11 @@ from adapruner.text.reading import WINDOWS, text_rows
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
 # [windows, tokens], int64.
-# A model: a name or path, or one in memory.
-ModelGiven: TypeAlias = str | Path | PreTrainedModel
 TextData: TypeAlias = str | Path | Tensor | Iterable[str] | Iterable[Mapping[str, object]]
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuses what is no model in memory; its family is known from then on."""
+def check_prunable(model: PreTrainedModel) -> None:
+    """Refuses what is no model in memory, or cannot be pruned; its family is known from then on."""
     if not isinstance(model, PreTrainedModel):
         raise AdaPrunerError(
             f"a {type(model).__name__} is not a PreTrainedModel of transformers: give a model, a Hub id or a path;"
@@ -39,11 +37,6 @@ def check_model(model: PreTrainedModel) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AdaPrunerError("the weights of the model are not in memory (device meta): load it without offloading")
     learn(model.config)
-
-
-def check_prunable(model: PreTrainedModel) -> None:
-    """Refuses a model in memory that cannot be pruned."""
-    check_model(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise AdaPrunerError("the model has an adapter: merge it first, or remove it with delete_adapter()")
     architecture_of(model.config)

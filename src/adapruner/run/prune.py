@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError, describe_failure
 from adapruner.base.files import given_path
@@ -18,7 +18,7 @@ from adapruner.model.loading import computing_repeatably, empty_model, is_stream
 from adapruner.options import PruneConfig, PruneOptions, size_in_bytes
 from adapruner.run import choice, inputs, models, models as evaluation
 from adapruner.run.folder import PruneResult, RunFolder
-from adapruner.run.given import ModelGiven, TextData
+from adapruner.run.given import TextData
 from adapruner.run.memory import Memory, Placement, choose_placement, estimate_memory
 from adapruner.run.models import GRAPH
 from adapruner.run.options import earlier_run, register_extensions, resolve, with_defaults
@@ -27,7 +27,7 @@ from adapruner.structure.blocks import count_parameters
 
 @torch.inference_mode(False)  # measuring and training need gradients, whatever the caller does
 def prune(
-    model: ModelGiven | None = None,
+    model: str | Path | PreTrainedModel | None = None,
     calibration: TextData | None = None,
     *,
     output: str | Path | None = None,

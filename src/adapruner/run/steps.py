@@ -12,7 +12,7 @@ from adapruner.base.files import output_path, write_text
 from adapruner.base.progress import Reporter
 from adapruner.budget.plan import PruningPlan
 from adapruner.evaluation.speed import Speed, measure_speed
-from adapruner.families import open_config, open_model, resolve
+from adapruner.families import learn, open_config, open_model, resolve
 from adapruner.families.proof import failed_parts
 from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement.moments import measure_moments
@@ -114,14 +114,10 @@ def inspect(
     Raises:
         AdaPrunerError: there is no such model, or its family is not known.
     """
-    if isinstance(model, str | Path):
-        config = open_config(find_model(model))
+    if isinstance(model, PreTrainedModel):
+        learn(config := model.config)
     else:
-        # Not imported for a model by name: it imports the readers of text.
-        from adapruner.run.given import check_model
-
-        check_model(model)
-        config = model.config
+        config = open_config(find_model(model))
     return build_structure(empty_model(config), head_granularity, expert_granularity)
 
 

@@ -257,17 +257,13 @@ class Search:
             while proposed := trials.propose():
                 candidates = [self.space.suggest(trial) for trial in proposed]
                 best = None if self.judge_together else trials.best
-                losses = self.judge_together(candidates) if self.judge_together else map(self._judge, candidates)
+                losses = self.judge_together(candidates) if self.judge_together else map(self.judge, candidates)
                 outcomes = [
                     _outcome(batches, None if FIXED_METRIC in trial.user_attrs else best)
                     for trial, batches in zip(proposed, losses, strict=True)
                 ]
                 trials.finish(proposed, outcomes)
                 raise_if_interrupted()
-
-    def _judge(self, candidate: Candidate) -> Iterator[Tensor]:
-        """The judge may refuse a candidate when it is called, or later."""
-        yield from self.judge(candidate)
 
     def result(self, kinds: Sequence[str] = ()) -> SearchResult:
         """The best of the finished trials; see `choose`."""
