@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import adapruner
 from adapruner.base.progress import Advance, Reporter
 from adapruner.cli import main
-from adapruner.evaluation import abilities as _abilities, abilities as _choices
+from adapruner.evaluation import abilities as _abilities
 
 # Files that say how long something took, or show it.
 WITH_TIMES = ("result.json", "report.html", "recovery.json", "healing.json", "study.jsonl", "config.yaml")
@@ -46,11 +46,12 @@ RUN_OPTIONS: dict[str, Any] = {
 QUICK: dict[str, Any] = RUN_OPTIONS | {"trials": 5, "compensation_windows": 32}
 
 # Fewer abilities to measure: target, name and value.
+_BUILT_IN = {name: items[:6] for name, items in _abilities.built_in_tasks().items()}
 FEW_ABILITIES = (
+    (_abilities, "built_in_tasks", lambda: _BUILT_IN),
     (_abilities, "_ANSWER_WINDOWS", 1),
     (_abilities, "_ANSWER_TOKENS", 16),
     (_abilities, "_SHOWN_TOKENS", 8),
-    (_choices, "_ITEMS", 6),
 )
 
 # Imported once, by the server that starts the processes of tests; what is not installed is left out.

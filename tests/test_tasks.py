@@ -242,7 +242,7 @@ def test_means():
     ("name", "limit", "message"), [("comonsense", None, "did you mean commonsense"), ("piqa", 0, "`limit` 0 leaves")]
 )
 def test_refused_before_the_model_is_loaded(model_folder, name, limit, message, monkeypatch):
-    monkeypatch.setattr("adapruner.run.given.open_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("adapruner.run.evaluate.open_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.evaluate(model_folder, tasks=[name], limit=limit)
 

@@ -77,12 +77,11 @@ def served_kinds(tokenizer: Tokenizer) -> dict[str, Kind]:
     """The kinds, without the beginnings that the tokenizer splits into pieces of hardly more than a byte."""
 
     def served(texts: list[str]) -> list[str]:
-        pieces = tokenize(tokenizer, texts, add_special_tokens=False).input_ids
-        return [
-            text
-            for text, tokens in zip(texts, pieces, strict=True)
-            if text.isascii() or len(text.encode()) >= _BYTES_PER_TOKEN * len(tokens)
-        ]
+        others = [text for text in texts if not text.isascii()]
+        pieces = tokenize(tokenizer, others, add_special_tokens=False).input_ids if others else []
+        pairs = zip(others, pieces, strict=True)
+        split = {text for text, tokens in pairs if len(text.encode()) < _BYTES_PER_TOKEN * len(tokens)}
+        return [text for text in texts if text not in split]
 
     found = {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
     return {name: kind for name, kind in found.items() if kind.openings}
@@ -185,7 +184,7 @@ def write_kinds(
         texts = continue_texts(
             model,
             [tokens for _, tokens in asked],
-            _NEW_TOKENS,
+            min(_NEW_TOKENS, max(lacking.values())),
             torch.full((len(asked),), _TEMPERATURE),
             random.Random(f"{stream} {rounds}").getrandbits(62),
             ends,
