@@ -370,11 +370,6 @@ class PruneOptions(_Options):
             return self.trials
         return 0 if (self.space, self.search) == ("extended", "joint") else SEARCH_TRIALS
 
-    @property
-    def tokens_to_heal(self) -> int:
-        """The number of tokens on which the pruned model is trained; 0 for none."""
-        return 0 if self.heal == "none" else int(self.heal)
-
 
 def allocates_by_cost(space: str, layout: str, ratio_of: str, head_share: float | None) -> bool:
     """True if what each layer loses follows from its cost, and not from options."""

@@ -186,7 +186,7 @@ def healing_within(
         weights: of the pruned model.
         devices, by_layer, stated: see `estimate_memory`.
     """
-    if not (tokens := config.tokens_to_heal):
+    if not (tokens := 0 if config.heal == "none" else int(config.heal)):
         return None
     is_here = devices[0].type == "cpu" or torch.get_device_module(devices[0]).is_available()
     # Of a device that is not here, without a limit.

@@ -41,9 +41,7 @@ def tokens_of(tokenizer: Tokenizer, text: str, special: bool = False) -> Tensor:
 
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that a tokenizer puts in front of a text."""
-    text = "a"
-    tokens = tokenize(tokenizer, text).input_ids
-    bare = tokenize(tokenizer, text, add_special_tokens=False).input_ids
+    tokens, bare = (tokenize(tokenizer, "a", add_special_tokens=special).input_ids for special in (True, False))
     length = next((first for first in range(len(tokens)) if tokens[first : first + len(bare)] == bare), 0)
     return list(tokens[:length])
 

@@ -55,8 +55,7 @@ def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
         return copy_in_dtype(model, torch.bfloat16, linear - {id(model.get_input_embeddings().weight)})
     if model.dtype == torch.float16:
-        native = computes_bfloat16_natively(model.device)
-        return copy_in_dtype(model, torch.bfloat16 if native else torch.float32)
+        return copy_in_dtype(model, torch.bfloat16 if computes_bfloat16_natively(model.device) else torch.float32)
     return in_fastest_dtype(model)
 
 
