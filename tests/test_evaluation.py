@@ -27,6 +27,7 @@ from adapruner.evaluation.abilities import (
     Choice,
     Reading,
     Verdict,
+    built_in_tasks,
     damaged,
     judge,
     measure_abilities,
@@ -140,7 +141,7 @@ def test_items_are_solved_by_the_likelihood_of_each_answer(model, tokenizer, mon
 
 
 def test_built_in_tasks_have_a_right_answer_and_others():
-    tasks = _choices.built_in_tasks()
+    tasks = built_in_tasks()
     assert len({item.prompt for item in tasks["facts"]}) == 100
     assert all(2 <= len(answers) == len(set(answers)) for items in tasks.values() for _, answers in items)
     for name, mark in (("sums", "\n"), ("programs", ">>> ")):
