@@ -141,3 +141,16 @@ def test_the_windows_of_the_parts_of_a_blend_add_up(count):
     counts = counts_of(blend, count)
     assert sum(counts.values()) == count
     assert all(abs(counts[part.name] - part.share * count) < 1 for part in blend)
+
+
+def test_no_text_is_longer_than_what_is_lacking(model, tokenizer, monkeypatch):
+    asked = list[int]()
+
+    def noted(model, prompts, new_tokens, *rest):
+        asked.append(new_tokens)
+        return continue_texts(model, prompts, new_tokens, *rest)
+
+    monkeypatch.setattr("adapruner.text.written.continue_texts", noted)
+    [windows] = write_kinds(model, tokenizer, {"prose": 2}, 12, "report", 0, []).values()
+    assert windows.shape == (2, 12)
+    assert asked[0] == 24  # and not as many as a text may have

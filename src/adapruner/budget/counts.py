@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
@@ -17,8 +17,6 @@ RATIO_TOLERANCE = 0.005
 MOST_CHANNELS = 0.8
 # Up to this share of the channels of a layer, removing heads too gains nothing (research/experiments/costs.md).
 CHANNELS_BEFORE_HEADS = 0.5
-# Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
-_DEFAULT_ALLOCATIONS = ((4, 1, 0.0), (2, 1, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 class BudgetError(AdaPrunerError):
@@ -84,6 +82,8 @@ class ByCost:
 
 # `uniform`: all layers keep the same number of heads and of channels, which any loader of the family supports.
 Allocation: TypeAlias = Literal["uniform"] | Profile | ByCost
+# Protected layers at both ends and share of heads, from the least harmful to the one that reaches the highest ratio.
+_DEFAULT_ALLOCATIONS = ((*astuple(Profile()), 0.0), (2, 1, 0.0), (1, 1, 0.0), (1, 1, 0.5), (2, 1, 1.0), (0, 0, 1.0))
 
 
 @dataclass(frozen=True)
