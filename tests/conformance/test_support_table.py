@@ -18,7 +18,9 @@ from tiny_families import cut_to
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
 # By benchmarks/engines.py, whose results are in the document; vLLM is not run here.
-RUN_IN_VLLM = ("llama", "qwen3")
+RUN_WITH_FEWER_HEADS = ("llama", "mistral", "olmo2", "phi3", "qwen3")
+RUN_WITH_ALL_HEADS = (*RUN_WITH_FEWER_HEADS, "gemma3_text", "gpt2", "gpt_neox")
+RUN_WITH_REMOTE_CODE = (*RUN_WITH_FEWER_HEADS, "gemma3_text", "gpt_neox", "qwen2")
 # As the released models are, which llama.cpp knows: without sliding windows, Gemma 3 with a full attention in every
 # sixth layer, and Qwen 3 with tied embeddings.
 AS_RELEASED: dict[str, dict[str, object]] = {
@@ -78,11 +80,10 @@ def writes_gguf(pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pat
 def loads_in_vllm(family: str, folder: Path) -> str:
     """vLLM's classes take a stock model as it is, but not all of them read the width of a head from the config."""
     config = json.loads((folder / "config.json").read_text())
-    has_code = any(folder.glob("*.py"))
-    if family in RUN_IN_VLLM:
-        return "remote code" if has_code else "works"
-    if has_code:
-        return "unknown"
+    if any(folder.glob("*.py")):
+        return "remote code" if family in RUN_WITH_REMOTE_CODE else "unknown"
     heads = config.get("num_attention_heads") or config["n_head"]
-    is_as_wide_as_the_model = heads * config["head_dim"] == (config.get("hidden_size") or config["n_embd"])
-    return "stock model" if is_as_wide_as_the_model or config["model_type"] in ("llama", "mistral") else "unknown"
+    has_all = heads * config["head_dim"] == (config.get("hidden_size") or config["n_embd"])
+    if family in (RUN_WITH_ALL_HEADS if has_all else RUN_WITH_FEWER_HEADS):
+        return "works"
+    return "stock model" if has_all else "unknown"

@@ -33,7 +33,7 @@ from adapruner.base.errors import (
 )
 from adapruner.cli.models import benchmark, evaluate, export, recover, vocabulary
 from adapruner.cli.runs import env, inspect, prune, recipes, report
-from adapruner.cli.shared import CLOSED_OUTPUT, HELP_ALL, Flag, plain_console
+from adapruner.cli.shared import CLOSED_OUTPUT, HELP_ALL, SHOWS_ALL, Flag, plain_console
 
 UNEXPECTED_FAILURE = 1
 USER_ERROR = 2
@@ -44,6 +44,7 @@ _LONGEST_MESSAGE = 1000
 app = App(
     name="adapruner",
     help="Prunes causal language models into smaller dense checkpoints.",
+    help_epilogue=None if SHOWS_ALL else f"Some options of a command are shown by {HELP_ALL} alone.",
     version=__version__,
     console=plain_console(),
     suppress_keyboard_interrupt=False,

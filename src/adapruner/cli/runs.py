@@ -68,8 +68,6 @@ def prune(
 ) -> None:
     """Measure, prune, heal, save and evaluate. Rerun the same command to resume.
 
-    --help-all lists all options, this help those that most runs set.
-
     ```console
     adapruner prune Qwen/Qwen3-0.6B -o runs/a --dry-run
     adapruner prune Qwen/Qwen3-0.6B --ratio 0.2 --for llama.cpp -o runs/a

@@ -66,11 +66,11 @@ if TYPE_CHECKING:
     RecoveryOptions = config.RecoveryOptions
 else:
     _group_of = {field: name for name, fields in OPTION_GROUPS.items() for field in fields}
-    _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name.strip("_"))
+    _names = "|".join(name for name in config.PruneOptions.model_fields if "_" in name)
 
     def _help(description: str | None) -> str:
         """The help of a field, with the options of the command line instead of the names of fields."""
-        return re.sub(rf"\b(?:{_names})\b", lambda name: f"--{name[0].replace('_', '-')}", description or "")
+        return re.sub(rf"\b(?:{_names})\b", lambda name: f"--{name[0].strip('_').replace('_', '-')}", description or "")
 
     def _for_command_line(options: type[BaseModel]) -> type[BaseModel]:
         """The same fields, each with its panel and its help."""
@@ -79,7 +79,8 @@ else:
             is_training = options is config.RecoveryOptions
             group = _TRAINING if is_training else _GROUPS[_group_of[name]]
             shown = SHOWS_ALL or (name in _MOST_USED_IN_TRAINING if is_training else group is MOST_USED)
-            parameter = Parameter(group=group, show=shown, help=_help(field.description), negative_iterable=())
+            text, has_default = _help(field.description), field.default != ()
+            parameter = Parameter(group=group, show=shown, help=text, show_default=has_default, negative_iterable=())
             fields[name] = (Annotated[field.annotation, parameter], field)
         return create_model(options.__name__, __base__=options, **fields)
 

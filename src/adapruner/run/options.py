@@ -195,8 +195,9 @@ def options_when_split(config: PruneConfig, model_config: PreTrainedConfig) -> d
                 f"`tensor_parallel` {parts}: the {size} {name} of layer {layer} cannot be divided among {parts} GPUs"
                 f" ({size} / {parts} = {size / parts:.2f}); choose a divisor"
             )
-    four_bits = "round_to" not in config.given and {"vllm", "sglang"} & {*config.for_}
-    return {"round_to": math.lcm(config.round_to, parts * (_GROUP_OF_FOUR_BITS if four_bits else _WIDTH_OF_A_GPU))}
+    is_free = "round_to" not in config.given or config.round_to % _GROUP_OF_FOUR_BITS == 0
+    unit = _GROUP_OF_FOUR_BITS if is_free and {"vllm", "sglang"} & {*config.for_} else _WIDTH_OF_A_GPU
+    return {"round_to": math.lcm(config.round_to, parts * unit)}
 
 
 def earlier_run(folder: str | Path | None, run: RunFolder) -> RunFolder | None:
@@ -322,7 +323,8 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
 
     excess = dense - size_in_bytes(asked)
     if excess <= 0:
-        raise AdaPrunerError(f"`{option}` {asked}: the model has {_shown(dense)} already")
+        held = "the weights" if limit.memory is None else "the weights and the KV cache"
+        raise AdaPrunerError(f"`{option}` {asked}: {held} of the dense model fit already, in {_shown(dense)}")
     ratio = excess / dtype.itemsize / structure.total_parameters + RATIO_TOLERANCE
     try:
         while not has_plan(ratio):

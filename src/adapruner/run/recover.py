@@ -60,8 +60,8 @@ def recover(
     resumes from its last saved step.
 
     Args:
-        model: as for `load`; or the folder of a run, to continue its training. The teacher, the text, the trained
-            weights and the number of tokens are then those of the run, unless others are given.
+        model: as for `load`; or the folder of a run, to continue its training. The teacher, the text, the number
+            of tokens, the trained weights and how these are trained are then as in the run, unless given.
         data: instructions with answers, any text, `mix` (which the teacher writes), or `answers:DATASET`
             (the teacher answers these instructions); several with their shares, as `mix:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model; of a run, by default `recovered` in its folder.
@@ -82,8 +82,10 @@ def recover(
         if given.keys() & {*TRAINING_BUDGETS}:
             of_run = {}
         if healing and healing.record:
-            of_healing = healing.record.config.items()
-            of_run |= {name: value for name, value in of_healing if name not in (*TRAINING_BUDGETS, "seed")}
+            trains_others = given.get("train", healing.trained) != healing.trained
+            taken = {"label_weight", "seq_len"} if trains_others else {*healing.record.config}
+            kept = taken - {*TRAINING_BUDGETS, "seed"}
+            of_run |= {name: value for name, value in healing.record.config.items() if name in kept}
         of_run |= {"data": then.calibration, "teacher": then.model, "output": run.path / "recovered"}
         given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:
