@@ -525,8 +525,10 @@ def test_where_a_model_is_evaluated(is_known, streamable, free, expected, model_
     if not is_known:
         monkeypatch.setattr(_evaluate, "family_named", lambda name: None)
     location = find_model(str(model_folder))
-    of_model = location, load_config(location), "auto"
-    assert _evaluate._placement(*of_model, "auto", None) == expected
+    of_model = location, load_config(location)
+    assert _evaluate._placement([of_model], "auto", "auto", None) == expected
+    if is_known and streamable:  # beside a second one, no layers fit that fitted alone
+        assert _evaluate._placement([of_model] * 2, "auto", "auto", None) == Placement(TWO_DEVICES[:1], True)
     if not is_known:
         with pytest.raises(AdaPrunerError, match="cannot be spread over several devices"):
-            _evaluate._placement(*of_model, "cuda:0,cuda:1", None)
+            _evaluate._placement([of_model], "auto", "cuda:0,cuda:1", None)

@@ -313,3 +313,14 @@ def test_experts_of_any_width_are_proven_and_computed_in_bfloat16():
     with torch.no_grad():
         exact, logits = pruned(tokens).logits, rounded(tokens).logits.float()
     assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_family_that_loses_whole_experts_alone_is_pruned_from_end_to_end(tokenizer, text_file, tmp_path):
+    """No weights are corrected, so that no second moments are kept; and its search may be given less text."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("olmoe", vocab_size=len(tokenizer), num_experts=8))
+    save_checkpoint(model.eval(), tokenizer, tmp_path / "dense")
+    own = {name: value for name, value in QUICK.items() if name != "trials"} | {"ratio": 0.113, "heal": "none"}
+    result = adapruner.prune(str(tmp_path / "dense"), output=tmp_path / "run", calibration=str(text_file), **own)
+    assert {len(block.kept) for block in result.plan.blocks if block.kind == "experts"} == {7}
+    assert result.result.config.trials == EXPERT_TRIALS

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +14,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.base.processes import Process
 from adapruner.model.loading import empty_model
-from adapruner.options import OF_A_SEARCH, RecoveryOptions
+from adapruner.options import OF_A_SEARCH, PruneConfig, RecoveryOptions
 from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.recover import read_record
@@ -240,14 +241,28 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
     assert config["teacher"] == str(model_folder)
     assert adapruner.recover(run, output=tmp_path / "b", steps=1).steps == 1
-    # The learning rate of scales is not that of other weights.
+    # The learning rate of scales is not that of other weights, and the dense model did not write other text.
     other = adapruner.recover(run, output=tmp_path / "c", steps=1, train="lora").config
     assert (other["learning_rate"], other["batch_size"], other["label_weight"]) == (1e-4, 64, 0.0)
+    (tmp_path / "other.txt").write_text(text_file.read_text())
+    other = adapruner.recover(run, data=str(tmp_path / "other.txt"), output=tmp_path / "d", steps=1, seq_len=16).config
+    assert (other["train"], other["learning_rate"], other["label_weight"]) == ("ia3", config["learning_rate"], 0.5)
     card = (run / "recovered" / "README.md").read_text()
     assert "It was trained to predict as the dense model does" in card
     assert "It was fine-tuned on" in card
     with pytest.raises(AdaPrunerError, match=r"name `data`: .* is not the folder of a run"):
         adapruner.recover(model_folder)
+
+
+def test_a_run_on_a_dataset_of_ones_own_is_trained_further(healed, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("adapruner.text.sources._registered", {})
+    run = Path(shutil.copytree(healed.output, tmp_path / "run"))
+    entry = {"split": "train", "columns": ["text"], "local": {"train": str(text_file)}}
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump({"mine": entry}))
+    config = PruneConfig.load(run / "config.yaml")
+    own = {"sources": str(tmp_path / "sources.yaml"), "calibration": "mine"}
+    config.model_copy(update=own).save(run / "config.yaml")
+    assert adapruner.recover(run, steps=1).config["data"] == "mine"
 
 
 def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import adapruner
-from adapruner import AdaPrunerError, PruneConfig
+from adapruner import AdaPrunerError, PruneConfig, families
 from adapruner.budget.counts import reference_budget
 from adapruner.cli import main
 from adapruner.measurement.moments import StoredMoments
 from adapruner.measurement.taylor import saved_activations
-from adapruner.model.architecture import known_architectures
+from adapruner.model.architecture import is_pruned, known_architectures
 from adapruner.model.loading import empty_model, in_fastest_dtype, load_model, trial_dtype
 from adapruner.model.places import find_model
 from adapruner.run import memory, models
@@ -29,6 +29,7 @@ from adapruner.run.memory import GIB, Memory, choose_placement, estimate_memory
 from adapruner.run.prune import estimate
 from adapruner.structure.build import build_structure
 from run_helpers import RUN_OPTIONS, flags
+from tiny_families import cut_to, tiny_config
 
 SMALL = {"pool": 6, "samples": 3, "objective_windows": 4, "seq_len": 16, "compensation_windows": 8, "trials": 4}
 TINY = SMALL | {"heal": "none", "ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
@@ -73,6 +74,20 @@ def test_saved_activations_are_what_one_layer_more_keeps(family, make_model, win
         del logits
     of_layer = saved_activations(model.config, torch.float32) * windows.numel()
     assert of_layer == pytest.approx(kept[1] - kept[0], rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["modernbert-decoder", "nemotron_h"])
+def test_saved_activations_of_families_whose_layers_are_described_otherwise(family):
+    config = tiny_config(family)
+    families.resolve(config)
+    assert saved_activations(config, torch.float32) > 0
+
+
+def test_saved_activations_of_a_pruned_model_are_counted_as_of_its_dense_model(make_model):
+    dense = make_model("llama")
+    pruned = cut_to(dense, lambda block: block.groups - min(block.layer, 1))
+    assert is_pruned(pruned.config)
+    assert saved_activations(pruned.config, torch.float32) == saved_activations(dense.config, torch.float32)
 
 
 # Of LLaMA-7B: all parameters, those of a layer, and those outside of layers.

@@ -219,13 +219,15 @@ def test_the_licence_of_the_base_model_is_carried_over(model_folder, finished, t
 def test_options_that_contradict_each_other_are_refused_where_they_are_made():
     with pytest.raises(ValidationError, match="`samples` 11 is more than the 10 of `pool`"):
         PruneOptions(samples=11, pool=10)
-    with pytest.raises(ValidationError, match="without a search, `objective`, `pool` would do nothing: add `trials`"):
-        PruneOptions(objective="notes.txt", pool=20)
-    assert (
-        PruneOptions(objective="notes.txt", pool=20, trials=5).pool == PruneOptions(pool=20, space="paper").pool == 20
-    )
     # A recipe may give the other one.
     assert cli_options.PruneOptions(samples=100).samples == 100
+
+
+def test_options_of_a_search_are_refused_where_nothing_is_searched(model_folder, text_file, tmp_path):
+    options = {"output": tmp_path / "run", "pool": 20, "objective": str(text_file)}
+    with pytest.raises(AdaPrunerError, match="without a search, `objective`, `pool` would do nothing: add `trials`"):
+        adapruner.prune(str(model_folder), str(text_file), **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_is_exported(make_model, tmp_path, capsys):

@@ -17,12 +17,19 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.pytorch_utils import Conv1D
 
 import adapruner
-from adapruner import AdaPrunerError, RecoveryOptions
+from adapruner import AdaPrunerError, RecoveryOptions, families
 from adapruner.base.processes import Process
 from adapruner.model.loading import in_fastest_dtype
 from adapruner.report.card import card_of_recovered
@@ -32,6 +39,7 @@ from adapruner.train.examples import Example, Examples, instruction_examples, re
 from adapruner.train.trainer import check_device, check_processes, check_trainer_options
 from adapruner.train.training import RecoveryRecord, train
 from run_helpers import exit_code, run_killed
+from tiny_families import tiny_config
 
 SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}
 
@@ -237,6 +245,26 @@ def test_families_with_other_projections_and_half_precision(make_model, examples
     assert recovered.loss_after < recovered.loss_before
     assert model.dtype == dtype
     assert math.isclose(held_out_loss(model.float(), examples), recovered.loss_after, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("train_what", ["lora", "ia3", "full"])
+def test_of_mixtures_routers_keep_their_dtype_and_every_linear_layer_learns(make_model, examples, tmp_path, train_what):
+    vocabulary = make_model().config.vocab_size
+    config = tiny_config("deepseek_v3", vocab_size=vocabulary)
+    families.resolve(config)
+    model = AutoModelForCausalLM.from_config(config).eval().bfloat16()
+    routers = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    for buffer in routers.values():
+        buffer.data = torch.linspace(8, 8.03, len(buffer))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = RecoveryOptions(**SHORT | {"steps": 6}, train=train_what)
+    train_in_place(model, examples, options, tmp_path / "work")
+    linear = {f"{name}.weight" for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)}
+    assert routers
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        if name.removeprefix("model.layers.") in linear or name in routers:
+            assert tensor.equal(before[name]) == (name in routers), name
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(model, examples, tmp_path, monkeypatch):

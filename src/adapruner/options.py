@@ -357,10 +357,6 @@ class PruneOptions(_Options):
             yield "`ratio_of` groups leaves no allocation to search: set `space` paper"
         if self.samples > self.pool:
             yield f"`samples` {self.samples} is more than the {self.pool} of `pool`: lower one or raise the other"
-        changed = [name for name in OF_A_SEARCH if getattr(self, name) != type(self).model_fields[name].default]
-        if changed and not self.default_trials:
-            names = ", ".join(f"`{name}`" for name in changed)
-            yield f"without a search, {names} would do nothing: add `trials`"
 
     @property
     def default_trials(self) -> int:

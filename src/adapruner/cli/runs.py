@@ -92,13 +92,15 @@ def prune(
         print_note(f"run folder: {output}")
     with starting():
         from adapruner.run import options as engines, prune as api, prune as preview
+        from adapruner.run.folder import RunFolder
     if dry_run:
         previewed = preview.preview(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
         print_output(previewed, json, _lines_of_preview(previewed))
         return
     result = api.prune(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
     print_advice(result.advice())
-    serving = engines.serving_commands(result.result.config.for_ or ("transformers",), result.model_folder)
+    for_ = RunFolder(result.output).read_config().for_  # the result of a run that is repeated for another engine stays
+    serving = engines.serving_commands(for_ or ("transformers",), result.model_folder)
     files = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
     print_output(
         result.result,

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapruner.base.errors import NonFiniteError
 from adapruner.measurement.reduction import Reduction, row_wise_weights
+from adapruner.model.architecture import stock_config
 from adapruner.model.layers import decoder_layers, enter_layers, loaded_layer, skipping_layers
 from adapruner.options import Terms
 from adapruner.structure.blocks import Structure
@@ -193,15 +194,14 @@ def saved_activations(config: PreTrainedConfig, dtype: torch.dtype) -> float:
     key = type(config), config.to_json_string(), config._attn_implementation, dtype
     if key in _saved:
         return _saved[key]
-    shortened = copy.deepcopy(config)
+    shortened = copy.deepcopy(stock_config(config))
     shortened.num_hidden_layers = 1
-    # Otherwise the tokens below might be padding, of which transformers warns.
-    shortened.pad_token_id = None
-    if vars(shortened).get("layer_types"):  # in some families it is computed from other fields
-        shortened.layer_types = shortened.layer_types[:1]
+    for name in ("layer_types", "layers_block_type"):
+        if of_layers := vars(shortened).get(name):  # in some families it is computed from other fields
+            setattr(shortened, name, of_layers[:1])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shortened, dtype=dtype)
-    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    tokens = torch.full((2, 16), int(shortened.pad_token_id == 0))  # of padding, transformers would warn
     with torch.no_grad():
         ((state, calls),) = enter_layers(model.to_empty(device="cpu").eval(), [tokens])
     (layer,) = decoder_layers(model)

@@ -150,7 +150,7 @@ def moments_to_correct(moments: StoredMoments | None, compensation: str) -> Stor
     return None if compensation == "none" else moments
 
 
-@GRAPH.kept("costs.json", json_form(Costs), version=3, is_wanted=allocates_by_cost)
+@GRAPH.kept("costs.json", json_form(Costs), version=4, is_wanted=allocates_by_cost)
 def costs(
     dense_fast: PreTrainedModel,
     structure: Structure,
@@ -166,7 +166,7 @@ def costs(
     ratio."""
     cuts = cuts_to_measure(structure, allocation) if allocation else {}
     learnt, held_out = (text.windows for text in text_to_learn)
-    text = (held_out if len(held_out) else learnt)[: max(8, TOKENS_FOR_COSTS // seq_len)]
+    text = (held_out if len(held_out) else learnt)[: max(8, TOKENS_FOR_COSTS // seq_len), : TOKENS_FOR_COSTS // 8]
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     with reporter.stage("measuring costs", len(cuts)) as advance:
         return measure_costs(dense_fast, structure, removals["tempered_error"], held, text, cuts, advance)

@@ -111,10 +111,10 @@ def evaluate(
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
     names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
     published, given = _named_texts(names), _named_texts(perplexity)
-    location, of_dense = find_model(model), None if against is None else find_model(against)
-    config, tokenizer = open_config(location), load_tokenizer(location)
-    tokenizer_of_dense = load_tokenizer(of_dense) if of_dense else None
-    placement = _placement(location, config, dtype, device, layer_wise)
+    located = [(place, open_config(place)) for place in map(find_model, [model, *([against] if against else [])])]
+    tokenizers = [load_tokenizer(place) for place, _ in located]
+    (location, config), tokenizer = located[0], tokenizers[0]
+    placement = _placement(located, dtype, device, layer_wise)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
     texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
     for _, text in texts:
@@ -133,7 +133,8 @@ def evaluate(
     scores, measured_speed = [], None
     compared: tuple[Abilities | None, Abilities | None, Verdict | None] = (None, None, None)
     with reporter.stage("loading"):
-        loaded = open_model(location, dtype, placement.device, placement.layer_wise)
+        models = [open_model(place, dtype, placement.device, placement.layer_wise) for place, _ in located]
+    loaded, *dense = models
     perplexities: list[Perplexity] = []
     if texts:
         with reporter.stage("evaluating", sum(len(text.windows) for _, text in texts)) as advance:
@@ -150,11 +151,9 @@ def evaluate(
     if to_run:
         with reporter.stage("running tasks", len(to_run)) as advance:
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
-    if of_dense and tokenizer_of_dense:
-        with reporter.stage("loading"):
-            dense = open_model(of_dense, dtype, placement.device, placement.layer_wise)
+    if dense:
         with reporter.stage("comparing abilities"):
-            compared = _compare((dense, tokenizer_of_dense), (loaded, tokenizer))
+            compared = _compare(*reversed([*zip(models, tokenizers, strict=True)]))
     return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
 
 
@@ -188,23 +187,27 @@ def _compare(
 
 
 def _placement(
-    location: ModelLocation, config: PreTrainedConfig, dtype: Dtype, device: str, layer_wise: bool | None
+    located: Sequence[tuple[ModelLocation, PreTrainedConfig]], dtype: Dtype, device: str, layer_wise: bool | None
 ) -> Placement:
-    """The devices of the layers; refuses `layer_wise` and several devices where they are impossible."""
+    """The devices of the layers of models that are held together; refuses `layer_wise` and several devices where they
+    are impossible."""
     named = resolve_devices(device)
     if layer_wise:
-        check_streamable(location, config)
+        for location, config in located:
+            check_streamable(location, config)
         return Placement(named[:1], True)
     # The shapes of a quantized model do not tell its size.
-    if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
-        if len(named) > 1:
-            raise AdaPrunerError(
-                f"`device` {device}: this {config.model_type} cannot be spread over several devices: name one"
-            )
-        return Placement(named, False)
+    for _, config in located:
+        if family_named(config.model_type) is None or getattr(config, "quantization_config", None) is not None:
+            if len(named) > 1:
+                raise AdaPrunerError(
+                    f"`device` {device}: this {config.model_type} cannot be spread over several devices: name one"
+                )
+            return Placement(named, False)
     least = 1 if device == "auto" else len(named)
-    may_stream = layer_wise is None and is_streamable(location, config)
-    return place_weights(empty_model(config), dtype, usable_devices(device), least, may_stream)
+    may_stream = layer_wise is None and all(is_streamable(*of_model) for of_model in located)
+    empty = [empty_model(config) for _, config in located]
+    return place_weights(empty, dtype, usable_devices(device), least, may_stream)
 
 
 def _named_texts(perplexity: Sequence[str] | Mapping[str, Iterable[str]]) -> list[tuple[str, Source | str]]:

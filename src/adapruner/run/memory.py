@@ -296,16 +296,16 @@ def choose_placement(
 
 
 def place_weights(
-    model: PreTrainedModel, dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool
+    models: Sequence[PreTrainedModel], dtype: Dtype, devices: Sequence[torch.device], least: int, may_stream: bool
 ) -> Placement:
-    """The devices of the layers of a model that is only run: as few as leave a quarter of their memory free. If all
+    """The devices of the layers of models that are only run: as few as leave a quarter of their memory free. If all
     devices together are too small, one layer is held at a time if layers `may_stream`, else all devices are used.
 
     Args:
-        model: on the meta device.
+        models: on the meta device, held together.
         least: minimum number of devices.
     """
-    weights = _count(model) * dtype_of_weights(model, dtype).itemsize
+    weights = sum(_count(model) * dtype_of_weights(model, dtype).itemsize for model in models)
     for count in range(least, len(devices) + 1):
         if weights / count <= USABLE * min(total_and_free(device)[0] for device in devices[:count]):
             return Placement(tuple(devices[:count]), False)

@@ -26,6 +26,7 @@ from adapruner.options import (
     BUDGETS,
     EFFORTS,
     EXPERT_TRIALS,
+    OF_A_SEARCH,
     Layout,
     PruneConfig,
     PruneOptions,
@@ -171,7 +172,11 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
         updates |= options_when_split(config, model_config)
     # Experts have no ranking without a search.
     has_experts = config.trials is None and architecture_of(model_config).experts
-    updates["trials"] = EXPERT_TRIALS if has_experts else config.default_trials
+    updates["trials"] = trials = EXPERT_TRIALS if has_experts else config.default_trials
+    changed = [name for name in OF_A_SEARCH if getattr(config, name) != PruneOptions.model_fields[name].default]
+    if changed and not trials:
+        names = ", ".join(f"`{name}`" for name in changed)
+        raise AdaPrunerError(f"without a search, {names} would do nothing: add `trials`")
     return config.model_copy(update=updates)
 
 

@@ -91,10 +91,9 @@ def prune(
                 failure = describe_failure(error, needs_less)
                 if failure is None:
                     raise
-                raise AdaPrunerError(
-                    f"{reporter.current}: {failure}. Finished artifacts are kept in {run.path}: rerun the same command"
-                    " to resume"
-                ) from error
+                kept = f"Finished artifacts are kept in {run.path}: rerun the same command to resume"
+                resumes = kept if output else "Nothing is kept without `output`"
+                raise AdaPrunerError(f"{reporter.current}: {failure}. {resumes}") from error
             return PruneResult(run.path, making.value(choice.plan), making.value(evaluation.result), run)
 
 
@@ -190,7 +189,8 @@ def preview(
     missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
     counts = kept_counts(structure, making.value(inputs.starting_budget))
     after = structure.total_parameters - structure.removed_parameters(counts)
-    moments = sum(block.inputs * block.inputs_of_one for block in structure.blocks)
+    read = [structure.blocks[number] for number in making.value(choice.blocks_to_read)]
+    moments = sum(block.inputs * block.inputs_of_one for block in read)
     return Preview(
         ratio=config.ratio,
         missing=[node.path for node in missing],

@@ -34,6 +34,7 @@ from adapruner.report.card import card_of_recovered, read_card
 from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import content_of_blend, content_of_model
 from adapruner.run.memory import place_weights
+from adapruner.run.options import register_extensions
 from adapruner.text.blends import BlendPart, parse_blend, record_of, sources_of
 from adapruner.text.sources import Source
 from adapruner.train.examples import Examples, Unwritten, read_examples
@@ -44,6 +45,12 @@ from adapruner.train.training import RecoveryRecord, total_steps, train
 
 # The record of the training, in the folder of a recovered model.
 RECORD = "recovery.json"
+# What is taken from a healing whose training is continued: for the same weights, and for the same text.
+_OF_WEIGHTS = (
+    *("train", "learning_rate", "warmup_steps", "batch_size", "micro_batch_size", "gradient_checkpointing"),
+    *("lora_rank", "lora_alpha", "lora_dropout"),
+)
+_OF_TEXT = ("label_weight", "seq_len")
 
 
 def recover(
@@ -61,7 +68,7 @@ def recover(
 
     Args:
         model: as for `load`; or the folder of a run, to continue its training. The teacher, the text, the number
-            of tokens, the trained weights and how these are trained are then as in the run, unless given.
+            of tokens, the trained weights and, for these, the rate are then those of the run, unless given.
         data: instructions with answers, any text, `mix` (which the teacher writes), or `answers:DATASET`
             (the teacher answers these instructions); several with their shares, as `mix:0.3,c4:0.3,alpaca:0.4`.
         output: the folder of the recovered model; of a run, by default `recovered` in its folder.
@@ -78,14 +85,14 @@ def recover(
     if RunFolder(given_path(model)).config.is_file():
         run = RunFolder(given_path(model))
         then, healing = run.read_config(), read_healing(run.model)
+        register_extensions(then)
         of_run: dict[str, Any] = {"tokens": PruneOptions().heal if then.heal == "none" else then.heal}
         if given.keys() & {*TRAINING_BUDGETS}:
             of_run = {}
         if healing and healing.record:
-            trains_others = given.get("train", healing.trained) != healing.trained
-            taken = {"label_weight", "seq_len"} if trains_others else {*healing.record.config}
-            kept = taken - {*TRAINING_BUDGETS, "seed"}
-            of_run |= {name: value for name, value in healing.record.config.items() if name in kept}
+            is_alike = given.get("train", healing.trained) == healing.trained
+            names = (*(_OF_WEIGHTS if is_alike else ()), *(_OF_TEXT if data is None else ()))
+            of_run |= {name: healing.record.config[name] for name in names}
         of_run |= {"data": then.calibration, "teacher": then.model, "output": run.path / "recovered"}
         given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:
@@ -308,5 +315,5 @@ def _load_teacher(location: ModelLocation, config: RecoverConfig, device: str, s
         return open_model(location, config.dtype, device)
     dense_config = open_config(location)
     may_stream = is_streamable(location, dense_config)
-    places = place_weights(empty_model(dense_config), config.dtype, usable_devices(device), 1, may_stream)
+    places = place_weights([empty_model(dense_config)], config.dtype, usable_devices(device), 1, may_stream)
     return open_model(location, config.dtype, places.device, places.layer_wise)

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,6 +20,7 @@ from accelerate.utils import fsdp_utils
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -81,7 +83,9 @@ def with_adapters(model: PreTrainedModel, options: RecoveryOptions) -> object:
         settings |= {"lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
         config = LoraConfig(r=options.lora_rank, **settings)
     try:
-        adapted: Any = get_peft_model(model, config)
+        # PEFT would take these names for those of transformers 4, in which every expert had modules of its own.
+        with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: 0):
+            adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise AdaPrunerError(
             f"PEFT cannot put adapters on a {model.config.model_type} ({reason(error)}): set `train` to full"

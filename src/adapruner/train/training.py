@@ -189,8 +189,9 @@ def _trained(
 ) -> tuple[PreTrainedModel, TrainerState, MixedExamples]:
     """The model after training all of its weights, or adapters that are merged into them; the Trainer's state; and
     the examples. If it is not to be kept, no checkpoints are saved."""
-    model = load()
-    dtype, is_copy = model.dtype, False
+    model, is_copy = load(), False
+    # Routers of mixtures have tensors in float32 beside others in bfloat16.
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
     trains_adapters = options.train in ("lora", "ia3")
     if trains_adapters:
         loaded = id(model)
@@ -245,8 +246,14 @@ def _trained(
                 read_all(model)
             merge(adapters, model)
         model.tie_weights()
-        cast(nn.Module, model).requires_grad_(True).to(dtype).eval()
+        cast(nn.Module, model).requires_grad_(True).eval()
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
     return model, trainer.state, mixed
+
+
+def _tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:
