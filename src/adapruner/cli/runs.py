@@ -141,20 +141,16 @@ def _default_output(model: str | None, recipe: str | None, options: dict[str, ob
     return Path("runs", f"{name}-{limits.size or limits.memory or format(ratio, 'g')}")
 
 
-def report(run: Path, /, *, open: Flag = False, json: Json = False) -> None:
+def report(run: Path, /, *, json: Json = False) -> None:
     """Write the report of a finished run, a self-contained page: report.html in the run folder.
 
     ```console
     adapruner report runs/a
-    adapruner report runs/a --open
     ```
 
     Args:
         run: Folder of a finished run.
-        open: Open the page in the browser.
     """
-    import webbrowser
-
     with starting():
         from adapruner.base.files import given_path
         from adapruner.run.folder import RunFolder, write_report
@@ -163,8 +159,6 @@ def report(run: Path, /, *, open: Flag = False, json: Json = False) -> None:
     folder = RunFolder(given_path(run))
     register_extensions(folder.read_config())
     page = write_report(folder)
-    if open:
-        webbrowser.open(page.absolute().as_uri())
     print_output({"run": run, "report": page}, json, [f"report: {page}"])
 
 
@@ -205,18 +199,9 @@ def inspect(
             from adapruner.run.prune import estimate
         estimated = estimate(model, memory, **pruning)
         place, needed = estimated.placement, estimated.memory
-        content = {
-            "model": model,
-            "device": place.device,
-            "layer_wise": place.layer_wise,
-            "fits": estimated.fits,
-            "refusal": estimated.refusal,
-            "weights_bytes": needed.weights,
-            "term_bytes": needed.term,
-            "largest": needed.largest,
-            "device_bytes": needed.device,
-            "host_bytes": needed.host,
-        }
+        content = {"model": model, "device": place.device, "layer_wise": place.layer_wise}
+        content |= {"fits": estimated.fits, "refusal": estimated.refusal, "largest": needed.largest}
+        content |= {f"{term}_bytes": getattr(needed, term) for term in ("weights", "term", "device", "host")}
         room = memory or "this machine"
         if estimated.fits is None:
             verdict = "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"

@@ -308,10 +308,8 @@ def window_counts(
     """The number of windows of each kind for each use. Only a search has a pool and an objective."""
     counts = {}
     if is_searched:
-        counts = {
-            "pool": counts_of(calibration_texts, pool),
-            "objective": counts_of(objective_texts, objective_windows),
-        }
+        counts["pool"] = counts_of(calibration_texts, pool)
+        counts["objective"] = counts_of(objective_texts, objective_windows)
     if needs_moments(compensation, space, terms):
         counts["compensation"] = counts_of(calibration_texts, compensation_windows)
     return counts

@@ -134,8 +134,7 @@ def check(making: Making, overwrite: bool) -> None:
         making.refuse_outdated()
     if tasks := making.options["tasks"]:
         check_tasks(tasks)
-    missing = making.missing()
-    making.prepare(missing)
+    making.prepare(making.missing())
 
 
 _FLOAT32, _MIB = 4, 2**20

@@ -45,12 +45,8 @@ from adapruner.train.training import RecoveryRecord, total_steps, train
 
 # The record of the training, in the folder of a recovered model.
 RECORD = "recovery.json"
-# What is taken from a healing whose training is continued: for the same weights, and for the same text.
-_OF_WEIGHTS = (
-    *("train", "learning_rate", "warmup_steps", "batch_size", "micro_batch_size", "gradient_checkpointing"),
-    *("lora_rank", "lora_alpha", "lora_dropout"),
-)
-_OF_TEXT = ("label_weight", "seq_len")
+# The options of a training that belong to its text, and not to the weights that are trained.
+_OF_TEXT = {"label_weight", "seq_len"}
 
 
 def recover(
@@ -90,9 +86,9 @@ def recover(
         if given.keys() & {*TRAINING_BUDGETS}:
             of_run = {}
         if healing and healing.record:
-            is_alike = given.get("train", healing.trained) == healing.trained
-            names = (*(_OF_WEIGHTS if is_alike else ()), *(_OF_TEXT if data is None else ()))
-            of_run |= {name: healing.record.config[name] for name in names}
+            trains_the_same = given.get("train", healing.trained) == healing.trained
+            names = healing.record.config.keys() - {*TRAINING_BUDGETS, "seed"} if trains_the_same else _OF_TEXT
+            of_run |= {name: healing.record.config[name] for name in names - (_OF_TEXT if data else set())}
         of_run |= {"data": then.calibration, "teacher": then.model, "output": run.path / "recovered"}
         given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:

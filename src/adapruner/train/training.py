@@ -191,7 +191,7 @@ def _trained(
     the examples. If it is not to be kept, no checkpoints are saved."""
     model, is_copy = load(), False
     # Routers of mixtures have tensors in float32 beside others in bfloat16.
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     trains_adapters = options.train in ("lora", "ia3")
     if trains_adapters:
         loaded = id(model)
@@ -247,13 +247,9 @@ def _trained(
             merge(adapters, model)
         model.tie_weights()
         cast(nn.Module, model).requires_grad_(True).eval()
-        for name, tensor in _tensors(model):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.data = tensor.data.to(dtypes[name])
     return model, trainer.state, mixed
-
-
-def _tensors(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def total_steps(blend: Sequence[Examples], options: RecoveryOptions) -> int:
