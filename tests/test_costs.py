@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adapruner
+from adapruner.base.errors import AdaPrunerError
 from adapruner.budget.counts import Budget, ByCost, kept_counts
 from adapruner.budget.plan import make_plan
 from adapruner.measurement.moments import measure_moments, removal_errors
 from adapruner.model.loading import load_model
 from adapruner.model.places import find_model
 from adapruner.options import OF_A_SEARCH
+from adapruner.run import choice
 from adapruner.search.judging import Cost, Costs, cuts_to_measure, measure_costs
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
@@ -186,6 +188,22 @@ def test_costs_serve_every_ratio(closed, tmp_path):
     other = adapruner.prune(from_=closed.output, output=tmp_path / "other", ratio=0.15)
     assert not {"measuring costs", "comparing removals"} & {*stages_done(tmp_path / "other")}
     assert abs(other.plan.ratio - 0.15) <= 0.005
+
+
+def test_of_long_windows_the_beginnings_tell_the_costs(model_folder, text_file, tmp_path, monkeypatch):
+    """As the estimate of memory says."""
+    read = list[torch.Size]()
+
+    def enough(model, structure, errors, moments, windows, *rest):
+        read.append(windows.shape)
+        raise AdaPrunerError("enough")
+
+    monkeypatch.setattr(choice, "TOKENS_FOR_COSTS", 64)
+    monkeypatch.setattr(choice, "measure_costs", enough)
+    with pytest.raises(AdaPrunerError, match="enough"):
+        adapruner.prune(str(model_folder), str(text_file), output=tmp_path / "run", **CLOSED)
+    [(count, length)] = read
+    assert (count <= 8, length) == (True, 8)
 
 
 def test_a_ratio_at_which_heads_are_removed_reads_their_moments(model_folder, text_file, tmp_path):

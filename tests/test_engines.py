@@ -72,6 +72,8 @@ def test_a_run_for_any_engine_is_a_stock_model(arguments, windows, tmp_path, cap
     with torch.no_grad():
         assert torch.equal(stock(windows).logits, adapruner.load(folder)(windows).logits)
     assert f"serve: vllm serve {folder}" in capsys.readouterr().out
+    assert exit_code([*arguments, "--for", "any", "--for", "sglang", "-o", str(tmp_path / "run")]) == 0
+    assert f"serve: python -m sglang.launch_server --model-path {folder}" in capsys.readouterr().out
 
 
 def test_a_conflict_is_told_before_the_run(arguments, tmp_path, capsys):

@@ -169,6 +169,14 @@ def test_two_models_are_compared_as_in_a_run(finished, model_folder, capsys):
     assert result.verdict in capsys.readouterr().out
 
 
+def test_a_dense_model_that_cannot_be_read_is_told_before_the_work(finished, model_folder, text_file, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(AdaPrunerError, match=r"dense"):
+        adapruner.evaluate(finished.model_folder, str(text_file), seq_len=16, against=tmp_path / "dense")
+    assert "evaluating" not in capsys.readouterr().err
+
+
 def test_of_models_with_other_tokens_only_what_compares_is_measured(model, model_folder, tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["zzz"])

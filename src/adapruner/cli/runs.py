@@ -99,8 +99,8 @@ def prune(
         return
     result = api.prune(model, output=output, overwrite=overwrite, recipe=recipe, from_=from_, **chosen)
     print_advice(result.advice())
-    for_ = RunFolder(result.output).read_config().for_  # the result of a run that is repeated for another engine stays
-    serving = engines.serving_commands(for_ or ("transformers",), result.model_folder)
+    for_ = RunFolder(result.output).read_config().for_ or ("transformers",)  # `result.json` has those of the first call
+    serving = engines.serving_commands(for_, result.model_folder)
     files = f"model: {result.model_folder}   plan {result.plan.hash[:12]}   report {result.report}"
     print_output(
         result.result,

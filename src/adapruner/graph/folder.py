@@ -102,11 +102,9 @@ class Folder:
             return None
 
     def is_made(self, name: str, key: str) -> bool:
-        """True if the artifact is complete, has this key, and is as it was written."""
+        """True if the artifact, which may be an empty folder, is complete, has this key, and is as it was written."""
         record = self.record(name)
-        # An artifact may have no file: second moments where no block is projected.
-        files = record.files if record and record.key == key else None
-        return files is not None and self._are_as_written(files)
+        return bool(record and record.key == key and record.files is not None and self._are_as_written(record.files))
 
     def is_damaged(self, name: str, key: str) -> bool:
         """True if some files of a finished artifact with this key are not as they were written; removed ones do not
