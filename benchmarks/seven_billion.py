@@ -37,16 +37,7 @@ from adapruner.text.reading import read_documents
 from adapruner.text.sources import parse_source
 
 LAYERS_PER_SHARD = 4
-LITTLE_TEXT: dict[str, Any] = {
-    "ratio": 0.2,
-    "seq_len": 32,
-    "pool": 4,
-    "samples": 2,
-    "objective_windows": 4,
-    "compensation_windows": 16,
-    "heal": "none",
-    "limit": 4,
-}
+LITTLE_TEXT: dict[str, Any] = {"ratio": 0.2, "seq_len": 32, "compensation_windows": 32, "heal": "1k", "limit": 4}
 
 
 class Reads:
