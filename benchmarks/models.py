@@ -50,6 +50,7 @@ OURS: dict[str, dict[str, Any]] = {
     "quick": {"effort": "quick"},
     "quick, uniform": {"effort": "quick", "layout": "uniform"},
     "standard": {"effort": "standard"},
+    "standard, uniform": {"effort": "standard", "layout": "uniform"},
 }
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 

@@ -59,7 +59,7 @@ def open_config(location: ModelLocation) -> PreTrainedConfig:
 def open_model(
     location: ModelLocation, dtype: str = "auto", device: str = "auto", layer_wise: bool = False, deferred: bool = False
 ) -> PreTrainedModel:
-    """Loads a model as `models.load_model` does, after `open_config`."""
+    """Loads a model as `model.loading.load_model` does, after `open_config`."""
     open_config(location)
     return load_model(location, dtype, device, layer_wise, deferred)
 
@@ -76,7 +76,7 @@ def resolve(config: PreTrainedConfig) -> Architecture:
 
 
 def learn(config: PreTrainedConfig) -> None:
-    """Infers and proves the family of a config if no file describes it. From then on, `models.architecture_of` returns
+    """Infers and proves the family of a config if no file describes it. From then on, `architecture_of` returns
     its architecture, or raises with the reason why it cannot be pruned."""
     model_type = config.model_type
     if model_type in known_architectures() or getattr(config, "quantization_config", None):

@@ -159,8 +159,8 @@ def _tokens(definition: dict[str, Any], vocabulary: int) -> list[_Token]:
         if falls_back and added["content"] == definition["model"]["unk_token"]:
             kind = TokenType.UNKNOWN
         tokens[added["id"]] = (added["content"], kind)
-    if max(tokens) >= vocabulary:
-        raise _not_writable(f"it has {max(tokens) + 1} tokens, the embedding of the model only {vocabulary}")
+    if (last := max(definition["model"]["vocab"].values())) >= vocabulary:  # added tokens beyond are left out
+        raise _not_writable(f"it has {last + 1} tokens, the embedding of the model only {vocabulary}")
     return [tokens.get(index, (f"[PAD{index}]", TokenType.UNUSED)) for index in range(vocabulary)]
 
 

@@ -51,7 +51,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
     base = shown_name(result.config.model)
     numbers = {"dense": dense.numbers, "this model": model.numbers}
     search = result.search
-    weights = search.best.point.weights if search else {"elimination": 1.0}
+    weights = search.best.point.weights if search else {"tempered_elimination": 1.0}
     chosen = f"search: {search.trials} trials, seed {result.config.seed}" if search else "no search"
     if result.costs:
         chosen += "; what costs the least divergence is removed first, in whatever layer"

@@ -164,7 +164,8 @@ def model_table(title: str, models: Mapping[str, Numbers]) -> Table:
 def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) -> Table:
     """What models can still do, of those for which it is known, and their verdicts."""
     shown = _of_kind(models, "ability")
-    if any(metric == "agreement" for _, metric, _ in shown):
+    compared = [{metric for _, metric, _ in numbers} for numbers in models.values()]
+    if all("agreement" in metrics for metrics in compared if "loss" in metrics):
         shown = {key: number for key, number in shown.items() if number.metric != "loss"}
     known = {name: numbers for name, numbers in models.items() if shown.keys() & numbers.keys()}
     columns = [Column("ability", is_number=False), Column("measured", is_number=False), *map(Column, known)]

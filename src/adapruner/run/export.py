@@ -14,6 +14,7 @@ from adapruner.checkpoint import is_replaceable, read_origin, save_checkpoint
 from adapruner.families import open_config, open_model
 from adapruner.formats import Export, formats
 from adapruner.formats.gguf_checks import StoredTypes, read_stored_types
+from adapruner.model.architecture import architecture_of, has_causal_model
 from adapruner.model.loading import empty_model, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.model.wrapper import wrapper_of
@@ -147,6 +148,8 @@ def vocabulary(
     path, location = output_path(output), find_model(model)
     check_output(path, location, overwrite)
     config, tokenizer, reporter = open_config(location), load_tokenizer(location), Reporter()
+    if not has_causal_model(config.model_type):
+        architecture_of(config)  # refuses it
     with reporter.stage("counting tokens", None) as advance:
         naming = configs_with_tokens(location, config)
         chosen, summary = select_vocabulary(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -18,9 +19,10 @@ from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRat
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
 from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
+from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
-from adapruner.model.loading import empty_model
+from adapruner.model.loading import empty_model, load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.options import (
     BUDGETS,
@@ -166,6 +168,8 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
     updates: dict[str, object] = {}
     model_config = open_config(find_model(config.model))
     if config.for_:
+        if "llama.cpp" in config.for_:
+            add_tokenizer(GGUFWriter(None, ""), load_tokenizer(find_model(config.model)), model_config.vocab_size)
         updates |= options_for(config, model_config)
         PruneConfig.from_options(**config.model_dump(exclude_unset=True) | updates)  # what they exclude
     if config.tensor_parallel > 1:

@@ -83,6 +83,8 @@ def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
             parts += [BlendPart(kind, share / len(kinds()), None) for kind in kinds()]
         elif share:
             parts.append(BlendPart(name, share, _source(name, missing_ok)))
+    if len({part.name for part in parts}) < len(parts):
+        raise AdaPrunerError(f"a dataset in {text!r} has the name of a kind of {MIX} ({', '.join(kinds())}): rename it")
     return tuple(parts)
 
 
@@ -184,7 +186,8 @@ def assign_texts(config: PruneConfig) -> Texts:
     need those that it has read."""
 
     calibration = _of_part(parse_blend(config.calibration, missing_ok=True), "calibration")
-    objective = _of_part(parse_blend(config.objective or config.calibration, missing_ok=True), "objective")
+    judging = (config.objective or config.calibration) if config.default_trials else None
+    objective = _of_part(parse_blend(judging, missing_ok=True), "objective") if judging else ()
     if answered := next((part.name for part in (*calibration, *objective) if part.name.startswith(ANSWERS)), None):
         raise AdaPrunerError(f"{answered!r} is for fine-tuning: name the dataset itself")
     texts = Texts(calibration, objective, {})

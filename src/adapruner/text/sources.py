@@ -22,7 +22,7 @@ Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
 Lines = Literal["keep", "strip", "paragraphs"]
 
-# Text of several kinds that the model writes (calibration/_mix.py).
+# Text of several kinds that the model writes.
 MIX = "mix"
 # Before the name of a dataset of instructions: the model answers them.
 ANSWERS = "answers:"
@@ -148,6 +148,8 @@ def _named(name: str, purpose: Purpose) -> Source:
         return Source(name, dataset, path, known.hub, split, known.columns, known.lines, known.limit)
     path = given_path(dataset)
     if path.suffix in _FILES:
+        if option and path.suffix in (".txt", _OF_WINDOWS):
+            raise AdaPrunerError(f"{name!r}: {path.name} has no columns; a share is a number such as 0.5")
         return Source(name, path.name, path, named_columns=(option,) if option else ())
     if name == MIX:
         raise AdaPrunerError(f"{name!r} is text that the model writes: it is for calibration and training alone")

@@ -71,8 +71,9 @@ def _text_pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-# Tokens have fewer characters on average; and the number of places that pieces of a long text are from.
-_CHARACTERS, _PIECES = 8, 32
+# Tokens have fewer characters on average; the number of places that pieces of a long text are from; and the characters
+# of a text that are read where a number of windows is reported on: more than the texts that papers report have.
+_CHARACTERS, _PIECES, _MOST_READ = 8, 32, 50_000_000
 
 
 def draw_windows(
@@ -246,7 +247,7 @@ def evaluation_text(
             if stride is not None:
                 raise AdaPrunerError(f"{text} holds windows as they are: leave `stride` out")
             return EvaluationText(evenly_spaced(_given_windows(text, seq_len, 1), limit), seq_len, about)
-        text = "\n\n".join(read_documents(text))
+        text = "\n\n".join(read_documents(text) if limit is None else _pieces(read_documents(text), _MOST_READ))
     start = _start_of_text(tokenizer, seq_len) if bos else torch.tensor([], dtype=torch.int64)
     size = seq_len - len(start)
     stride = min(stride or size, size)
@@ -275,7 +276,7 @@ def _bytes_of_tokens(text: str, ends: Tensor) -> Tensor:
         ends: [tokens], int64: the number of characters up to the end of each token; 0 for special tokens.
     """
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
-    widths = 1 + (points >= 0x80).long() + (points >= 0x800).long() + (points >= 0x10000).long()
+    widths = 1 + (points >= 0x80).byte() + (points >= 0x800).byte() + (points >= 0x10000).byte()
     nothing = torch.zeros(1, dtype=torch.int64)
     bytes_until = torch.cat([nothing, widths.cumsum(0)])
     return bytes_until[ends.cummax(0).values].diff(prepend=nothing)
