@@ -95,6 +95,7 @@ def test_paths_may_have_colons_and_commas(tmp_path, monkeypatch):
         ("c4:0.5,alpac:0.5", "unknown text source 'alpac'.* Did you mean 'alpaca'"),
         ("c4:nan,ptb:1", "must leave something"),
         ("answers:mix", "has answers already"),
+        ("mix,notes.txt:30%", "notes.txt has no columns; a share is a number such as 0.5"),
         ("answers:", "unknown text source"),
         ("mix@report", "unknown text source 'mix@report'|has no parts|is text that the model writes"),
     ],

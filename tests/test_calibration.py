@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from adapruner.base.errors import AdaPrunerError
 from adapruner.options import PruneConfig
 from adapruner.text import reading as _reading, sources as _sources, windows as _tokenizing
-from adapruner.text.blends import assign_texts
+from adapruner.text.blends import assign_texts, parse_blend
 from adapruner.text.reading import fingerprint, provenance, read_documents, read_records, stream_documents
 from adapruner.text.sources import Source, parse_source, register_sources
 from adapruner.text.windows import draw_windows, evaluation_text, text_windows, tokens_of
@@ -300,6 +300,25 @@ def _own_sources():
     yield
     _sources._registered.clear()
     _sources._registered.update(before)
+
+
+@pytest.mark.usefixtures("_own_sources")
+def test_a_source_is_not_taken_for_text_that_the_model_writes(tmp_path, text_file):
+    entry = {"split": "train", "columns": ["text"], "local": {"train": str(text_file)}}
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump({"code": entry}))
+    register_sources(tmp_path / "sources.yaml")
+    assert [part.name for part in parse_blend("code")] == ["code"]
+    with pytest.raises(AdaPrunerError, match=r"'mix:0.3,code:0.7' has the name of a kind of mix .*: rename it"):
+        parse_blend("mix:0.3,code:0.7")
+
+
+def test_of_a_large_text_as_much_is_read_as_is_reported(text_file, tokenizer, monkeypatch):
+    whole = evaluation_text(parse_source(str(text_file)), tokenizer, 16, None)
+    few = evaluation_text(parse_source(str(text_file)), tokenizer, 16, 8)
+    assert few.windows.equal(_tokenizing.evenly_spaced(whole.windows, 8))
+    monkeypatch.setattr(_tokenizing, "_MOST_READ", 4096)
+    parts = evaluation_text(parse_source(str(text_file)), tokenizer, 16, 8)
+    assert (parts.windows.shape, parts.windows.equal(few.windows)) == ((8, 16), False)
 
 
 @pytest.mark.usefixtures("_own_sources")

@@ -76,6 +76,12 @@ def test_a_run_for_any_engine_is_a_stock_model(arguments, windows, tmp_path, cap
     assert f"serve: python -m sglang.launch_server --model-path {folder}" in capsys.readouterr().out
 
 
+def test_a_tokenizer_that_an_engine_cannot_read_is_told_before_the_run(arguments, tmp_path, capsys):
+    assert exit_code([*arguments, "--for", "llama.cpp", "-o", str(tmp_path / "run")]) == 2
+    assert "llama.cpp cannot read this tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_conflict_is_told_before_the_run(arguments, tmp_path, capsys):
     assert exit_code([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")]) == 2
     assert "--layout per-layer: vllm would need layers of equal widths; change it, or --for" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_dense_model_that_cannot_be_read_is_told_before_the_work(finished, mod
     assert "evaluating" not in capsys.readouterr().err
 
 
-def test_of_models_with_other_tokens_only_what_compares_is_measured(model, model_folder, tokenizer, tmp_path):
+def test_of_models_with_other_tokens_only_what_compares_is_measured(model, model_folder, tokenizer, tmp_path, capsys):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["zzz"])
     model.save_pretrained(tmp_path / "other")
@@ -186,6 +186,10 @@ def test_of_models_with_other_tokens_only_what_compares_is_measured(model, model
     for kind, reading in result.abilities.reads.items():
         assert reading.agreement is None
         assert reading.loss == pytest.approx(result.dense.reads[kind].loss, rel=1e-5)  # the texts are the same
+    arguments = ["evaluate", str(tmp_path / "other"), "--against", str(model_folder)]
+    app(arguments, exit_on_error=False, result_action="return_value")
+    shown = capsys.readouterr().out
+    assert all(f"{reading.loss:.3f}" in shown for reading in result.abilities.reads.values())
     by_layer = adapruner.evaluate(model_folder, against=model_folder, layer_wise=True)
     assert (by_layer.abilities.writes, by_layer.abilities.share_solved, by_layer.verdict) == ({}, None, "usable")
     assert {*by_layer.abilities.reads} == {"arithmetic", "code", "prose", "dialogue", "instructions"}
@@ -490,7 +494,7 @@ def test_a_model_that_does_not_fit_is_evaluated_layer_by_layer(
 
 
 def test_what_a_checkpoint_was_calibrated_on_is_said(model_folder, tmp_path, text_file, capsys):
-    texts = assign_texts(PruneConfig(model="m", calibration=str(text_file)))
+    texts = assign_texts(PruneConfig(model="m", calibration=str(text_file), trials=8))
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     (folder / "adapruner.json").write_text(json.dumps({"format": 1, "texts": texts.as_records()}))
     copy = shutil.copy(text_file, tmp_path / "copy.txt")

@@ -23,6 +23,11 @@ def assigned(**options: object) -> Texts:
     return assign_texts(PruneConfig.from_options(model="m", trials=8, **options))
 
 
+def test_without_a_search_no_text_judges_trials():
+    texts = assign_texts(PruneConfig.from_options(model="m", calibration="c4", evaluate=("c4@objective",)))
+    assert (texts.objective, [use for use, _ in texts.used]) == ((), ["pool"])
+
+
 def as_text(texts: Texts) -> tuple[str, str, list[str]]:
     calibration, objective = (
         ", ".join(str(part.source or part.name) for part in blend) for blend in (texts.calibration, texts.objective)

@@ -572,3 +572,11 @@ def test_names_of_texts_are_separated_by_commas(tmp_path):
     assert source_names([str(odd)]) == [str(odd)]
     assert source_names([f"{records}:text,c4, wikitext2", "ptb"]) == [f"{records}:text", "c4", "wikitext2", "ptb"]
     assert source_names([",", ""]) == []
+
+
+def test_a_model_that_is_no_causal_one_is_refused_before_text_is_read(tokenizer, text_file, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    tokenizer.save_pretrained(tmp_path / "t5")
+    with pytest.raises(AdaPrunerError, match="'t5' is an encoder-decoder, only causal language models can be pruned"):
+        adapruner.vocabulary(tmp_path / "t5", str(text_file), tmp_path / "out")

@@ -111,6 +111,12 @@ def test_byte_level(name, steps, ignore_merges, texts, byte_level, assert_cut_th
     assert_cut_the_same(byte_level(*steps, ignore_merges=ignore_merges), texts, "gpt2", name)
 
 
+def test_added_tokens_beyond_the_embedding_are_left_out(texts, byte_level, assert_cut_the_same):
+    tokenizer = byte_level(GPT_2)
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(601 - len(tokenizer))])
+    assert_cut_the_same(tokenizer, texts, "gpt2", "gpt-2")
+
+
 @pytest.mark.parametrize(
     ("normalizer", "pre_tokenizer"),
     [(PREFIX_AND_SPACES, None), (SPACES, None), (None, pre_tokenizers.Metaspace("▁", "never", split=False))],
