@@ -211,7 +211,7 @@ def test_what_a_dense_model_lacks_is_said_before_a_run(model_type, fields, messa
         ),
         (
             lambda block: block.groups * (block.kind == "channels" or block.layer > 0),
-            "layer 0 has no attention, without which vLLM and SGLang .* `protect_first` 1",
+            "layer 0 has no attention, which vLLM and SGLang need .* `protect_first` 1",
         ),
     ],
 )

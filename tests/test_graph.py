@@ -133,9 +133,9 @@ def value(folder: Path, name: str = "total") -> Any:
 @pytest.mark.parametrize(
     ("declare", "message"),
     [
-        (lambda graph: graph.in_memory(lambda sizes: 0), "names sizes, which is no option"),
-        (lambda graph: graph.in_memory(lambda work: 0), "names work, which is no option"),
-        (lambda graph: graph.kept("a", JSON, name="a")(lambda later: 0), "names later, which is no option"),
+        (lambda graph: graph.in_memory(lambda sizes: 0), "names sizes: no option"),
+        (lambda graph: graph.in_memory(lambda work: 0), "names work: no option"),
+        (lambda graph: graph.kept("a", JSON, name="a")(lambda later: 0), "names later: no option"),
         (lambda graph: graph.in_memory(lambda config: 0), "of which its key would not depend"),
         (lambda graph: graph.kept("a", JSON, name="size")(lambda: 0), "size stands for something else"),
         (lambda graph: graph.in_memory(lambda: Options().size), "reads Options"),

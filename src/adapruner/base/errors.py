@@ -29,8 +29,7 @@ _PROCESS_ENDED = ("closed by peer", "reset by peer", "remote process exited")
 # Users and passwords in URLs, tokens of the Hub, and tokens among the arguments of URLs.
 _SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\bhf_)[A-Za-z0-9]{30,}|(?<=token=)[^&\s\"']+")
 _LONGEST_REASON = 300
-# These end a process, or a generator. All other exceptions are failures, also the panics of libraries in Rust, which
-# are no `Exception`.
+# These end a process, or a generator. All others are failures, also panics of Rust libraries, which are no `Exception`.
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 _LONGEST_VALUE = 60
 _MOST_ERRORS = 8

@@ -47,8 +47,7 @@ def check_decilm(config: PreTrainedConfig) -> None:
     rope = config.rope_parameters
     if rope["rope_type"] not in _ROPE_TYPES or rope.get("partial_rotary_factor") not in (None, 1):
         raise AdaPrunerError(
-            f"a DeciLM checkpoint has rotary embeddings of all of a head, of type {', '.join(_ROPE_TYPES)}; this model"
-            f" has {rope}"
+            f"DeciLM has rotary embeddings of whole heads, of type {', '.join(_ROPE_TYPES)}; this model has {rope}"
         )
     layers = layer_counts(config)
     first: dict[tuple[int, int], int] = {}
@@ -68,8 +67,7 @@ def check_decilm(config: PreTrainedConfig) -> None:
         )
     if not layers[0][0]:
         raise AdaPrunerError(
-            "layer 0 has no attention, without which vLLM and SGLang do not run a DeciLM checkpoint: prune with"
-            " `protect_first` 1"
+            "layer 0 has no attention, which vLLM and SGLang need in a DeciLM checkpoint: prune with `protect_first` 1"
         )
     if config.hidden_size % layers[0][0]:
         raise AdaPrunerError(

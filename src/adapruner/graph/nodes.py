@@ -263,8 +263,7 @@ class Graph:
         for needed in node.needs.values():
             if needed not in may_name:
                 raise GraphError(
-                    f"{node.name} names {needed}, which is no option, nothing that is given, and no node declared"
-                    " before it"
+                    f"{node.name} names {needed}: no option, nothing that is given, no node declared before it"
                 )
             if is_keyed and needed in self.unkeyed:
                 raise GraphError(f"{node.name} names {needed}, of which its key would not depend")

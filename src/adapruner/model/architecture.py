@@ -196,8 +196,7 @@ class Architecture(BaseModel, extra="forbid", frozen=True):
         return int((self.default_channels or 0) * config.hidden_size if explicit is None else explicit)
 
 
-# Of this process, by `model_type`: the families of the user's files; and inferred families, or the reason why one
-# cannot be pruned.
+# Of this process, by `model_type`: families of the user's files; inferred ones, or the reason why one cannot be pruned.
 _registered: dict[str, Architecture] = {}
 _inferred: dict[str, Architecture | str] = {}
 
@@ -361,8 +360,7 @@ def check_length(config: PreTrainedConfig, length: int) -> str | None:
     if is_dynamic or (known and known.learned_positions):
         why = "and dynamic rotary embeddings, which remember longer texts" if is_dynamic else "and no more"
         raise AdaPrunerError(
-            f"this {config.model_type} has {longest:,} positions {why}; texts of {length:,} tokens are too long:"
-            " choose shorter ones"
+            f"this {config.model_type} has {longest:,} positions {why}; texts of {length:,} tokens are too long"
         )
     return f"texts of {length:,} tokens exceed the {longest:,} positions of this model: expect worse results"
 

@@ -233,8 +233,7 @@ def differences(
         tensor = stored[names[name]]
         if tensor.dtype not in _FLOATING_POINT:
             raise AdaPrunerError(
-                f"{name} in {tensor.file} is stored as {tensor.dtype}, not as floating point numbers: take the"
-                " unquantized checkpoint"
+                f"{name} in {tensor.file} is quantized ({tensor.dtype}): take the unquantized checkpoint"
             )
     mismatched = [
         (name, stored[names[name]].shape, tuple(wanted.shape))

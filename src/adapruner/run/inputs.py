@@ -186,8 +186,7 @@ def ratio_of_decoder(share_of_decoder: float, ratio: float, ratio_of: RatioOf) -
         return ratio
     if ratio >= share_of_decoder:
         raise UnreachableRatioError(
-            f"`ratio` {ratio} is not reachable: the decoder, which alone is pruned, has {share_of_decoder:.3f} of the"
-            " parameters"
+            f"`ratio` {ratio} is not reachable: the decoder, all that is pruned, has {share_of_decoder:.3f} of all"
         )
     return ratio / share_of_decoder
 

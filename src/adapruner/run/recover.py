@@ -219,8 +219,7 @@ def parts(
         dense_config = open_config(dense)
         if dense_config.vocab_size != model_config.vocab_size:
             raise AdaPrunerError(
-                f"the teacher has a vocabulary of {dense_config.vocab_size:,} tokens, the model one of"
-                f" {model_config.vocab_size:,}"
+                f"the teacher has {dense_config.vocab_size:,} tokens, the model {model_config.vocab_size:,}"
             )
         warnings.append(check_length(dense_config, training.seq_len))
     examples = read_examples(blend, tokenizer, training, training.label_weight if dense else 1.0)

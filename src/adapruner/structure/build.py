@@ -138,8 +138,7 @@ def _expert_channel_block(model: PreTrainedModel, architecture: Architecture, la
     layer_path, names = f"{architecture.layers}.{layer}", architecture.experts.channels
     if names is None:
         raise AdaPrunerError(
-            f"the channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity`"
-            " expert"
+            f"channels inside the experts of a {architecture.model_type} cannot be cut: use `expert_granularity` expert"
         )
     down = _at(model, f"{layer_path}.{names.output}")
     if down is None:

@@ -62,8 +62,7 @@ def parse_blend(text: str, missing_ok: bool = False) -> tuple[BlendPart, ...]:
         raise AdaPrunerError(f"{text!r} names no dataset: expected DATASET, or DATASET:SHARE,DATASET:SHARE")
     if len(named) == 1 and numbers and float(numbers[0]) != 1:
         raise AdaPrunerError(
-            f"{text!r} is one dataset, which needs no share: remove :{numbers[0]}; if that is part of the name, write"
-            f" {text}:1"
+            f"{text!r} needs no share: remove :{numbers[0]}; if that is part of the name, write {text}:1"
         )
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise AdaPrunerError(f"{twice!r} is named twice: write it once, with the sum of its shares")

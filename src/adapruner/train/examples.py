@@ -24,8 +24,7 @@ from adapruner.text.windows import evenly_spaced, text_windows, tokenize
 from adapruner.text.written import as_chat, write_kinds
 
 IGNORED = -100
-# The default number of examples that a model writes for fine-tuning: for each dataset that it answers, and of a whole
-# blend of kinds.
+# By default, the number of examples that a model writes to fine-tune on: for each dataset, and of a blend of kinds.
 DEFAULT_GENERATED_RECORDS = 1024
 # Greedy answers of small models repeat themselves; at temperature 1, they are often wrong.
 _TEMPERATURE, _ANSWERS_AT_ONCE = 0.7, 128
@@ -34,8 +33,7 @@ _LONGEST_PROMPT = 0.75
 
 # Passes over all examples, where nothing else gives the length.
 DEFAULT_EPOCHS = 2
-# Times that the validation loss is measured and a checkpoint is saved; in long trainings every 200 steps, as in
-# LLM-Pruner.
+# Times that the validation loss is measured and a checkpoint saved; in long trainings every 200 steps, as LLM-Pruner.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 5, 200
 # All validations together read at most this part of the examples that are trained on, without a backward pass.
 _VALIDATED = 0.1
@@ -303,8 +301,7 @@ def _split(examples: list[Example], part: BlendPart, options: RecoveryOptions, s
 def _refuse_too_few(count: int, name: str, options: RecoveryOptions) -> None:
     if count < 2:
         raise AdaPrunerError(
-            f"{name} gives {count} examples of at most {options.seq_len} tokens; 2 are needed, one to train on"
-            " and one to validate on"
+            f"{name} gives {count} examples of at most {options.seq_len} tokens; to train and to validate, 2 are needed"
         )
 
 
