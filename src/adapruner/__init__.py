@@ -13,8 +13,7 @@ logging.getLogger(__name__).setLevel(logging.INFO)
 
 __version__ = "0.2.0"
 
-# The module of every name, as type checkers read it too; importing it, and PyTorch with it, waits until the name is
-# used.
+# The module of every name, as type checkers read it too; importing it, and PyTorch, waits until the name is used.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _MODULES = {name.name: line.module for line in _STUB.body if isinstance(line, ast.ImportFrom) for name in line.names}
 __all__ = [*_MODULES]
