@@ -337,9 +337,8 @@ def drawn(
             if count := window_counts[use][kind]:
                 drawn[use][kind] = draw_windows(source, tokenizer, count, seq_len, seed, fewest[use][kind])
     for kind, source in sources_of(calibration_texts) if "compensation" in window_counts else ():
-        count = window_counts["compensation"][kind]
-        text = text_windows(source, tokenizer, seq_len, max(2, count))
-        drawn["compensation"][kind] = evenly_spaced(text, count)
+        text = text_windows(source, tokenizer, seq_len)
+        drawn["compensation"][kind] = evenly_spaced(text, window_counts["compensation"][kind])
         if len(text) < 2:
             raise AdaPrunerError(f"{source} gives one window of {seq_len} tokens, compensation needs 2")
     for tokens in (tokens for by_kind in drawn.values() for tokens in by_kind.values() if len(tokens)):

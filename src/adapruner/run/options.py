@@ -157,6 +157,9 @@ def resolve(
         run.check_usable()
         resolved = resolved.model_copy(update=_in_files(in_memory, tokenizer, run.given))
     resolved = with_defaults(_with_absolute_paths(resolved))
+    if "llama.cpp" in resolved.for_:
+        location = find_model(resolved.model)
+        add_tokenizer(GGUFWriter(None, ""), load_tokenizer(location), open_config(location).vocab_size)
     if limit.size or limit.memory:
         given_names = (*resolved.given, "ratio")
         resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved), "given": given_names})
@@ -168,8 +171,6 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
     updates: dict[str, object] = {}
     model_config = open_config(find_model(config.model))
     if config.for_:
-        if "llama.cpp" in config.for_:
-            add_tokenizer(GGUFWriter(None, ""), load_tokenizer(find_model(config.model)), model_config.vocab_size)
         updates |= options_for(config, model_config)
         PruneConfig.from_options(**config.model_dump(exclude_unset=True) | updates)  # what they exclude
     if config.tensor_parallel > 1:

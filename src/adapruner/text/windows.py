@@ -72,8 +72,8 @@ def _text_pieces(text: str) -> Iterator[str]:
 
 
 # Tokens have fewer characters on average; the number of places that pieces of a long text are from; and the characters
-# of a text that are read where a number of windows is reported on: more than the texts that papers report have.
-_CHARACTERS, _PIECES, _MOST_READ = 8, 32, 50_000_000
+# that are read of one out of which windows are chosen, which takes half a minute: more than texts of papers have.
+_CHARACTERS, _PIECES, _MOST_READ = 8, 32, 20_000_000
 
 
 def draw_windows(
@@ -137,7 +137,7 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
         return _given_windows(source, seq_len, 1)
     start, documents = _start_of_text(tokenizer, seq_len), read_documents(source)
     size = seq_len - len(start)
-    chosen = documents if limit is None else _pieces(documents, limit * size * _CHARACTERS)
+    chosen = _pieces(documents, _MOST_READ if limit is None else limit * size * _CHARACTERS)
     tokens = tokens_of(tokenizer, "\n\n".join(chosen))
     if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
         tokens = tokens_of(tokenizer, "\n\n".join(documents))
