@@ -18,6 +18,7 @@ from adapruner.model.loading import load_model
 from adapruner.model.places import find_model
 from adapruner.options import OF_A_SEARCH
 from adapruner.run import choice
+from adapruner.run.prune import preview
 from adapruner.search.judging import Cost, Costs, cuts_to_measure, measure_costs
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
@@ -174,6 +175,7 @@ def test_without_a_search_nothing_is_made_for_one(closed):
     assert "What a cut costs" in page
     assert "Chosen calibration samples" not in page
     assert "no search; what costs the least divergence is removed first" in card
+    assert "tempered_elimination" in card
 
 
 def test_without_a_search_the_tempered_errors_rank(closed, model_folder):
@@ -182,6 +184,12 @@ def test_without_a_search_the_tempered_errors_rank(closed, model_folder):
     scores = load_file(closed.output / "removals.safetensors")["tempered_error"]
     counts = [len(block.kept) for block in closed.plan.blocks]
     assert closed.plan == make_plan(structure, scores, counts)
+
+
+def test_a_preview_counts_the_moments_that_are_kept(closed, model_folder, text_file, tmp_path):
+    foreseen = preview(str(model_folder), output=tmp_path / "other", calibration=str(text_file), **CLOSED)
+    kept = sum(file.stat().st_size for file in (closed.output / "moments").iterdir())
+    assert foreseen.moments_bytes <= kept <= 1.2 * foreseen.moments_bytes + 2**12
 
 
 def test_costs_serve_every_ratio(closed, tmp_path):

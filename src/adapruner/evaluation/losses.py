@@ -258,7 +258,7 @@ def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Te
     return [readings[number] for number in range(len(texts))]
 
 
-# Datasets and tokens per window of others: LLM-Pruner (arXiv 2305.11627), the paper; SparseGPT, Wanda, FLAP, SliceGPT
+# Datasets and tokens per window of LLM-Pruner (arXiv 2305.11627) and the paper; of SparseGPT, Wanda, FLAP, SliceGPT.
 PROTOCOLS = {"llm-pruner": (("wikitext2:test", "ptb:validation"), 128), "2048": (("wikitext2:test",), 2048)}
 
 

@@ -361,6 +361,6 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
 def _sampler(seed: int, beside_others: bool) -> optuna.samplers.TPESampler:
     """A sampler for one trial; other running trials, if there are any, count as bad until they are finished."""
     with warnings.catch_warnings():
-        # Optuna calls these options experimental; without `group`, few parameters would switch `multivariate` off.
+        # Optuna calls these experimental; without `group`, trials with few given parameters switch `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)

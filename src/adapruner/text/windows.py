@@ -234,7 +234,7 @@ def evaluation_text(
 
     Args:
         text: a dataset, whose documents are joined by empty lines, or the text itself.
-        limit: the largest number of windows, which are evenly spaced.
+        limit: the largest number of windows, evenly spaced; of more than 20 million characters, out of pieces.
         stride: tokens of the text between the beginnings of windows; by default they do not overlap.
         bos: True to begin every window with the special tokens that the tokenizer puts in front of a text.
             LLM-Pruner (arXiv 2305.11627), SparseGPT and others have them only at the beginning of the whole text.

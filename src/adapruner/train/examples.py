@@ -33,7 +33,7 @@ _LONGEST_PROMPT = 0.75
 
 # Passes over all examples, where nothing else gives the length.
 DEFAULT_EPOCHS = 2
-# Times that the validation loss is measured and a checkpoint saved; in long trainings every 200 steps, as LLM-Pruner.
+# Validations with a checkpoint in a training; a long one has them every 200 steps, as LLM-Pruner does.
 _VALIDATIONS, _MOST_STEPS_BETWEEN = 5, 200
 # All validations together read at most this part of the examples that are trained on, without a backward pass.
 _VALIDATED = 0.1
