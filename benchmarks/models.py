@@ -5,7 +5,8 @@ feed-forward), because embeddings are 21 to 63 % of these models. Every cell is 
 and peak memory are those until the model is made. What does not depend on the ratio (moments, elimination, costs) is
 made by the first cell that needs it, and counts in full in every cell. Only the text is given: windows that the model
 wrote as `mix`, from a run. The peers read those of them that ours reads for compensation, so `quick` is run first.
-Another seed of ours reads the text in another order, and so other windows of it.
+Another seed of ours reads the text in another order, and so other windows of it. A trained peer reads what `standard`
+reads, and is trained as it is: `standard` is run before it.
 
     adapruner prune MODEL --compensation-windows 384 --ratio 0.05 -o runs/text
     python benchmarks/models.py --model MODEL --text runs/text --output runs/models
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +30,7 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter, run
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.progress import Reporter
 from adapruner.checkpoint import save_checkpoint
@@ -36,12 +39,14 @@ from adapruner.model.loading import computing_repeatably, in_fastest_dtype, load
 from adapruner.model.places import find_model
 from adapruner.run.folder import RunFolder
 from adapruner.run.given import save_text
+from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.run.options import resolve
 from adapruner.run.prune import making_of
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.sources import parse_source
-from adapruner.text.windows import evenly_spaced, load_texts_by_use, text_windows
+from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, text_windows
+from adapruner.train.healing import heal, healing_options
 from peers import PEERS, Setting
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
@@ -52,6 +57,8 @@ OURS: dict[str, dict[str, Any]] = {
     "standard": {"effort": "standard"},
     "standard, uniform": {"effort": "standard", "layout": "uniform"},
 }
+# The end of the name of a peer that is trained, and the tokens of that: those of `standard`.
+TRAINED, TOKENS = ", trained", 50_000
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 
 
@@ -118,13 +125,18 @@ def measured(
     blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)
     folder = output / f"{shown(name)}-{method}-{ratio:g}-{seed}"
     seconds = 0.0
-    if method in PEERS:
-        read = next(output.glob(f"{shown(name)}-quick-*-0/windows.safetensors"))  # a part is kept for other uses
+    peer, is_trained, _ = method.partition(TRAINED)
+    if peer in PEERS:
+        ours = "standard" if is_trained else "quick"
+        read = next(output.glob(f"{shown(name)}-{ours}-0.?-0/windows.safetensors"))  # a part is kept for other uses
         # No peer weights tokens by what a norm makes of them.
         plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
-        given = load_texts_by_use(read)["compensation"].windows
-        setting = Setting(dense, plain, given, ratio * blocks, output / f"{shown(name)}-peers")
-        save_checkpoint(PEERS[method](setting), tokenizer, folder / "model")
+        given = load_texts_by_use(read)["compensation"]
+        setting = Setting(dense, plain, given.windows, ratio * blocks, output / f"{shown(name)}-peers-of-{ours}")
+        cut = PEERS[peer](setting)
+        if is_trained:
+            cut = trained(cut, given, dense, tokenizer, folder)
+        save_checkpoint(cut, tokenizer, folder / "model")
         seconds = setting.saved_seconds
     elif method in OURS:
         options = OURS[method] | {"ratio": ratio * blocks / structure.total_parameters, "seed": seed}
@@ -146,6 +158,20 @@ def measured(
         "peak": peak,
         "perplexity": {of: measure_perplexity(fast, part, of).perplexity for of, part in reports.items()},
     }
+
+
+def trained(
+    cut: PreTrainedModel, text: Text, dense: PreTrainedModel, tokenizer: Tokenizer, folder: Path
+) -> PreTrainedModel:
+    """A model, trained as `standard` trains, on the windows that its method read."""
+    save_checkpoint(cut, tokenizer, folder / "cut")
+    learnt, held_out = text.held_out(HELD_OUT_TO_HEAL)
+    device = torch.device("cpu")
+    options = healing_options("ia3", TOKENS, text.windows.shape[1], 0, device, False)
+    read = partial(load_model, find_model(str(folder / "cut")))
+    healed, record = heal(read, learnt, held_out, in_fastest_dtype(dense), options, folder / "training")
+    assert healed is not None, record.reason
+    return healed
 
 
 def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path) -> float:

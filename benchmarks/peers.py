@@ -149,7 +149,7 @@ def osscar(setting: Setting) -> PreTrainedModel:
             weight, of_block = setting.dense.get_parameter(block.row_wise.parameter), moments[index]
             inverse = torch.cholesky_inverse(factorize(of_block.second, of_block.damping))
             cheapest = own.argsort(stable=True)[: block.groups - counts[index]]
-            removed = swap(block.row_wise.as_projection(weight.detach()).double(), inverse.double(), cheapest)
+            removed = swap(block.row_wise.as_projections(weight.detach())[0].double(), inverse.double(), cheapest)
             own.fill_(1.0)[removed] = 0.0
     return setting.cut(scores, counts, moments)
 

@@ -76,6 +76,11 @@ def test_paths_may_have_colons_and_commas(tmp_path, monkeypatch):
     assert absolute_blend("mix:0.5,C:a.txt:1,answers:c.jsonl:2") == (
         f"mix:0.5,{here}/C:a.txt:1,answers:{here}/c.jsonl:2"
     )
+    of_part = absolute_blend("mix:0.5,C:a.txt:1,c.jsonl@report:2", "calibration")
+    assert of_part == f"mix:0.5,{here}/C:a.txt@calibration:1,{here}/c.jsonl@report:2"
+    assert [part.source.part for part in parse_blend(of_part) if part.source] == ["calibration", "report"]
+    (with_comma,) = parse_blend(absolute_blend("a,b.txt", "calibration"))
+    assert with_comma.name == f"{here}/a,b.txt@calibration"
     Path("d.txt").write_text("w1")
     Path("d.txt:2").write_text("w1")
     with pytest.raises(AdaPrunerError, match=r"'d.txt:2' is a file, and 'd.txt' too"):

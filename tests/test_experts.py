@@ -67,7 +67,7 @@ def taylor_by_hand(model: PreTrainedModel, structure: Structure, windows: Tensor
                         end = part.offset + block.groups // block.experts * part.width
                         row.append(rows_of_one[part.offset : end, None])
                 elif block.is_projected:
-                    used = part.as_projection(product).sum(1 - part.axis)
+                    used = part.as_projections(product)[0].sum(1 - part.axis)
                     row.append(used[part.offset : part.offset + block.groups * part.width].unflatten(0, (-1, 1)))
                 else:
                     row.append(product.movedim(part.axis, 0).flatten(1).sum(1, keepdim=True))
@@ -246,6 +246,29 @@ def test_the_decoder_alone_is_loaded_with_its_experts(mixtral, windows, tokenize
     with torch.no_grad():
         hidden = pruned.base_model(windows).last_hidden_state
         assert torch.equal(decoder(windows).last_hidden_state, hidden)
+
+
+def test_layers_of_different_numbers_of_experts_are_computed_as_stock_ones(mixtral, windows, tokenizer, tmp_path):
+    """By grouped products, which are faster, unless the rows of an expert do not fit those."""
+    structure = build_structure(mixtral)
+    counts = [block.groups - (block.kind == "experts" and block.layer == 0) for block in structure.blocks]
+    pruned = prune_model(mixtral, structure, random_plan(structure, counts))
+    save_checkpoint(pruned, tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    for model in (pruned, loaded):
+        assert type(model) is not type(mixtral)
+        assert model.config._experts_implementation == mixtral.config._experts_implementation == "grouped_mm"
+    with torch.no_grad():
+        grouped = loaded(windows).logits
+        loaded.set_experts_implementation("eager")
+        torch.testing.assert_close(loaded(windows).logits, grouped)
+    with using_architecture(infer_architecture(mixtral.config)):
+        by_channel = build_structure(mixtral, experts="channel")
+        odd = [
+            block.groups - block.strata * (block.kind == "channels") * (1 + block.layer) for block in by_channel.blocks
+        ]
+        narrow = prune_model(mixtral, by_channel, random_plan(by_channel, odd))
+    assert narrow.config._experts_implementation == "eager"
 
 
 def test_a_mixture_is_pruned_from_end_to_end(mixtral, tokenizer, text_file, tmp_path):

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import adapruner
 from adapruner import families
 from adapruner.base.errors import AdaPrunerError
 from adapruner.cli import main
 from adapruner.families.inference import infer_architecture, random_model
-from adapruner.families.proof import ConformanceError, failed_checks, prove
+from adapruner.families.proof import failed_checks, prove
 from adapruner.model import architecture as _architecture
 from adapruner.model.architecture import (
     Architecture,
@@ -94,6 +94,13 @@ def test_a_family_without_a_file_is_inferred_and_proven(model_type, kinds, whole
     assert structure.whole_mixers == whole_mixers
 
 
+@pytest.mark.parametrize("heads", [2, 3])
+def test_a_family_of_few_heads_is_made_small(heads):
+    sizes = {"hidden_size": 48 * heads, "intermediate_size": 512, "num_hidden_layers": 12, "vocab_size": 50_000}
+    config = CONFIG_MAPPING["olmo"](**sizes, num_attention_heads=heads, num_key_value_heads=heads)
+    assert infer_architecture(config).attention is not None
+
+
 @pytest.mark.parametrize("hidden_size", [32, 48])
 def test_a_state_space_mixer_of_any_size_is_made_small(hidden_size):
     """Its heads times their width must equal a multiple of the hidden size."""
@@ -140,7 +147,7 @@ def test_the_proof_finds_what_is_wrong(changes):
         assert proven.feed_forward is None
         assert proven.attention == right.attention
     else:
-        with pytest.raises(ConformanceError, match="cannot be pruned"):
+        with pytest.raises(AdaPrunerError, match="cannot be pruned"):
             prove(config, wrong.changed(attention=None))
 
 

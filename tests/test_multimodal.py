@@ -97,6 +97,16 @@ def test_weights_with_other_names_in_files_are_loaded(tokenizer, tmp_path):
         assert torch.equal(loaded(tmp_path / "pruned")(input_ids=TOKENS).logits, pruned(TOKENS).logits)
 
 
+def test_too_many_layers_of_a_part_are_refused(tokenizer, tmp_path):
+    write("gemma3", tmp_path, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        deep = config | {part: config[part] | {"num_hidden_layers": 200_000_000}}
+        (tmp_path / "config.json").write_text(json.dumps(deep))
+        with pytest.raises(AdaPrunerError, match="says num_hidden_layers: 200000000, more than"):
+            adapruner.inspect(tmp_path)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen3_vl"])
 def test_everything_but_the_decoder_is_kept_byte_for_byte(model_type, tokenizer, tmp_path):
     write(model_type, tmp_path / "dense", tokenizer)
@@ -121,6 +131,15 @@ def test_everything_but_the_decoder_is_kept_byte_for_byte(model_type, tokenizer,
         assert (tmp_path / "pruned" / name).read_text() == (tmp_path / "dense" / name).read_text()
 
 
+def test_towers_may_have_more_layers_than_a_decoder_with_a_multi_token_head(tokenizer, tmp_path):
+    config = tiny_wrapper_config("llava")
+    config.text_config.num_nextn_predict_layers = 1
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers - 1
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    save_checkpoint(open_model(find_model(str(tmp_path / "dense"))), tokenizer, tmp_path / "again")
+    assert tensors_in(tmp_path / "again").keys() == tensors_in(tmp_path / "dense").keys()
+
+
 def test_layers_are_read_one_by_one(tokenizer, tmp_path):
     write("gemma3", tmp_path, tokenizer)
     location = find_model(str(tmp_path))
@@ -140,6 +159,9 @@ def test_a_run_prunes_the_decoder(tokenizer, text_file, tmp_path, capsys):
     card = (result.model_folder / "README.md").read_text()
     assert "AutoModelForMultimodalLM.from_pretrained(FOLDER, trust_remote_code=True)" in card
     assert "pipeline_tag: image-text-to-text" in card
+    whole = sum(tensor.numel() for tensor in tensors_in(tmp_path / "dense").values())
+    assert result.result.removed_share == pytest.approx(result.plan.removed_parameters / whole)
+    assert f"of the {whole:,} parameters" in card
     assert exit_code(["inspect", str(result.model_folder)]) == 0
     adapruner.recover(result.model_folder, str(text_file), tmp_path / "recovered", steps=1, seq_len=16, device="cpu")
     before, after = tensors_in(result.model_folder), tensors_in(tmp_path / "recovered")

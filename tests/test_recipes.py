@@ -113,6 +113,9 @@ def test_options_go_before_those_of_the_recipe(tmp_path, resolved):
     config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--trials", "9", "--heal", "2M"])
     assert (config.model, config.ratio, config.trials) == ("c/d", 0.3, 9)
     assert config.heal == "2000000"
+    recipe.write_text("memory: 24GB\ncontext: 4k\nbatch: 2\n")
+    config = resolved(["prune", "c/d", "--recipe", str(recipe), "-o", "x", "--ratio", "0.2"])
+    assert config.ratio == 0.2
 
 
 def test_an_effort_sets_options_that_are_not_given(tmp_path, resolved):

@@ -583,8 +583,22 @@ def test_a_folder_of_something_else_is_left_alone(recover, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_folder_that_took_the_place_of_a_recovery_is_left_alone(recover, tmp_path):
+    output = tmp_path / "recovered"
+    recover(output, **SHORT)
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(AdaPrunerError, match="holds no such recovery"):
+        recover(output, **SHORT)
+    assert (output / "notes.txt").read_text() == "mine"
+    (output / "notes.txt").unlink()
+    recover(output, **SHORT)
+    assert (output / "model.safetensors").is_file()
+
+
 RECORD = RecoveryRecord(
-    config={"train": "full", "data": "/somewhere/mine.txt"},
+    config={"train": "full", "data": "mix,/home/me/mine.txt:0.5,hf:/home/me/hers"},
     method="labels",
     training_examples=9,
     validation_examples=1,
@@ -607,7 +621,7 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained():
     assert card is not None
     assert ModelCard(card).data.to_dict() == {"license": "other"}
     assert "10 steps, 640 tokens, all weights, learning the text itself" in card
-    assert "`mine.txt`" in card
+    assert "`mix,mine.txt:0.5,hf:hers`" in card
     assert "| a | b |" not in card
     assert card.endswith("## Licence\n\nx\n")
     assert card_of_recovered("# another card", RECORD) is None
@@ -615,6 +629,10 @@ def test_the_card_of_a_pruned_model_says_that_it_was_trained():
     both = card_of_recovered(pruned.replace("It was not fine-tuned.", healed), RECORD)
     assert both is not None
     assert f"{healed} It was fine-tuned on" in both
+    for first in (both, card):
+        again = card_of_recovered(first, RECORD.model_copy(update={"steps": 20}))
+        assert again is not None
+        assert re.search(r"10 steps.* the text itself\. It was fine-tuned .* 20 steps", again)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ def test_models_are_those_of_the_result(finished, page):
     assert all(f"{name} {version}" in page.text for name, version in result["versions"].items())
 
 
+def test_a_page_needs_no_times(run):
+    path = run.path / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stages": {}}))
+    assert "peak memory 0.00 GiB" in page_of(run).text
+
+
 def test_terminal_page_and_card_show_the_same_cells(finished, page):
     console = Console(width=400, file=io.StringIO(), record=True)
     console.print(*finished.tables(), sep="\n")

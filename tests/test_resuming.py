@@ -184,6 +184,16 @@ def test_a_run_resumes_without_its_text_and_notices_another(finished, model_fold
         adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
 
 
+def test_a_run_resumes_without_a_text_of_its_blend(model_folder, text, text_file, tmp_path):
+    options = RUN_OPTIONS | {"trials": 0, "calibration": f"{text},{text_file}:0.5"}
+    for unused in ("pool", "samples", "objective_windows"):
+        options.pop(unused)
+    finished = adapruner.prune(str(model_folder), output=tmp_path / "run", **options)
+    text.unlink()
+    (tmp_path / "run" / "plan.json").unlink()
+    assert adapruner.prune(str(model_folder), output=tmp_path / "run", **options).plan == finished.plan
+
+
 def test_relative_paths_mean_the_same_from_another_folder(
     finished, again, run, model, text_file, tmp_path, monkeypatch
 ):

@@ -97,6 +97,7 @@ def test_tracebacks_have_no_secrets(folder, monkeypatch, tmp_path, capsys):
         (f"at {URL}: no", "at https://…@example.org/owner/name: no"),
         (f"{SECRET}, and", "hf_…, and"),
         ("https://example.org/a?x=1&access_token=abc&y=2", "https://example.org/a?x=1&access_token=…&y=2"),
+        (r'{"a": "b(eos_token=\"</s>\")"}', r'{"a": "b(eos_token=\"</s>\")"}'),
         ("owner/name@main hf:owner/hf_transfer", "owner/name@main hf:owner/hf_transfer"),
     ],
 )

@@ -117,6 +117,9 @@ def test_a_streamed_model_is_cut_compensated_and_saved(
         save_checkpoint(pruned, tokenizer, folder)
         saved.append(load_model(find_model(str(folder))))
         assert is_streamed(pruned) == (dense is streamed)
+        # Saving copies no layer that is in memory.
+        state, again = whole_state(pruned), whole_state(pruned)
+        assert all(tensor.data_ptr() == again[name].data_ptr() for name, tensor in state.items())
         with torch.no_grad():
             torch.testing.assert_close(pruned(windows).logits, saved[-1](windows).logits)
     for name, tensor in saved[0].state_dict().items():

@@ -215,6 +215,22 @@ def test_types(tiny, bytes_tokenizer, llama_cpp, tmp_path):
     assert sizes["q8_0"] < sizes["f16"] == sizes["bf16"] < sizes["f32"]
 
 
+def test_norms_of_gemma_are_written_as_they_are_computed(tiny, bytes_tokenizer, tmp_path):
+    """One is added in float32 also where weights are in bfloat16."""
+    model = tiny("gemma3_text", **GEMMA_3).to(torch.bfloat16)
+    write_gguf(model, bytes_tokenizer, tmp_path / "model.gguf", "f32")
+    (norm,) = (one for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors if one.name == "output_norm.weight")
+    np.testing.assert_array_equal(norm.data, 1 + model.state_dict()["model.norm.weight"].float().numpy())
+
+
+def test_rotating_whole_heads_may_be_said(tiny, bytes_tokenizer, tmp_path):
+    whole = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    write_gguf(tiny("llama", rope_parameters=whole), bytes_tokenizer, tmp_path / "model.gguf")
+    half = whole | {"partial_rotary_factor": 0.5}
+    with pytest.raises(AdaPrunerError, match="with partial_rotary_factor"):
+        write_gguf(tiny("llama", rope_parameters=half), bytes_tokenizer, tmp_path / "half.gguf")
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [

@@ -82,9 +82,14 @@ def test_says_which_matrices_fell_back(pruned, bytes_tokenizer, tmp_path):
     assert odd == ({f"blk.{layer}.ffn_down.weight" for layer in range(6)} if 300 in widths(pruned) else set())
     assert stored.fallbacks == Counter(tensors[name].tensor_type.name for name in odd)
     k_quants = [tensor.data.nbytes for tensor in tensors.values() if tensor.tensor_type.name.endswith("_K")]
-    assert stored.k_quant_share == sum(k_quants) / sum(stored.tensor_bytes.values())
-    assert (stored.k_quant_share > 0.9) == (not odd)
-    assert stored.sentence.startswith(f"{stored.k_quant_share:.1%} of the bytes are in K-quants")
+    share = sum(k_quants) / sum(stored.tensor_bytes.values())
+    assert (share > 0.9) == (not odd)
+    assert stored.sentence.startswith(f"{share:.1%} of the bytes are in K-quants")
+
+
+def test_no_such_type(tiny, bytes_tokenizer, tmp_path):
+    with pytest.raises(AdaPrunerError, match="'q9': expected one of f32, f16"):
+        write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q9")
 
 
 def test_without_the_quantizer(tiny, bytes_tokenizer, tmp_path, monkeypatch):

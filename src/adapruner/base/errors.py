@@ -27,7 +27,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could 
 # Signs in errors of gloo and NCCL if another process of the run has ended.
 _PROCESS_ENDED = ("closed by peer", "reset by peer", "remote process exited")
 # Users and passwords in URLs, tokens of the Hub, and tokens among the arguments of URLs.
-_SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\bhf_)[A-Za-z0-9]{30,}|(?<=token=)[^&\s\"']+")
+_SECRETS = re.compile(r"(?<=://)[^\s/@]+(?=@)|(?<=\bhf_)[A-Za-z0-9]{30,}|(?<=token=)[^&\s\"'\\]+")
 _LONGEST_REASON = 300
 # These end a process, or a generator. All others are failures, also panics of Rust libraries, which are no `Exception`.
 ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)

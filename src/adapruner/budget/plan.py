@@ -202,6 +202,10 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         scores: [groups], of all blocks in the order of `structure.blocks`.
         counts: number of groups that each block keeps, a multiple of its strata.
     """
+    if scores.shape != (total := sum(block.groups for block in structure.blocks),) or scores.isnan().any():
+        raise AdaPrunerError(
+            f"the scores are {list(scores.shape)}, or not all numbers: expected {total}, of every group"
+        )
     kept = []
     for block, block_scores, count in zip(
         structure.blocks, scores.split([block.groups for block in structure.blocks]), counts, strict=True

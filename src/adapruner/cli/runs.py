@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import platform
+import re
+import textwrap
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+import yaml
+from cyclopts import App, Parameter
+from rich.console import RenderableType
+from rich.table import Table
 
-from adapruner import options as config
+from adapruner import __version__, options as config, recipes as recipe
 from adapruner.base.errors import AdaPrunerError
+from adapruner.base.files import output_path, write_text
 from adapruner.cli.shared import (
     MOST_USED,
     RUN_FOLDER,
@@ -21,6 +32,7 @@ from adapruner.cli.shared import (
     SizeLimit,
     given,
     memory_line,
+    plain_console,
     print_advice,
     print_note,
     print_output,
@@ -32,25 +44,7 @@ from adapruner.recipes import override, read_recipe
 if TYPE_CHECKING:
     from adapruner.report.result import RunResult
     from adapruner.run.prune import Preview
-import yaml
-from rich.console import RenderableType
-from rich.table import Table
-
-if TYPE_CHECKING:
     from adapruner.structure.blocks import Structure
-import contextlib
-import itertools
-import os
-import platform
-import re
-import textwrap
-from importlib.metadata import PackageNotFoundError, requires, version
-
-from cyclopts import App
-
-from adapruner import __version__, recipes as recipe
-from adapruner.base.files import output_path, write_text
-from adapruner.cli.shared import plain_console
 
 
 def prune(

@@ -154,29 +154,11 @@ def losses_in_step(
                     with loaded_layer(model, layer) as module:
                         for number, (_, calls) in enumerate(model_batches):
                             model_states[number] = calls[layer].run(module, model_states[number])
-    return [
-        losses_after_layers(model, windows, model_states, [calls for _, calls in model_batches], context=context)
-        for model, model_states, model_batches in zip(models, states, entered, strict=True)
-    ]
-
-
-def losses_after_layers(
-    model: PreTrainedModel,
-    windows: Tensor,
-    states: Sequence[Tensor],
-    calls: Sequence[Sequence[LayerCall]],
-    context: int = 1,
-) -> list[Tensor]:
-    """The losses of `losses_by_batch`, all at once.
-
-    Args:
-        states, calls: of every batch, the hidden state after the last layer, and the calls of the layers.
-        context: see `losses_by_batch`.
-    """
-    batches, losses = _batches(windows, model), list[Tensor]()
-    for batch, state, (call, *_) in zip(batches, states, calls, strict=True):
-        with torch.inference_mode(), skipping_layers(model, len(decoder_layers(model)), state, call):
-            losses.append(_losses_of_batch(model, batch, context))
+        losses: list[list[Tensor]] = [[] for _ in models]
+        for model, own, model_states, model_batches in zip(models, losses, states, entered, strict=True):
+            for batch, state, (_, calls) in zip(batches, model_states, model_batches, strict=True):
+                with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
+                    own.append(_losses_of_batch(model, batch, context))
     return losses
 
 

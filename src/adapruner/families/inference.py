@@ -83,7 +83,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         fields["per_layer_config"] = _shrunk_layers(per_layer, types, _sampled(types))
     fields |= {name: number for number, name in enumerate(_TOKENS) if fields.get(name) is not None}
     if heads == key_value_heads and "num_key_value_heads" in fields:
-        fields["num_key_value_heads"] = _TINY_HEADS
+        fields |= dict.fromkeys({"num_attention_heads", "num_key_value_heads"} & fields.keys(), _TINY_HEADS)
     # The heads of a state-space mixer times their width must equal its width.
     if fields.get("mamba_n_heads") and not fields.get("mamba_d_ssm"):
         fields["mamba_d_head"] = fields["mamba_expand"] * fields["hidden_size"] // fields["mamba_n_heads"]
@@ -163,16 +163,12 @@ _STEP = 16
 _Shapes = dict[str, tuple[int, ...]]
 
 
-class InferenceError(AdaPrunerError):
-    """No removable parts were found in a model."""
-
-
 def infer_architecture(config: PreTrainedConfig) -> Architecture:
     """The removable parts of the models of a family, read off a tiny model of the config of a stock model."""
     try:
         tiny = tiny_config(config)
         if (size := parameters_of(tiny)) > _MOST_PARAMETERS:
-            raise InferenceError(f"a {config.model_type} cannot be made small: {size:,} parameters are left")
+            raise AdaPrunerError(f"a {config.model_type} cannot be made small: {size:,} parameters are left")
         # In some families, layers already differ; the values of most layers are read then.
         tiny.allow_global_per_layer_attribute_access = True
         model = random_model(tiny)
@@ -181,10 +177,10 @@ def infer_architecture(config: PreTrainedConfig) -> Architecture:
         shapes = [tuple((name, tuple(w.shape)) for name, w in layer.named_parameters()) for layer in layers]
         last = {of_layer: index for index, of_layer in enumerate(shapes)}
         distinct = [Layer(model, path, layers, index) for index in sorted(last.values())]
-    except InferenceError:
+    except AdaPrunerError:
         raise
     except Exception as error:  # anything that a model class raises over sizes for which it was not made
-        raise InferenceError(
+        raise AdaPrunerError(
             f"a small {config.model_type} cannot be run to find out how it is built: {reason(error)}"
         ) from error
     return _architecture(model, _Counting(tiny, path), path, distinct)
@@ -199,7 +195,7 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     if not lists:
-        raise InferenceError(f"a {model.config.model_type} has no list of {count} decoder layers")
+        raise AdaPrunerError(f"a {model.config.model_type} has no list of {count} decoder layers")
     path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
     return path, list(lists[path])
 
@@ -298,7 +294,7 @@ def _architecture(model: PreTrainedModel, counting: _Counting, path: str, layers
         kinds[name] = replace(chosen[-1], names=chosen[0].names.model_copy(update={"inputs": inputs}))
     experts = _experts(counting, counted)
     if not kinds and experts is None:
-        raise InferenceError(
+        raise AdaPrunerError(
             f"in a {model.config.model_type}, no heads, channels or experts were found that can be removed"
         )
     fields = {name: value for kind in kinds.values() for name, value in kind.fields.items()}

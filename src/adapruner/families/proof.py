@@ -42,10 +42,6 @@ _PARTS: dict[Kind, str] = {"heads": "attention", "channels": "feed_forward", "ex
 _LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
-class ConformanceError(AdaPrunerError):
-    """The architecture of a family is wrong."""
-
-
 def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
     """The architecture without the kinds of groups and the layouts for which a check on a tiny model of the config of a
     stock model fails."""
@@ -54,7 +50,7 @@ def prove(config: PreTrainedConfig, architecture: Architecture) -> Architecture:
         with torch.no_grad():
             model(torch.arange(3, 15)[None])
     except Exception as error:  # anything that a model class raises
-        raise ConformanceError(f"transformers cannot run a small {config.model_type}: {reason(error)}") from error
+        raise AdaPrunerError(f"transformers cannot run a small {config.model_type}: {reason(error)}") from error
     proven = _proven_parts(model, architecture)
     experts = proven.experts
     if experts and experts.channels and failed_checks(model, proven, "channel").keys() & set(proven.layouts):
@@ -86,11 +82,11 @@ def prove_around(wrapper: Wrapper, config: PreTrainedConfig, layouts: Sequence[L
                     decoder = prune_model(model, structure, _random_plan(structure, _counts_of(structure, layout)))
                 logits = around.holding(decoder)(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         except Exception as error:  # anything that a model class raises that needs more than text
-            raise ConformanceError(f"a {name} cannot be run with text alone: {reason(error)}") from error
+            raise AdaPrunerError(f"a {name} cannot be run with text alone: {reason(error)}") from error
         # In multimodal models, transformers leaves out the factor of the logits that Cohere's decoders have.
         expected, factor = decoder(tokens).logits, getattr(config, "logit_scale", None) or 1
         if not min((logits * scale - expected).norm() for scale in (1, factor)) <= _ROUNDING * expected.norm():
-            raise ConformanceError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
+            raise AdaPrunerError(f"a {name} does not read text alone as its decoder does, a {config.model_type}")
 
 
 def _random_plan(structure: Structure, counts: list[int]) -> PruningPlan:
@@ -125,7 +121,7 @@ def _proven_parts(model: PreTrainedModel, architecture: Architecture) -> Archite
             return architecture.changed(layouts=layouts)
         refusals |= {f"together, {layout}": refusal for layout, refusal in together.items()}
     why = "; ".join(f"{kind}: {refusal}" for kind, refusal in refusals.items())
-    raise ConformanceError(f"models of the family {architecture.model_type} cannot be pruned ({why})")
+    raise AdaPrunerError(f"models of the family {architecture.model_type} cannot be pruned ({why})")
 
 
 def failed_checks(
@@ -164,7 +160,7 @@ def failed_without_attention(model: PreTrainedModel, architecture: Architecture)
         # Transformers reads the length of the cache in the first layer with attention.
         removable = structure.attention_parameters
         if not removable:
-            raise ConformanceError("there is none")
+            raise AdaPrunerError("there is none")
         return [
             0 if block.kind == "heads" and block.layer == min(removable) else block.groups for block in structure.blocks
         ]
@@ -193,7 +189,7 @@ def _counts_of(structure: Structure, layout: Layout) -> list[int]:
         removed = math.ceil(size / 3) if layout == "uniform" else block.layer * size // structure.layers + 1
         counts.append(block.strata * max(least, size - removed))
     if not structure.removed_parameters(counts):
-        raise ConformanceError("nothing of it can be removed")
+        raise AdaPrunerError("nothing of it can be removed")
     return counts
 
 
@@ -209,11 +205,11 @@ def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, chec
             expected = masked_model(tokens).logits
         effect, difference = (dense - expected).norm(), (logits - expected).norm()
         if not effect > _EFFECT * dense.norm():
-            raise ConformanceError("the removed groups had no effect")
+            raise AdaPrunerError("the removed groups had no effect")
         if not difference <= _TOLERANCE * effect:
-            raise ConformanceError(f"they differ by {float(difference / effect):.2g} of the change by masking")
+            raise AdaPrunerError(f"they differ by {float(difference / effect):.2g} of the change by masking")
         if count_parameters(pruned) != plan.total_parameters - plan.removed_parameters:
-            raise ConformanceError(f"{count_parameters(pruned):,} parameters are left, not what the plan says")
+            raise AdaPrunerError(f"{count_parameters(pruned):,} parameters are left, not what the plan says")
         checking("saved equals loaded")
         with tempfile.TemporaryDirectory() as folder:
             pruned.save_pretrained(folder)
@@ -221,7 +217,7 @@ def _check(model: PreTrainedModel, structure: Structure, plan: PruningPlan, chec
         torch.testing.assert_close(loaded(tokens).logits, logits, rtol=0, atol=0)
         checking("cached equals uncached")
         if not _generates_alike(loaded, tokens) and _generates_alike(model, tokens):
-            raise ConformanceError("the tokens differ")
+            raise AdaPrunerError("the tokens differ")
         checking("layer by layer equals at once")
         ((state, calls),) = enter_layers(loaded, [tokens])
         for call, layer in zip(calls, decoder_layers(loaded), strict=True):
@@ -263,7 +259,7 @@ def _mask_norms(model: PreTrainedModel, block: Block, removed: Tensor) -> None:
     norms = [cut for cut in block.slices if not cut.is_matrix and cut.parameter.endswith(".weight")]
     for cut in block.slices if norms else ():
         if cut.axis == 0 and cut not in norms:
-            rows = cut.as_projection(model.get_parameter(cut.parameter).data)
+            rows = cut.as_projections(model.get_parameter(cut.parameter).data)[0]
             rows[cut.offset : cut.offset + block.groups * cut.width].unflatten(0, (block.groups, -1))[removed] = 0
     for norm in norms:
         model.get_parameter(norm.parameter).data *= (~removed).float().mean().sqrt()

@@ -77,10 +77,21 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, 
     """Writes the file in a type that gguf-py can write."""
     matrix_type = GGMLQuantizationType[gguf_type.upper()]
     rotates_neighbours = _llama_cpp_architecture(model.config) in _ROTATE_NEIGHBOURS
-    with contextlib.closing(_new_writer(model, tokenizer, name)) as writer:
+    with contextlib.closing(GGUFWriter(None, _llama_cpp_architecture(model.config))) as writer:
+        _add_hyperparameters(writer, model.config)
+        add_tokenizer(writer, tokenizer, vocabulary=model.config.vocab_size)
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(LlamaFileType["ALL_F32" if gguf_type == "f32" else f"MOSTLY_{matrix_type.name}"])
         tensors = _named_tensors(model)
-        _write_header(writer, path, tensors, matrix_type)
+        for tensor_name, tensor in tensors.items():
+            shape = tuple(tensor.shape)
+            size, stored = tensor_bytes(shape, matrix_type), stored_type(shape, matrix_type)
+            writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), size, raw_dtype=stored)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         for tensor_name, tensor in tensors.items():
             if rotates_neighbours and re.search(r"attn_[qk]\.", tensor_name):
                 # Rotary embeddings rotate pairs of rows: transformers pairs row i of a head with row i + head_dim / 2,
@@ -89,17 +100,6 @@ def _write(model: PreTrainedModel, tokenizer: Tokenizer, path: Path, name: str, 
                 tensor = halves.transpose(1, 2).flatten(0, 2)
             values: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).numpy()
             writer.write_tensor_data(gguf.quantize(values, stored_type(tensor.shape, matrix_type)))
-
-
-def _new_writer(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> GGUFWriter:
-    """A writer with all metadata except the type of the file."""
-    writer = GGUFWriter(None, _llama_cpp_architecture(model.config))
-    _add_hyperparameters(writer, model.config)
-    add_tokenizer(writer, tokenizer, vocabulary=model.config.vocab_size)
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    return writer
 
 
 def _tensor_names(model: PreTrainedModel) -> dict[str, str]:
@@ -169,9 +169,9 @@ def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     for path, parameter in model.named_parameters():
         if path.startswith(unread):
             continue
-        # Weights of Gemma's norms are stored less one.
+        # Weights of Gemma's norms are stored less one, which is added in float32.
         is_less_one = config.model_type == "gemma3_text" and names[path].endswith("norm.weight")
-        tensors[names[path]] = parameter + 1 if is_less_one else parameter
+        tensors[names[path]] = parameter.float() + 1 if is_less_one else parameter
     if 0 in without_attention:  # llama.cpp requires attention in the first layer
         hidden, width = config.hidden_size, head_dim(config)
         shapes = {"norm": (hidden,), "output": (hidden, width), **dict.fromkeys("qkv", (width, hidden))}
@@ -182,18 +182,6 @@ def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config.per_layer_config[0], torch.device("cpu"))
         tensors["rope_freqs.weight"] = config.rope_parameters["rope_theta"] ** -exponents / scaled
     return tensors
-
-
-def _write_header(
-    writer: GGUFWriter, path: Path, tensors: dict[str, Tensor], matrix_type: GGMLQuantizationType
-) -> None:
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        size, stored = tensor_bytes(shape, matrix_type), stored_type(shape, matrix_type)
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=stored)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
 
 
 @register_format("gguf", check_gguf, is_file=True)

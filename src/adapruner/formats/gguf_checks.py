@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import gguf
 from gguf import GGMLQuantizationType
@@ -34,6 +35,8 @@ _ROPE_SETTINGS: dict[str, set[str]] = {
 def check_gguf(model: PreTrainedModel, gguf_type: GgufType = "f16") -> None:
     """Refuses a model that llama.cpp would not compute exactly, or a type that needs llama.cpp, if that is not
     installed. Needs no weights."""
+    if gguf_type not in get_args(GgufType):
+        raise AdaPrunerError(f"`gguf_type` {gguf_type!r}: expected one of {', '.join(get_args(GgufType))}")
     if gguf_type in QUANTIZED_BY_LLAMA_CPP and find_spec("cyllama") is None:
         raise AdaPrunerError("this needs llama.cpp: pip install '.[gguf]' in a checkout, which is the package cyllama")
     config = model.config
@@ -79,7 +82,8 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def _check_rope(config: PreTrainedConfig) -> None:
-    settings = {name for name, value in config.rope_parameters.items() if value is not None}
+    plain = ("partial_rotary_factor", 1)
+    settings = {item[0] for item in config.rope_parameters.items() if item[1] is not None and item != plain}
     rope_type = config.rope_parameters["rope_type"]
     supported = [name for name in _ROPE_SETTINGS if name != "llama3" or config.model_type in LLAMA_LIKE]
     unknown = sorted(settings - {"rope_type", "type", "rope_theta"} - _ROPE_SETTINGS.get(rope_type, settings))
@@ -173,15 +177,11 @@ class StoredTypes:
     block: int
 
     @property
-    def k_quant_share(self) -> float:
-        """The fraction of the bytes of all tensors that is in K-quants."""
-        in_k_quants = sum(size for name, size in self.tensor_bytes.items() if re.fullmatch("Q[2-6]_K", name))
-        return in_k_quants / sum(self.tensor_bytes.values())
-
-    @property
     def sentence(self) -> str:
         """The storage in one line, for the user."""
-        parts = [f"{self.k_quant_share:.1%} of the bytes are in K-quants"] if self.block == _K_BLOCK else []
+        in_k_quants = sum(size for name, size in self.tensor_bytes.items() if re.fullmatch("Q[2-6]_K", name))
+        share = in_k_quants / sum(self.tensor_bytes.values())
+        parts = [f"{share:.1%} of the bytes are in K-quants"] if self.block == _K_BLOCK else []
         if self.fallbacks:
             parts.append(
                 f"{sum(self.fallbacks.values())} of {self.matrices} matrices are stored as"

@@ -250,7 +250,7 @@ def _element_wise(
 
     def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         stored: Any = module.weight
-        output.register_hook(partial(reduce, matrix.as_projection(stored)[rows], inputs[0].detach()))
+        output.register_hook(partial(reduce, matrix.as_projections(stored)[0, rows], inputs[0].detach()))
 
     def reduce(weight: Tensor, projection_input: Tensor, output_gradient: Tensor) -> None:
         samples, summed_axis = len(taylor), 2 - matrix.axis

@@ -245,13 +245,16 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
             f"transformers cannot read the GGUF architecture {model_type!r} of {str(location)!r}: give the"
             " safetensors folder that the file was made from"
         )
+    if "block_configs" in fields:
+        raise AdaPrunerError(f"{str(location)!r} is a DeciLM checkpoint: give the folder that it was made from")
     wrapper = None
     # Config classes make lists of layers.
-    for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
-        if isinstance(fields.get(name), int) and fields[name] > _MOST_LAYERS:
-            raise AdaPrunerError(
-                f"the config of {str(location)!r} says {name}: {fields[name]}, more than {_MOST_LAYERS} layers"
-            )
+    for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "num_layers", "n_layers", "n_layer"):
+            if isinstance(part.get(name), int) and part[name] > _MOST_LAYERS:
+                raise AdaPrunerError(
+                    f"the config of {str(location)!r} says {name}: {part[name]}, more than {_MOST_LAYERS} layers"
+                )
     # A pruned model has code with it. Of the decoder inside a multimodal model, the name of its config.
     has_code, differ = "auto_map" in fields, fields.get("per_layer_config") is not None
     inner = {name: value for name, value in fields.items() if has_code and isinstance(value, dict)}

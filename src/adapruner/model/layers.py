@@ -279,9 +279,12 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = model.state_dict()
     if is_streamed(model):
         prefix = f"{architecture_of(model.config).layers}."
-        for index in range(len(decoder_layers(model))):
-            with loaded_layer(model, index) as layer:
-                state |= {f"{prefix}{index}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
+        for index, layer in enumerate(decoder_layers(model)):
+            read = vars(layer)["stream"].read
+            with contextlib.nullcontext() if isinstance(read, _FromMemory) else loaded_layer(model, index):
+                # What is in memory is not copied.
+                weights = read.weights if isinstance(read, _FromMemory) else layer.state_dict()
+                state |= {f"{prefix}{index}.{name}": tensor.cpu() for name, tensor in weights.items()}
     return state
 
 

@@ -178,9 +178,13 @@ class Wrapper:
         names = self.names(model, whole)
         renamed = {names[name]: tensor for name, tensor in state.items()}
         whole.save_pretrained(folder, max_shard_size=shard_size, state_dict=renamed)
-        for name in _PROCESSOR_FILES:
-            if file := cached_file(self.path, name, _raise_exceptions_for_missing_entries=False):
-                shutil.copyfile(file, folder / name)
+        for file in self._processor_files():
+            shutil.copyfile(file, folder / Path(file).name)
+
+    def _processor_files(self) -> list[str]:
+        """Those that the model has; fetched with its weights, hours before they are saved."""
+        files = (cached_file(self.path, name, _raise_exceptions_for_missing_entries=False) for name in _PROCESSOR_FILES)
+        return [file for file in files if file]
 
     def _split(
         self, decoder: PreTrainedConfig, local_files_only: bool
@@ -197,8 +201,10 @@ class Wrapper:
             name, _ = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
             if name in names:
                 inside[names[name]] = tensor
-            elif not is_of_multi_token_head(key, decoder):
+            elif name in state or not is_of_multi_token_head(key, decoder):
                 others[key] = tensor
+        if not local_files_only:
+            self._processor_files()
         return inside, others
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapruner.base.errors import AdaPrunerError, reason
-from adapruner.base.files import parse_options
+from adapruner.base.files import given_path, parse_options
 from adapruner.options import BUDGETS
 
 
@@ -20,7 +20,9 @@ def recipes() -> dict[str, str]:
 def override(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that override others. A ratio or size replaces the ratio or size of the base."""
     if any(options.get(name) is not None for name in BUDGETS):
-        base = {name: value for name, value in base.items() if name not in BUDGETS}
+        # A KV cache is a part of a memory alone.
+        gone = {*BUDGETS, *(() if options.get("memory") else ("context", "batch"))}
+        base = {name: value for name, value in base.items() if name not in gone}
     return {**base, **options}
 
 
@@ -30,8 +32,8 @@ def read_recipe(name: str | Path) -> dict[str, object]:
     try:
         if text := known.get(str(name)):
             return parse_options(text)
-        if not Path(name).is_file():
+        if not (path := given_path(name)).is_file():
             raise AdaPrunerError(f"no recipe {str(name)!r}: expected {', '.join(known)}, or a YAML file")
-        return parse_options(Path(name).read_text(encoding="utf-8"))
+        return parse_options(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdaPrunerError(f"cannot read the recipe {name}: {reason(error)}") from None

@@ -108,6 +108,12 @@ class _Saved:
 
     registration: str  # the line of code that makes the classes of the model
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for a decorator in the file of the class, which is that of the stock class."""
+        stock = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, _Saved))
+        return next(stock)._can_set_experts_implementation()
+
     def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> None:
         """Saves as in transformers; the folder also gets this file, with a line that registers these classes, and the
         file for mlx-lm, if it is next to this one and there are no other models beside the decoder."""
@@ -136,13 +142,14 @@ class _PerLayer(_Saved):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(_stock_config(config))
-        config._attn_implementation = self.config._attn_implementation
+        config._attn_implementation, experts = self.config._attn_implementation, self.config._experts_implementation
         layers = self.base_model.get_submodule(self.family.layers.removeprefix(f"{self.base_model_prefix}."))
         # Modules that compute positions keep the config of the stock model: they read sizes in which layers may differ.
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
         _rebuild_layers(layers, self.family, config)
+        config._experts_implementation = _fitting(experts, layers)
         self.post_init()
 
 
@@ -159,14 +166,24 @@ class _AroundPerLayer(_Saved):
         stock_text._attn_implementation = text._attn_implementation
         setattr(stock, self.wrapper.text, stock_text)
         super().__init__(stock)
+        experts = stock_text._experts_implementation
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and isinstance(module.config, text.stock_class):
                 text._attn_implementation = module.config._attn_implementation
                 module.config = text
             elif isinstance(module, PreTrainedModel) and isinstance(module.config, type(config)):
                 module.config = config
-        _rebuild_layers(self.get_submodule(self.wrapper.layers), self.family, text)
+        layers = self.get_submodule(self.wrapper.layers)
+        _rebuild_layers(layers, self.family, text)
+        text._experts_implementation = _fitting(experts, layers)
         self.post_init()
+
+
+def _fitting(experts: str | None, layers: nn.ModuleList) -> str | None:
+    """The way to compute experts that transformers chose, unless its grouped products want rows of n · 16 bytes."""
+    stacks = [weight for weight in layers.parameters() if weight.dim() == 3]
+    is_odd = any(size * stack.element_size() % 16 for stack in stacks for size in stack.shape[1:])
+    return "eager" if is_odd and experts == "grouped_mm" else experts
 
 
 def _rebuild_layers(layers: nn.ModuleList, family: Family, config: PreTrainedConfig) -> None:

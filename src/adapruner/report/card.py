@@ -71,7 +71,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         ],
         base=base,
         removed=dense.parameters - model.parameters,
-        parameters=dense.parameters,
+        parameters=round(dense.parameters / result.share_of_decoder),
         parts=_what_was_removed(plan),
         trained=trained,
         plan=plan,
@@ -234,7 +234,8 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
     """The card of a pruned model for the same model after recovery; None if this package did not write the card. Its
     numbers are removed: they were measured before."""
     ends = "|".join(map(re.escape, _TRAINED.values()))
-    earlier = re.search(rf"{re.escape(_NOT_TRAINED)}|{re.escape(_HEALED)}.*?: (?:{ends})\.", card)
+    trained = rf"{re.escape(_HEALED)}.*?: (?:{ends})\.|It was fine-tuned on .*?, learning [a-z ]+\."
+    *_, earlier = [None, *re.finditer(rf"{re.escape(_NOT_TRAINED)}|{trained}", card)]
     if earlier is None:
         return None
     sentences = [text for text in (earlier[0], trained_sentence(record)) if text != _NOT_TRAINED]
@@ -248,7 +249,7 @@ def card_of_recovered(card: str, record: RecoveryRecord) -> str | None:
 
 def _public(text: str) -> str:
     """A text without the folders of its paths, which are private."""
-    return re.sub(r"(?<!\S)((?:answers:)?)(?:\.{0,2}|~)/(?:[^\s/]+/)*", r"\1", text)
+    return re.sub(r"(?<![^\s,])((?:answers:|hf:)?)(?:\.{0,2}|~)/(?:[^\s,/]+/)*", r"\1", text)
 
 
 def _escaped(text: str) -> str:

@@ -17,7 +17,6 @@ from adapruner.base.tables import Cell, Cells, Column, Table
 from adapruner.budget.plan import PruningPlan
 from adapruner.evaluation.speed import Rate, Speed
 from adapruner.options import PruneConfig, PruneOptions
-from adapruner.report import page as figures
 from adapruner.report.result import (
     ModelNumbers,
     RunResult,
@@ -149,19 +148,19 @@ def losses(dense: ModelNumbers, final: ModelNumbers) -> Table:
     return Table("loss-table", "Losses", _COLUMNS_OF_CHANGES, rows)
 
 
-def gains(dense: ModelNumbers, final: ModelNumbers, weight_bytes: int, speed: tuple[Speed, Speed] | None) -> Table:
+def gains(result: RunResult, weight_bytes: int, speed: tuple[Speed, Speed] | None) -> Table:
     """The savings of the final model.
 
     Args:
         weight_bytes: size of its weights on disk.
         speed: of the dense and the final model.
     """
-    before, after = dense.parameters, final.parameters
+    before, after = result.model("dense").parameters, result.final.parameters
     shown = [f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}" for number in (before, after)]
     growth = f"{100 * after / before - 100:+.1f} %".replace("-", "−")
     rows = [_change("parameters", "", Cell(shown[0]), Cell(shown[1]), growth)]
     if weight_bytes:
-        dense_bytes = round(weight_bytes * before / after)
+        dense_bytes = round(weight_bytes / (1 - result.removed_share))
         rows.append(_smaller("weights on disk", "in the same dtype", _megabytes, dense_bytes, weight_bytes))
     if speed:
         rows += _gains_of_speed(*speed)
@@ -270,9 +269,7 @@ def next_commands(result: RunResult, folder: Path, has_speed: bool) -> dict[str,
         has_speed: the speed of its model was measured.
     """
     config, model = result.config, folder / "model"
-    commands: dict[str, tuple[str, ...]] = {}
-    if not config.sources:  # recover has no files of sources
-        commands["Train on, as long again"] = ("recover", str(folder))
+    commands: dict[str, tuple[str, ...]] = {"Train on, as long again": ("recover", str(folder))}
     if not config.tasks:
         commands["Measure tasks"] = ("evaluate", str(model), "--tasks", "commonsense")
     if not has_speed:
@@ -292,7 +289,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"duration": figures.duration, "show_layers": show_layers}
+_TEMPLATES.filters |= {"duration": duration, "show_layers": show_layers}
 
 
 def render_report(
@@ -325,8 +322,8 @@ def render_report(
         dense=dense,
         final=final,
         name=shown_name(config.model),
-        losses=figures.losses(dense, final),
-        gains=figures.gains(dense, final, weight_bytes, speed),
+        losses=losses(dense, final),
+        gains=gains(result, weight_bytes, speed),
         speed=speed,
         samples=samples,
         mean=next((number for number in final.numbers.values() if number.kind == "mean"), None),
@@ -334,9 +331,9 @@ def render_report(
         advice=advice_on(result),
         next_commands=next_commands(result, folder, speed is not None),
         model_tables=tables_of("Numbers of every model", result.models),
-        texts=figures.texts({model.role: model for model in result.models}),
-        trials=figures.trials(search) if search else None,
-        costs=figures.costs(result, plan),
+        texts=texts({model.role: model for model in result.models}),
+        trials=trials(search) if search else None,
+        costs=costs(result, plan),
         command=command(config, folder),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
     )

@@ -281,6 +281,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     Attributes:
         config: the options, with one ratio.
         plan_hash: of the final plan.
+        share_of_decoder: the fraction of all parameters that is in the decoder, whose numbers these are.
         costs: of cutting each block; None if options decided how much each loses.
         search: the chosen candidate and all trials; None without a search.
         healing: the record of the training after the cut, if there was any.
@@ -294,6 +295,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     schema_version: Literal[10] = 10
     config: PruneConfig
     plan_hash: str
+    share_of_decoder: float = 1.0
     costs: Costs | None = None
     search: SearchResult | None = None
     healing: Healing | None = None
@@ -320,7 +322,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
     @property
     def removed_share(self) -> float:
         """The fraction of all parameters that was removed."""
-        return 1 - self.final.parameters / self.model("dense").parameters
+        return self.share_of_decoder * (1 - self.final.parameters / self.model("dense").parameters)
 
 
 def advice_on(result: RunResult) -> list[str]:

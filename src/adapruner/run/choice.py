@@ -244,7 +244,7 @@ def dense_losses(dense_fast: PreTrainedModel, windows: dict[str, Text]) -> Tenso
     return window_losses(dense_fast, windows["objective"].windows)
 
 
-@GRAPH.kept("search.json", json_form(SearchResult), version=12, is_result=True, is_wanted=lambda trials: trials)
+@GRAPH.kept("search.json", json_form(SearchResult), version=13, is_result=True, is_wanted=lambda trials: trials)
 def search_result(
     dense_fast: PreTrainedModel,
     structure: Structure,

@@ -139,12 +139,14 @@ def content_of_text(source: Source) -> dict[str, str | None]:
 
 
 def content_of_blend(blend: tuple[BlendPart, ...]) -> dict[str, str | None]:
-    """The content of a leaf for a blend; of text that the model writes, what that begins with."""
+    """The content of a leaf for a blend, None if a text of it is not at hand; of text that the model writes, what that
+    begins with."""
     if len(blend) == 1 and blend[0].source:
         return content_of_text(blend[0].source)
     contents = [content_of_text(part.source) if part.source else kinds()[part.name].fingerprint for part in blend]
     named = ", ".join(f"{part.source.dataset if part.source else part.name}:{part.share:.3g}" for part in blend)
-    return {"text": named, "content": json.dumps([contents, [part.share for part in blend]])}
+    is_lost = any(isinstance(content, dict) and content["content"] is None for content in contents)
+    return {"text": named, "content": None if is_lost else json.dumps([contents, [part.share for part in blend]])}
 
 
 @GRAPH.leaf()

@@ -229,6 +229,7 @@ def result(
     costs: Costs | None,
     search_result: SearchResult | None,
     plan: PruningPlan,
+    share_of_decoder: float,
     pruned: Path,
     healed: Healing | None,
     perplexity_dense: dict[str, Perplexity],
@@ -261,6 +262,7 @@ def result(
     result = RunResult(
         config=config,
         plan_hash=plan.hash,
+        share_of_decoder=share_of_decoder,
         costs=costs,
         search=search_result,
         healing=healed,

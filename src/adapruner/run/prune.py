@@ -15,7 +15,7 @@ from adapruner.budget.counts import kept_counts
 from adapruner.evaluation.tasks import check_tasks
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
-from adapruner.options import PruneConfig, PruneOptions, size_in_bytes
+from adapruner.options import EFFORTS, PruneConfig, PruneOptions, size_in_bytes
 from adapruner.run import choice, inputs, models, models as evaluation
 from adapruner.run.folder import PruneResult, RunFolder
 from adapruner.run.given import TextData
@@ -229,7 +229,8 @@ def estimate(model: str | Path, memory: str | None = None, **options: object) ->
         AdaPrunerError: there is no such model, or an option will not do.
     """
     stated, gpus = _gpus(memory) if memory else (None, (torch.device("cuda"),))
-    config = PruneConfig.from_options(model=str(model), **options)
+    of_effort = EFFORTS.get(str(options.get("effort")), {})
+    config = PruneConfig.from_options(given=sorted(options), **of_effort | {"model": str(model)} | options)
     register_extensions(config)
     config = with_defaults(config)
     if memory and config.device not in ("auto", "cuda"):

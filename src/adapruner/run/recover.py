@@ -35,7 +35,7 @@ from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import content_of_blend, content_of_model
 from adapruner.run.memory import place_weights
 from adapruner.run.options import register_extensions
-from adapruner.text.blends import BlendPart, parse_blend, record_of, sources_of
+from adapruner.text.blends import BlendPart, absolute_blend, parse_blend, record_of, sources_of
 from adapruner.text.sources import Source
 from adapruner.train.examples import Examples, Unwritten, read_examples
 from adapruner.train.healing import read_healing
@@ -89,7 +89,8 @@ def recover(
             trains_the_same = given.get("train", healing.trained) == healing.trained
             names = healing.record.config.keys() - {*TRAINING_BUDGETS, "seed"} if trains_the_same else _OF_TEXT
             of_run |= {name: healing.record.config[name] for name in names - (_OF_TEXT if data else set())}
-        of_run |= {"data": then.calibration, "teacher": then.model, "output": run.path / "recovered"}
+        text = absolute_blend(then.calibration, "calibration")
+        of_run |= {"data": text, "teacher": then.model, "output": run.path / "recovered"}
         given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:
         raise AdaPrunerError(f"name `{lacking[0]}`: {model} is not the folder of a run")
@@ -144,10 +145,10 @@ class RecoveryFolder(Folder):
 
     def check_usable(self, overwrite: bool) -> None:
         """Refuses a folder that holds something else; with `overwrite`, another one that this package wrote will do."""
-        if not self.shown.exists() or self.record("model"):
+        if not self.shown.exists():
             return
         is_ours = self.shown.is_dir() and is_replaceable(self.shown)
-        if not (is_ours and (overwrite or not any(self.shown.iterdir()))):
+        if not (is_ours and (overwrite or self.record("model") or not any(self.shown.iterdir()))):
             hint = ", or `overwrite` to replace it" if is_ours else ""
             raise AdaPrunerError(f"{self.shown} exists and holds no such recovery: choose another output{hint}")
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.base.errors import AdaPrunerError
+from adapruner.base.errors import AdaPrunerError, first_problem
 from adapruner.base.files import output_path, write_text
 from adapruner.base.progress import Reporter
 from adapruner.budget.plan import PruningPlan
@@ -69,7 +69,10 @@ def score(
         if metric not in LLM_PRUNER_METRICS:
             raise AdaPrunerError(f"no metric {metric!r}: expected {', '.join(LLM_PRUNER_METRICS)}, or weights of terms")
         metric = LLM_PRUNER_METRICS[metric]
-    point = metric if isinstance(metric, MetricPoint) else MetricPoint(weights=dict(metric))
+    try:
+        point = metric if isinstance(metric, MetricPoint) else MetricPoint(weights=dict(metric))
+    except ValidationError as error:
+        raise AdaPrunerError(f"the metric is not weights of terms: {first_problem(error)}") from None
     return score_groups(statistics, structure, point)
 
 

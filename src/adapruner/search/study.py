@@ -65,7 +65,6 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
         best_trial: its number among `points`.
         best_fixed_name: of LLM-Pruner's metrics the best on the first random draw of samples; empty if none was tried.
         stopped_early: number of trials that were stopped early.
-        starting_points: number of points that the space tries before it searches.
     """
 
     points: tuple[TriedPoint, ...]
@@ -77,7 +76,6 @@ class SearchResult(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="con
     best_fixed_loss: float | None = None
     best_fixed_name: str = ""
     stopped_early: int
-    starting_points: int
 
     @property
     def searched(self) -> int:
@@ -130,7 +128,6 @@ def choose(finished: Sequence[FrozenTrial], space: SearchSpace, trials: int, kin
         best_fixed_loss=loss_of(fixed[0]) if fixed else None,
         best_fixed_name=fixed[0].user_attrs[FIXED_METRIC] if fixed else "",
         stopped_early=len(finished) - len(whole),
-        starting_points=len(space.starting_points()),
     )
 
 

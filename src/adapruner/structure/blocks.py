@@ -65,10 +65,6 @@ class TensorSlice:
         stored = (matrices.mT if self.is_transposed else matrices).contiguous()
         return stored if self.experts else stored[0]
 
-    def as_projection(self, parameter: Tensor) -> Tensor:
-        """[outputs, inputs]: a view of the stored matrix of a parameter without experts."""
-        return parameter.T if self.is_transposed else parameter
-
 
 @dataclass(frozen=True)
 class Block:

@@ -92,13 +92,17 @@ def sources_of(blend: Sequence[BlendPart]) -> list[tuple[str, Source]]:
     return [(part.name, part.source) for part in blend if part.source]
 
 
-def absolute_blend(text: str) -> str:
-    """The same blend with absolute paths, which is valid in any working directory."""
+def absolute_blend(text: str, part: Part = "all") -> str:
+    """The same blend with absolute paths, valid in any working directory, and with each dataset restricted to a part
+    unless the user already chose one."""
     parts = []
     for name, number in _split(text):
-        prefix = ANSWERS if name.startswith(ANSWERS) else ""
         dataset = name.removeprefix(ANSWERS)
-        parts.append(f"{prefix}{dataset if name == MIX else absolute_source(dataset)}{number and f':{number}'}")
+        if name != MIX:
+            chosen = "" if part == "all" or _source(name, missing_ok=True).part != "all" else f"@{part}"
+            dataset = absolute_source(dataset) + chosen
+        prefix = ANSWERS if name.startswith(ANSWERS) else ""
+        parts.append(f"{prefix}{dataset}{number and f':{number}'}")
     return ",".join(parts)
 
 
@@ -110,7 +114,9 @@ def _source(name: str, missing_ok: bool) -> Source:
 
 def _split(text: str) -> list[tuple[str, str]]:
     """The names and their shares, as they are written; the share is empty where there is none."""
-    return [_with_share(text)] if _is_file(_with_share(text)[0]) else [*map(_with_share, source_names([text]))]
+    whole = _with_share(text)
+    is_one = _is_file(whole[0]) or _is_file(whole[0].rpartition("@")[0])
+    return [whole] if is_one else [*map(_with_share, source_names([text]))]
 
 
 def _with_share(text: str) -> tuple[str, str]:

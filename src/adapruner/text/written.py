@@ -83,8 +83,7 @@ def served_kinds(tokenizer: Tokenizer) -> dict[str, Kind]:
         split = {text for text, tokens in pairs if len(text.encode()) < _BYTES_PER_TOKEN * len(tokens)}
         return [text for text in texts if text not in split]
 
-    found = {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
-    return {name: kind for name, kind in found.items() if kind.openings}
+    return {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
 
 
 @cache
@@ -162,13 +161,12 @@ def write_kinds(
         advance: called with fractions of the number of all windows.
 
     Returns:
-        By kind, [windows, seq_len], int64: the same for the same seed on the same machine; none of a language that the
-        tokenizer does not serve.
+        By kind, [windows, seq_len], int64: the same for the same seed on the same machine.
     """
     served, stream = served_kinds(tokenizer), f"{part} {seed}"
-    drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts if name in served}
+    drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts}
     pieces = {name: _known(name, tokenizer, count // 2 * seq_len, part, stream) for name, count in counts.items()}
-    lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
+    lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count}
     rounds, asked = 0, list[tuple[str, list[int]]]()
     # A model with few positions has room for its own words too.
     room = (getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST_BEGINNING) // 2
