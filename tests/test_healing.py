@@ -18,8 +18,9 @@ from adapruner.options import OF_A_SEARCH, PruneConfig, RecoveryOptions
 from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.recover import read_record
+from adapruner.text.windows import Text
 from adapruner.train import healing as _healing
-from adapruner.train.healing import healing_options, read_healing
+from adapruner.train.healing import heal, healing_options, read_healing
 from adapruner.train.trainer import frozen, with_adapters
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
@@ -121,6 +122,22 @@ def test_the_record_says_which_rate_was_best(healed):
     card = (healed.model_folder / "README.md").read_text()
     assert f"at a learning rate of {best:g}, the best of 3 tried" in healed.report.read_text()
     assert "It was trained to predict as the dense model does, on 19,968 tokens of" in card
+
+
+def test_a_lowest_rate_that_is_worse_by_chance_hides_no_other(tmp_path, monkeypatch):
+    """Four steps at the lowest change little: noise decides if they help."""
+    losses, chosen = {3e-4: 1.001, 1.5e-3: 0.95, 6e-3: 0.97}, list[float]()
+
+    def trained(load: object, blend: object, options: RecoveryOptions, *_: object) -> None:
+        chosen.append(options.learning_rate)
+        raise InterruptedError
+
+    monkeypatch.setattr(_healing, "try_training", lambda _, __, options, *___: (1.0, losses[options.learning_rate]))
+    monkeypatch.setattr(_healing, "train", trained)
+    text, options = Text(torch.ones(8, 16, dtype=torch.int64), ("a",) * 8), RecoveryOptions(train="ia3", steps=98)
+    with pytest.raises(InterruptedError):
+        heal(None, *text.held_out(2), None, options, tmp_path)
+    assert chosen == [1.5e-3]
 
 
 def test_trials_of_a_short_training_change_the_model(healed, model_folder, text_file, tmp_path):
@@ -236,7 +253,7 @@ def test_the_training_of_a_run_goes_on(healed, model_folder, text_file, tmp_path
     record = adapruner.recover(run)
     assert record == read_record(run / "recovered")
     config = record.config
-    of_run = {"train": "ia3", "tokens": "20000", "label_weight": 0.0, "data": str(text_file)}
+    of_run = {"train": "ia3", "tokens": "20000", "label_weight": 0.0, "data": f"{text_file}@calibration"}
     assert config.items() >= of_run.items()
     assert config["learning_rate"] == healed.result.healing.record.config["learning_rate"]
     assert config["teacher"] == str(model_folder)
@@ -262,7 +279,7 @@ def test_a_run_on_a_dataset_of_ones_own_is_trained_further(healed, text_file, tm
     config = PruneConfig.load(run / "config.yaml")
     own = {"sources": str(tmp_path / "sources.yaml"), "calibration": "mine"}
     config.model_copy(update=own).save(run / "config.yaml")
-    assert adapruner.recover(run, steps=1).config["data"] == "mine"
+    assert adapruner.recover(run, steps=1).config["data"] == "mine@calibration"
 
 
 def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(

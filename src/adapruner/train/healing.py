@@ -148,13 +148,13 @@ def _try_rates(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Healing:
-    """The losses after a few steps at each rate, up to the first that is worse than the one before."""
+    """The losses after a few steps at each rate, up to the first that is worse than the one before. The first may be
+    worse than nothing by chance: it changes little."""
     losses, before, least = dict[float, float](), None, math.inf
     for rate in _RATES[options.train]:
         settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
         try:
             before, losses[rate] = try_training(load, blend, settings, folder / "trial", teacher, progress, before)
-            least = min(least, before)
         except NonFiniteError:
             losses[rate] = math.inf
         if losses[rate] > least:
