@@ -69,7 +69,9 @@ def draw(rows: list[dict[str, str | float]]) -> str:
 
 
 def _panel(left: int, model: str, own: list[Point]) -> list[str]:
-    bottom, slowest, worst = _TOP + _PLOT, 1.1 * max(p.seconds for p in own), 1.1 * min(1.6, max(p.nats for p in own))
+    bottom, slowest = _TOP + _PLOT, 1.1 * max(p.seconds for p in own)
+    # What loses more than twice as much as ours is beyond the picture.
+    worst = 1.1 * min(max(p.nats for p in own), 2 * max(p.nats for p in own if p.method == "AdaPruner"))
     lines = [f'<text x="{left}" y="{_TOP - 14}" font-weight="bold">{escape(model)}</text>']
     for part in range(5):
         y = bottom - part * _PLOT / 4

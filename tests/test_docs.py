@@ -452,7 +452,7 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers():
     images = ROOT / "docs" / "images"
     content = json.loads((images / "tradeoff.json").read_text(encoding="utf-8"))
     assert (images / "tradeoff.svg").read_text(encoding="utf-8") == draw(content)
-    page = (ROOT / "docs" / "choose.md").read_text()
+    page = (ROOT / "research" / "results.md").read_text()
     for point in (point for points in content["models"].values() for point in points.values()):
         size, bits, *speeds = point.values()
         assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
