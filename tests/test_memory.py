@@ -276,9 +276,10 @@ def test_inspect_prints_memory(model_folder, capsys):
     assert re.fullmatch(r"memory: \d\S+ GiB of weights \+ .* GiB of .* = .* GiB on cpu", first)
     assert second == f"{model_folder} fits this machine: yes, all layers in memory"
     assert json.loads(printed("--json", heal="2k"))["largest"] == "training after the cut"
-    quick = estimate(model_folder, effort="quick").memory
-    assert quick == estimate(model_folder, heal="none", compensation_windows=192).memory
-    assert quick != estimate(model_folder).memory
+    small = {"ratio": 0.05, "round_to": 1, "protect_first": 1, "protect_last": 1}
+    quick = estimate(model_folder, effort="quick", **small).memory
+    assert quick == estimate(model_folder, heal="none", compensation_windows=192, **small).memory
+    assert quick != estimate(model_folder, **small).memory
     with pytest.raises(SystemExit):
         main(["inspect", str(model_folder), "--pool", "6"])
 

@@ -182,7 +182,9 @@ def write_answers(
     if is_streamed(original):
         return {name: text.windows for name, text in probe_texts(tokenizer, tokens).items()}
     counts = dict.fromkeys(kinds(), _ANSWER_WINDOWS)
-    answers = write_kinds(original, tokenizer, counts, tokens, "report", 0, end_tokens(original, tokenizer), advance)
+    written = write_kinds(original, tokenizer, counts, tokens, "report", 0, end_tokens(original, tokenizer), advance)
+    # The tokenizer may not serve a kind.
+    answers = {kind: windows for kind, windows in written.items() if len(windows)}
     return answers | {
         kind + _PREDICTED: torch.stack([predicted for _, predicted in read(original, _texts(windows))])
         for kind, windows in answers.items()

@@ -139,8 +139,7 @@ def content_of_text(source: Source) -> dict[str, str | None]:
 
 
 def content_of_blend(blend: tuple[BlendPart, ...]) -> dict[str, str | None]:
-    """The content of a leaf for a blend, None if a text of it is not at hand; of text that the model writes, what that
-    begins with."""
+    """The same for a blend; of text that the model writes, what that begins with."""
     if len(blend) == 1 and blend[0].source:
         return content_of_text(blend[0].source)
     contents = [content_of_text(part.source) if part.source else kinds()[part.name].fingerprint for part in blend]

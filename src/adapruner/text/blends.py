@@ -115,7 +115,8 @@ def _source(name: str, missing_ok: bool) -> Source:
 def _split(text: str) -> list[tuple[str, str]]:
     """The names and their shares, as they are written; the share is empty where there is none."""
     whole = _with_share(text)
-    is_one = _is_file(whole[0]) or _is_file(whole[0].rpartition("@")[0])
+    name, _, part = whole[0].rpartition("@")
+    is_one = _is_file(whole[0]) or ("," not in part and _is_file(name))
     return [whole] if is_one else [*map(_with_share, source_names([text]))]
 
 

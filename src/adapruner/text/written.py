@@ -83,7 +83,8 @@ def served_kinds(tokenizer: Tokenizer) -> dict[str, Kind]:
         split = {text for text, tokens in pairs if len(text.encode()) < _BYTES_PER_TOKEN * len(tokens)}
         return [text for text in texts if text not in split]
 
-    return {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
+    found = {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
+    return {name: kind for name, kind in found.items() if kind.openings}
 
 
 @cache
@@ -161,12 +162,13 @@ def write_kinds(
         advance: called with fractions of the number of all windows.
 
     Returns:
-        By kind, [windows, seq_len], int64: the same for the same seed on the same machine.
+        By kind, [windows, seq_len], int64: the same for the same seed on the same machine; none of a language that the
+        tokenizer does not serve.
     """
     served, stream = served_kinds(tokenizer), f"{part} {seed}"
-    drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts}
+    drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts if name in served}
     pieces = {name: _known(name, tokenizer, count // 2 * seq_len, part, stream) for name, count in counts.items()}
-    lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count}
+    lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
     rounds, asked = 0, list[tuple[str, list[int]]]()
     # A model with few positions has room for its own words too.
     room = (getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST_BEGINNING) // 2
