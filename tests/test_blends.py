@@ -206,6 +206,11 @@ def test_the_weight_of_the_labels(tokenizer, model, instructions, text_file):
         assert weights == [{weight} for weight in expected]
 
 
+def test_every_kind_of_mix_has_an_example_to_validate(tokenizer, text_file):
+    for part in read_examples(parse_blend(f"mix:0.001,{text_file}:0.999"), tokenizer, RecoveryOptions(seq_len=16), 0.0):
+        assert not isinstance(part, Unwritten) or part.count == 2
+
+
 def test_the_teacher_answers_prompts(tokenizer, model, instructions, monkeypatch):
     [part] = read_examples(
         parse_blend(f"answers:{instructions}"), tokenizer, RecoveryOptions(seq_len=96, records=20), 0.5

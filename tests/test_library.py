@@ -170,7 +170,7 @@ def test_the_steps_one_by_one_make_the_model_of_a_run(finished, loaded):
         adapruner.score(statistics, structure, {"no_such": 1.0})
     scores = adapruner.score(statistics, structure, point)
     for wrong in (scores[1:], torch.full_like(scores, torch.nan)):
-        with pytest.raises(AdaPrunerError, match="of every group"):
+        with pytest.raises(AdaPrunerError, match="one for every group"):
             adapruner.PruningPlan.from_scores(structure, wrong, 0.1, round_to=1)
     plan = adapruner.PruningPlan.from_scores(structure, scores, 0.1, round_to=1, protect_first=1, protect_last=1)
     assert abs(plan.ratio - 0.1) < 0.005

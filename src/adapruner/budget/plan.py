@@ -149,7 +149,7 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
             round_to, protect_first, protect_last, head_share: as in `PruneOptions`.
 
         Raises:
-            AdaPrunerError: the ratio cannot be reached; the message has the arithmetic.
+            AdaPrunerError: the ratio cannot be reached, with the arithmetic; or not every group has a score.
         """
         shares = round_to, protect_first, protect_last, head_share
         budget = default_budget(structure, ratio, "per-layer", "parameters", *shares)
@@ -202,10 +202,8 @@ def make_plan(structure: Structure, scores: Tensor, counts: Sequence[int]) -> Pr
         scores: [groups], of all blocks in the order of `structure.blocks`.
         counts: number of groups that each block keeps, a multiple of its strata.
     """
-    if scores.shape != (total := sum(block.groups for block in structure.blocks),) or scores.isnan().any():
-        raise AdaPrunerError(
-            f"the scores are {list(scores.shape)}, or not all numbers: expected {total}, of every group"
-        )
+    if scores.shape != (groups := structure.group_offsets[-1],) or scores.isnan().any():
+        raise AdaPrunerError(f"the scores, {list(scores.shape)}, are not {groups} numbers, one for every group")
     kept = []
     for block, block_scores, count in zip(
         structure.blocks, scores.split([block.groups for block in structure.blocks]), counts, strict=True

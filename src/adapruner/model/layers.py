@@ -281,10 +281,12 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
         prefix = f"{architecture_of(model.config).layers}."
         for index, layer in enumerate(decoder_layers(model)):
             read = vars(layer)["stream"].read
-            with contextlib.nullcontext() if isinstance(read, _FromMemory) else loaded_layer(model, index):
-                # What is in memory is not copied.
-                weights = read.weights if isinstance(read, _FromMemory) else layer.state_dict()
-                state |= {f"{prefix}{index}.{name}": tensor.cpu() for name, tensor in weights.items()}
+            if isinstance(read, _FromMemory):
+                weights = read.weights  # reading them would copy them
+            else:
+                with loaded_layer(model, index):
+                    weights = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
+            state |= {f"{prefix}{index}.{name}": tensor for name, tensor in weights.items()}
     return state
 
 

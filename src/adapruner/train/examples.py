@@ -168,11 +168,9 @@ def read_examples(
 
 
 def _read(part: BlendPart, tokenizer: Tokenizer, options: RecoveryOptions, label_weight: float) -> Examples | Unwritten:
-    default = None
-    if part.is_written:
-        default = (
-            DEFAULT_GENERATED_RECORDS if part.source else max(2, math.ceil(part.share * DEFAULT_GENERATED_RECORDS))
-        )
+    default = DEFAULT_GENERATED_RECORDS if part.is_written else None
+    if part.source is None:  # one to learn, one to validate
+        default = max(2, math.ceil(part.share * DEFAULT_GENERATED_RECORDS))
     known = (options.records or default, most_examples(options, part.share, part.is_written))
     limit = min((number for number in known if number is not None), default=None)
     if part.source is None:

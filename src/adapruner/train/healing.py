@@ -148,7 +148,8 @@ def _try_rates(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Healing:
-    """The losses after a few steps at each rate, up to one that is worse than that before, if only by chance."""
+    """The losses after a few steps at each rate, up to the first that is worse than the one before. The lowest changes
+    little: chance may make it worse than nothing."""
     losses, before, least = dict[float, float](), None, math.inf
     for rate in _RATES[options.train]:
         settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})
