@@ -33,7 +33,7 @@ from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from machine import MIB, describe, memory, reset_peak, seconds
 
-Way = Literal["activations", "all terms", "vector-wise", "layer by layer", "plain"]
+Way = Literal["activations", "all terms", "layer by layer", "plain"]
 
 
 def main(
@@ -53,7 +53,6 @@ def main(
     ways: dict[Way, Callable[[Tensor], object]] = {
         "activations": lambda text: record_activations(loaded, text, batch_size),
         "all terms": lambda text: measure(loaded, structure, text, batch_size),
-        "vector-wise": lambda text: measure(loaded, structure, text, batch_size, terms="vector-wise"),
         "layer by layer": lambda text: measure(loaded, structure, text, batch_size, layer_wise=True),
         "plain": lambda text: keep_all_gradients(loaded, structure, text, batch_size),
     }

@@ -24,7 +24,7 @@ from adapruner.base.progress import Reporter
 from adapruner.cli import main
 from adapruner.cli.runs import _default_output
 from adapruner.cli.shared import OPTION_GROUPS
-from adapruner.options import PruneConfig, PruneOptions, SizeLimit
+from adapruner.options import PruneOptions, SizeLimit
 from adapruner.recipes import read_recipe, recipes
 
 RUN = ["--ratio", "0.2", "--pool", "4", "--samples", "2", "--objective-windows", "4"]
@@ -139,16 +139,19 @@ def test_a_dry_run_is_refused_for_what_the_run_would_be(model_folder, text_file,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_is_copied_and_read_again(tmp_path, capsys):
+def test_a_recipe_is_printed_and_read_again(tmp_path, capsys):
     run("recipes", "--json")
     assert json.loads(capsys.readouterr().out).keys() == recipes().keys()
     for name in recipes():
-        run("recipes", "copy", name, str(tmp_path / "new" / f"{name}.yaml"))
-        options = read_recipe(tmp_path / "new" / f"{name}.yaml")
-        assert PruneConfig.from_options(**options) == PruneConfig.from_options(**read_recipe(name))
-        with pytest.raises(SystemExit, match="2"):
-            main(["recipes", "copy", name, str(tmp_path / "new" / f"{name}.yaml")])
-    assert "replace it with --overwrite" in capsys.readouterr().err
+        run("recipes", name)
+        (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+        assert (tmp_path / "mine.yaml").read_text() == recipes()[name]
+        run("recipes", name, "--json")
+        options = json.loads(capsys.readouterr().out)
+        assert options == read_recipe(tmp_path / "mine.yaml") == read_recipe(name)
+    with pytest.raises(SystemExit, match="2"):
+        main(["recipes", "no-such"])
+    assert "the package has gemma3-4b, " in capsys.readouterr().err
 
 
 def test_env_names_what_users_install_and_no_tool_of_developers(capsys):

@@ -55,10 +55,8 @@ def test_equals_a_loop_of_plain_backward_passes(family, granularity, make_model,
     structure = build_structure(model, granularity)
     statistics = measure(model, structure, windows, batch_size=4)
     layer_wise = measure(model, structure, windows, batch_size=4, layer_wise=True)
-    vector_wise = measure(model, structure, windows, batch_size=4, terms="vector-wise")
     for name, values in statistics.per_sample.items():
         torch.testing.assert_close(layer_wise.per_sample[name], values, rtol=1e-5, atol=1e-9)
-    assert vector_wise.element_absolute is None
     for sample, products in enumerate(sample_gradients(model, windows)):
         vectors = [by_vector(products, part, block) for block in structure.blocks for part in block.matrices]
         expected = {
@@ -68,7 +66,6 @@ def test_equals_a_loop_of_plain_backward_passes(family, granularity, make_model,
         }
         for name, values in expected.items():
             torch.testing.assert_close(statistics.per_sample[name][sample], values, rtol=1e-3, atol=1e-7)
-        torch.testing.assert_close(vector_wise.taylor[sample], expected["taylor"], rtol=1e-3, atol=1e-7)
         with torch.no_grad():
             loss = model(windows[sample : sample + 1], labels=windows[sample : sample + 1]).loss
         assert math.isclose(float(statistics.loss[sample]), float(loss), rel_tol=1e-5)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 import adapruner
 from adapruner import AdaPrunerError, PruneConfig, PruneOptions
@@ -261,13 +260,6 @@ def test_layer_by_layer_leads_to_the_same_model(prune, text_file, tmp_path):
         "layer by layer, it reads built-in texts and solves no tasks for it"
         in (result.output / "model" / "README.md").read_text()
     )
-
-
-def test_vector_wise_terms_alone(prune):
-    """The best fixed metric is then the one that needs no gradient of a weight."""
-    result = prune(**QUICK | {"trials": 6, "terms": "vector-wise"})
-    assert result.result.search.best_fixed_name == "vectorize"
-    assert "element_absolute" not in load_file(result.output / "statistics.safetensors")
 
 
 def test_a_pruned_model_is_pruned_again(finished, prune):

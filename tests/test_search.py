@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.importance import TERMS, needs_moments, needs_removal_errors, register_term, score_groups
+from adapruner.importance import TERMS, needs_moments, register_term, score_groups
 from adapruner.measurement.moments import measure_moments, removal_errors
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.options import PruneOptions
@@ -336,9 +336,8 @@ def test_a_registered_term_is_searched(model, windows, tmp_path, monkeypatch):
     def size(statistics: Statistics) -> Tensor:
         return statistics.column_absolute
 
-    assert needs_removal_errors("extended", "vector-wise")
-    assert not needs_removal_errors("paper", "all")
-    assert [needs_moments(form, "paper", "all") for form in ("none", "least-squares")] == [False, True]
+    assert needs_moments("none", "extended")
+    assert [needs_moments(form, "paper") for form in ("none", "least-squares")] == [False, True]
     after = space.starting_points()
     assert all(new.parameters.items() >= old.parameters.items() for old, new in zip(before, after, strict=True))
     assert {(point.parameters["term.tilt"], point.parameters["family.magnitude"]) for point in after[:4]} == {

@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapruner import RecoveryOptions
 from adapruner.families import resolve
 from adapruner.train import loss as _loss
-from adapruner.train.loss import Predictor, fill_teacher, loss_and_gradient, loss_of_batch
+from adapruner.train.examples import Example, Examples
+from adapruner.train.loss import (
+    Predictor,
+    VocabularySample,
+    fill_teacher,
+    loss_and_gradient,
+    loss_of_batch,
+    sample_vocabulary,
+)
 from adapruner.train.trainer import with_adapters
 from tiny_families import tiny_config
 
@@ -96,7 +104,11 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def our_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, labels: Tensor | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    objective: Objective,
+    labels: Tensor | None = None,
+    sample: VocabularySample | None = None,
 ) -> Tensor:
     tokens, mask, all_labels = batch()
     ours, theirs = Predictor(student), Predictor(teacher) if teacher else None
@@ -105,7 +117,7 @@ def our_loss(
     hidden = ours.hidden_states(tokens, mask)
     weights = torch.tensor(objective.label_weights)
     used = all_labels if labels is None else labels
-    return loss_of_batch(ours, hidden, used, weights, SCALE, objective.temperature, theirs, taught)
+    return loss_of_batch(ours, hidden, used, weights, SCALE, objective.temperature, theirs, taught, sample)
 
 
 # One mix is enough to see what a family does around its head.
@@ -127,6 +139,83 @@ def test_loss_and_gradients_are_those_of_all_logits(family, objective):
     assert ours.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def text_of_a_batch(label_weight: float = 0.0) -> Examples:
+    examples = [Example(input_ids=row, labels=row, label_weight=label_weight) for row in batch()[0].tolist()]
+    return Examples("text", examples[1:], examples[:1], 1.0)
+
+
+def frozen_double(family: str, seed: int) -> PreTrainedModel:
+    """Of a model whose head is trained, all tokens are needed."""
+    model: Any = double(family, seed).eval()
+    model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_of_the_vocabulary_stands_for_the_rest(family, monkeypatch):
+    """As if each drawn token were there as often as it counts."""
+    monkeypatch.setattr(_loss, "_DRAWN_TOKENS", 50)
+    student, teacher = frozen_double(family, 0), frozen_double(family, 1)
+    sample = sample_vocabulary(student, teacher, [text_of_a_batch()], 0)
+    assert sample is not None
+    size, in_text = student.config.vocab_size, set(batch()[0].flatten().tolist())
+    counts = dict(zip(sample.tokens.tolist(), sample.log_counts.exp().tolist(), strict=True))
+    assert all(counts[token] == 1 for token in in_text)
+    assert len(counts) == len(in_text) + 50
+    assert sum(counts.values()) == pytest.approx(size, rel=1e-6)
+    tokens, mask, labels = batch()
+
+    def sampled(model: PreTrainedModel) -> Tensor:
+        return model(tokens, attention_mask=mask).logits[..., sample.tokens] + MIXED.temperature * sample.log_counts
+
+    objective = Objective((0, 0, 0), MIXED.temperature)
+    with torch.no_grad():
+        taught = sampled(teacher)
+    # Labels have no weight.
+    expected = naive_loss(sampled(student), taught, labels.clamp_max(0).where(labels == -100, 0), objective)
+    expected_gradients = gradients(expected, student)
+    loss = our_loss(student, teacher, objective, sample=sample)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+    ours = gradients(loss, student)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_samples_of_the_vocabulary_have_the_divergence_over_all(monkeypatch):
+    """On average, but for the part of one in the number of drawn tokens that count."""
+    monkeypatch.setattr(_loss, "_DRAWN_TOKENS", 100)
+    student, teacher = frozen_double("llama", 0), frozen_double("llama", 1)
+    with torch.no_grad():
+        whole = our_loss(student, teacher, Objective((0, 0, 0)))
+        losses = []
+        for seed in range(20):
+            sample = sample_vocabulary(student, teacher, [text_of_a_batch()], seed)
+            losses.append(our_loss(student, teacher, Objective((0, 0, 0)), sample=sample))
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(whole), rel=0.1)
+    assert float(torch.stack(losses).std()) > 0
+
+
+def test_all_of_the_vocabulary_is_used_where_a_sample_would_not_do(monkeypatch):
+    monkeypatch.setattr(_loss, "_DRAWN_TOKENS", 50)
+    student, text = frozen_double("llama", 0), text_of_a_batch()
+    assert sample_vocabulary(student, student, [text], 0) is not None
+    assert sample_vocabulary(student, student, [text, text_of_a_batch(0.5)], 0) is None
+    assert sample_vocabulary(double("llama", 0), student, [text], 0) is None
+    monkeypatch.setattr(_loss, "_DRAWN_TOKENS", 256)
+    assert sample_vocabulary(student, student, [text], 0) is None
+    monkeypatch.setattr(_loss, "_DRAWN_TOKENS", 50)
+    # Chameleon never writes the tokens of images, which it finds by their numbers.
+    forward = type(student).forward
+
+    def masked(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.logits[..., 100:120] = -1e9
+        return output
+
+    monkeypatch.setattr(type(student), "forward", masked)
+    assert sample_vocabulary(student, student, [text], 0) is None
 
 
 def test_a_gradient_that_is_passed_on_is_multiplied():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.measurement.taylor import Statistics
-from adapruner.options import Reduction, Space, Terms
+from adapruner.options import Reduction, Space
 from adapruner.structure.blocks import Structure
 
 # A term gives one number for each of these; see `Structure`.
@@ -29,8 +29,7 @@ class Term:
             name, which makes a new family.
         share: in the points that are tried first, the share of the term in its family, 0 to 1, taken from the terms
             registered before it; for the first term of a family, the weight of the family.
-        needs: required statistics that are not always measured: `elements`, `moments`, `routing` (only for models with
-            experts).
+        needs: required statistics that are not always measured: `moments`, `routing` (only for models with experts).
     """
 
     name: str
@@ -58,21 +57,20 @@ def register_term(
     return register
 
 
-def usable_terms(space: Space, terms: Terms, with_routing: bool = False) -> list[Term]:
+def usable_terms(space: Space, with_routing: bool = False) -> list[Term]:
     """The registered terms that a search mixes, in the order in which they were registered."""
     mixed = PAPER_TERMS if space == "paper" else tuple(TERMS)
-    unusable = {*(["elements"] if terms != "all" else []), *([] if with_routing else ["routing"])}
-    return [TERMS[name] for name in mixed if not TERMS[name].needs & unusable]
+    return [TERMS[name] for name in mixed if with_routing or "routing" not in TERMS[name].needs]
 
 
-def needs_removal_errors(space: Space, terms: Terms) -> bool:
+def needs_removal_errors(space: Space) -> bool:
     """True if terms of the search need the errors of removing groups."""
-    return any("moments" in term.needs for term in usable_terms(space, terms))
+    return any("moments" in term.needs for term in usable_terms(space))
 
 
-def needs_moments(compensation: str, space: Space, terms: Terms) -> bool:
+def needs_moments(compensation: str, space: Space) -> bool:
     """True if second moments are measured: for compensation, or for terms of the search."""
-    return compensation != "none" or needs_removal_errors(space, terms)
+    return compensation != "none" or needs_removal_errors(space)
 
 
 @register_term(unit="vectors", family="taylor")
@@ -89,19 +87,19 @@ def coarse_second(statistics: Statistics) -> Tensor:
     return statistics.taylor.square().mean(0) / 2
 
 
-@register_term(unit="vectors", family="taylor", needs=["elements"])
+@register_term(unit="vectors", family="taylor")
 def fine_first(statistics: Statistics) -> Tensor:
     """[vectors]: mean_j Σ_k |g_jk w_k|, element by element (LLM-Pruner's element-wise importance, arXiv 2305.11627,
     eq. 5). The mean over samples stands outside the absolute value, which makes the term a sum over samples; the form
     with the mean inside comes from statistics measured `jointly`."""
-    return _measured(statistics.element_absolute, "element by element").mean(0)
+    return statistics.element_absolute.mean(0)
 
 
-@register_term(unit="vectors", family="taylor", needs=["elements"])
+@register_term(unit="vectors", family="taylor")
 def fine_second(statistics: Statistics) -> Tensor:
     """[vectors]: ½ Σ_k mean_j (g_jk w_k)², element by element with the diagonal Fisher information (arXiv 2305.11627,
     eq. 4 and 5)."""
-    return _measured(statistics.element_squared, "element by element").mean(0) / 2
+    return statistics.element_squared.mean(0) / 2
 
 
 # The terms of the paper (arXiv 2503.06184), which mixes them by a formula of its own.

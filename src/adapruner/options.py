@@ -80,7 +80,6 @@ Reduction = Literal["sum", "mean", "max", "prod"]
 ServingEngine = Literal["vllm", "sglang", "llama.cpp", "mlx", "transformers", "any"]
 Searched = Literal["joint", "calibration", "metric"]
 Space = Literal["paper", "extended"]
-Terms = Literal["all", "vector-wise"]
 TrainedWeights = Literal["lora", "ia3", "layers", "full"]
 
 
@@ -91,7 +90,7 @@ EFFORTS: dict[str, dict[str, object]] = {
     "thorough": {"compensation_windows": 768, "heal": "400000"},
 }
 # The options that only a search reads.
-OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment", "terms", "reduction")
+OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment", "reduction")
 # The options for the amount to remove; a run has one of them.
 BUDGETS = ("ratio", "size", "memory")
 # The options for the length of a training; it has at most one of them.
@@ -255,9 +254,6 @@ class PruneOptions(_Options):
     )
     alignment: Alignment = Field(
         default="data", description="Scale the importance terms by their means, or by the fixed factors of the paper."
-    )
-    terms: Terms = Field(
-        default="all", description="Importance terms to measure; vector-wise omits the gradients of single weights."
     )
     reduction: Reduction = Field(default="sum", description="How the vectors of a group become one score.")
     space: Space = Field(

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 from rich.console import RenderableType
 from rich.table import Table
 
 from adapruner import __version__, options as config, recipes as recipe
 from adapruner.base.errors import AdaPrunerError
-from adapruner.base.files import output_path, write_text
 from adapruner.cli.shared import (
     MOST_USED,
     RUN_FOLDER,
@@ -32,7 +31,6 @@ from adapruner.cli.shared import (
     SizeLimit,
     given,
     memory_line,
-    plain_console,
     print_advice,
     print_note,
     print_output,
@@ -304,50 +302,30 @@ def env(*, json: Json = False) -> None:
     print_output(content, json, [table])
 
 
-recipes = App(name="recipes", help="List the recipes of the package, or copy one to edit it.")
-
-
-@recipes.default
-def list_recipes(*, json: Json = False) -> None:
-    """List the recipes of the package: options for adapruner prune --recipe NAME.
+def recipes(name: str | None = None, /, *, json: Json = False) -> None:
+    """List the recipes of the package, options for adapruner prune --recipe NAME, or print one to edit it.
 
     ```console
     adapruner recipes
-    adapruner recipes copy smollm2-20 mine.yaml
+    adapruner recipes smollm2-20            # > mine.yaml, to edit it
     adapruner prune --recipe mine.yaml -o runs/mine
-    ```
-    """
-    purposes = {}
-    for name, text in recipe.recipes().items():
-        # The first sentence of the comment, after the command.
-        lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
-        purposes[name] = " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]
-    table = Table("recipe", "", show_lines=True)
-    for name, purpose in purposes.items():
-        table.add_row(name, purpose)
-    print_output(purposes, json, [table])
-
-
-@recipes.command(name="copy")
-def copy_recipe(name: str, file: Path | None = None, /, *, overwrite: Flag = False) -> None:
-    """Write a recipe of the package to a file, to edit it.
-
-    ```console
-    adapruner recipes copy qwen3-8b
-    adapruner recipes copy qwen3-8b mine.yaml
-    adapruner recipes copy qwen3-8b mine.yaml --overwrite
     ```
 
     Args:
         name: A recipe of the list.
-        file: The file to write, by default NAME.yaml in the current folder.
-        overwrite: Replace an existing file.
     """
     known = recipe.recipes()
-    if name not in known:
-        raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
-    target = output_path(file or f"{name}.yaml")
-    if target.exists() and not overwrite:
-        raise AdaPrunerError(f"{target} exists: name another file, or replace it with `overwrite`")
-    write_text(target, known[name])
-    plain_console().print(f"{target}: adapruner prune --recipe {target}", soft_wrap=True)
+    if name:
+        if name not in known:
+            raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
+        print_output(yaml.safe_load(known[name]), json, [known[name].rstrip()])
+        return
+    purposes = {}
+    for own, text in known.items():
+        # The first sentence of the comment, after the command.
+        lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+        purposes[own] = " ".join(line.removeprefix("#").strip() for line in lines).strip().partition(": ")[0]
+    table = Table("recipe", "", show_lines=True)
+    for own, purpose in purposes.items():
+        table.add_row(own, purpose)
+    print_output(purposes, json, [table])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapruner.options import Terms
 from adapruner.structure.blocks import Block, Structure, TensorSlice
 
 
@@ -19,17 +18,15 @@ class Reduction:
     of the model, because copying each of them to the CPU would stall it.
 
     Attributes:
-        sums: [samples, vectors], [samples, inputs] or [samples, groups]; for vector-wise terms without
-            `element_absolute` and `element_squared`, which need the gradient of every weight; for models with experts
-            with `routed_output` and `routed_share`.
+        sums: [samples, vectors], [samples, inputs] or [samples, groups]; `routed_output` and `routed_share` are
+            for models with experts alone.
     """
 
-    def __init__(self, structure: Structure, samples: int, terms: Terms, device: torch.device) -> None:
+    def __init__(self, structure: Structure, samples: int, device: torch.device) -> None:
         self._structure = structure
         vectors, inputs = len(structure.group_of_vector), len(structure.group_of_input)
-        sizes = {"taylor": vectors, "input_mean": inputs, "input_squared": inputs}
-        if terms == "all":
-            sizes |= {"element_absolute": vectors, "element_squared": vectors}
+        sizes = dict.fromkeys(("taylor", "element_absolute", "element_squared"), vectors)
+        sizes |= {"input_mean": inputs, "input_squared": inputs}
         if structure.has_experts:
             sizes |= dict.fromkeys(("routed_output", "routed_share"), structure.group_offsets[-1])
         self.sums = {name: torch.zeros(samples, size, device=device) for name, size in sizes.items()}
@@ -68,12 +65,9 @@ class Reduction:
         for matrix, vectors in self._vectors(block, index):
             end = matrix.offset + block.groups * matrix.width
             rows = slice(matrix.offset, end) if matrix.axis == 0 else slice(None)
-            taylor = self.sums["taylor"][:, vectors]
-            if "element_absolute" in self.sums:
-                absolute, squared = (self.sums[name][:, vectors] for name in ("element_absolute", "element_squared"))
-                hook = _element_wise(matrix, rows, taylor, absolute, squared, self._two_stacks)
-            else:
-                hook = _vector_wise(matrix, rows, taylor)
+            names = "taylor", "element_absolute", "element_squared"
+            taylor, absolute, squared = (self.sums[name][:, vectors] for name in names)
+            hook = _element_wise(matrix, rows, taylor, absolute, squared, self._two_stacks)
             yield model.get_submodule(matrix.module).register_forward_hook(hook)
         reduce_inputs = partial(_reduce_inputs, *self._input_sums(index))
         yield model.get_submodule(block.row_wise.module).register_forward_pre_hook(reduce_inputs)
@@ -99,9 +93,8 @@ class Reduction:
         products = cast(Tensor, parameter.grad).float() * parameter.detach()
         parameter.grad = None
         _reduce_products(self.sums["taylor"], matrices, products)
-        if "element_absolute" in self.sums:
-            _reduce_products(self.sums["element_absolute"], matrices, products.abs())
-            _reduce_products(self.sums["element_squared"], matrices, products.square_())
+        _reduce_products(self.sums["element_absolute"], matrices, products.abs())
+        _reduce_products(self.sums["element_squared"], matrices, products.square_())
 
     def _two_stacks(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two buffers, [matrices, ·, ·], float32, each with as many matrices of a shape as fit into the memory of the
@@ -215,26 +208,6 @@ def _one_hot(number: Tensor, experts: int) -> Tensor:
 
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
-
-
-def _vector_wise(matrix: TensorSlice, rows: slice, taylor: Tensor) -> _ForwardHook:
-    """For y = W x, row i of Σ_k g w is Σ_t δ_ti y_ti, column j is Σ_t x_tj (Wᵀδ)_tj: activations times their
-    gradients."""
-
-    def after_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if matrix.axis == 1:
-            inputs[0].register_hook(partial(reduce, inputs[0].detach()))
-            return
-        bias: Any = getattr(module, "bias", None)
-        computed = output.detach()[..., rows]
-        output.register_hook(partial(reduce, computed if bias is None else computed - bias.detach()[rows]))
-
-    def reduce(activation: Tensor, gradient: Tensor) -> None:
-        used = gradient[..., rows] if matrix.axis == 0 else gradient
-        products = used.float() * activation
-        taylor.copy_(products.reshape(len(taylor), -1, products.shape[-1]).sum(1))
-
-    return after_forward
 
 
 def _element_wise(

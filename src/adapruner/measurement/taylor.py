@@ -21,7 +21,6 @@ from adapruner.base.errors import NonFiniteError
 from adapruner.measurement.reduction import Reduction, row_wise_weights
 from adapruner.model.architecture import stock_config
 from adapruner.model.layers import decoder_layers, enter_layers, loaded_layer, skipping_layers
-from adapruner.options import Terms
 from adapruner.structure.blocks import Structure
 
 # Samples measured at once; layer by layer, the activations of one layer are kept, so more samples fit.
@@ -39,13 +38,13 @@ class Statistics:
 
     Attributes:
         taylor: [samples, vectors], Σ_k g_k w_k, signed.
+        element_absolute: [samples, vectors], Σ_k |g_k w_k|.
+        element_squared: [samples, vectors], Σ_k (g_k w_k)².
         loss: [samples], the mean loss in nats per predicted token.
         input_mean: [samples, inputs], mean of x.
         input_squared: [samples, inputs], mean of x².
         column_absolute: [inputs], Σ|W_c|.
         column_squared: [inputs], ‖W_c‖².
-        element_absolute: [samples, vectors], Σ_k |g_k w_k|; None if only vector-wise terms were measured.
-        element_squared: [samples, vectors], Σ_k (g_k w_k)²; None likewise.
         routed_output: [samples, groups], for an expert the mean over all tokens of router weight · ‖output‖, 0 for
             tokens that are sent elsewhere; zeros for other groups; None without experts.
         routed_share: [samples, groups], the share of tokens that are sent to an expert; likewise.
@@ -55,13 +54,13 @@ class Statistics:
     """
 
     taylor: Tensor
+    element_absolute: Tensor
+    element_squared: Tensor
     loss: Tensor
     input_mean: Tensor
     input_squared: Tensor
     column_absolute: Tensor
     column_squared: Tensor
-    element_absolute: Tensor | None = None
-    element_squared: Tensor | None = None
     routed_output: Tensor | None = None
     routed_share: Tensor | None = None
     removal_error: Tensor | None = None
@@ -110,7 +109,6 @@ def measure(
     windows: Tensor,
     batch_size: int = 4,
     jointly: bool = False,
-    terms: Terms = "all",
     layer_wise: bool = False,
 ) -> Statistics:
     """Statistics for importance terms, from one forward and one backward pass; weights get no gradients.
@@ -123,7 +121,7 @@ def measure(
     Raises:
         NonFiniteError: a sample, which is named, gives numbers that are not finite.
     """
-    parts = measure_in_parts(model, structure, windows, batch_size, jointly, terms, layer_wise)
+    parts = measure_in_parts(model, structure, windows, batch_size, jointly, layer_wise)
     return Statistics.concatenate([statistics for _, statistics in parts])
 
 
@@ -133,7 +131,6 @@ def measure_in_parts(
     windows: Tensor,
     batch_size: int = 4,
     jointly: bool = False,
-    terms: Terms = "all",
     layer_wise: bool = False,
     folder: Path | None = None,
     starts: Iterable[int] | None = None,
@@ -147,7 +144,6 @@ def measure_in_parts(
         jointly: treat all windows of a batch as one sample, with the mean of their losses. Element-wise terms are
             then those of the mean gradient, Σ_k |Σ_j g_jk w_k|, which are not sums over samples (LLM-Pruner,
             arXiv 2305.11627).
-        terms: `vector-wise` omits statistics that need the gradients of weights, and a third of the work.
         layer_wise: keep the activations of one layer only, and run every layer forward again when its gradient
             arrives: a third more work for the same statistics. With streamed layers, only the sums grow with the
             number of layers.
@@ -166,7 +162,7 @@ def measure_in_parts(
             model.requires_grad_(False)
             for rows in passes:
                 samples = 1 if jointly else len(rows)
-                reduction = Reduction(structure, samples, terms, batch.device)
+                reduction = Reduction(structure, samples, batch.device)
                 if layer_wise:
                     losses = _pass_layer_by_layer(model, structure, rows, reduction, folder)
                 else:

@@ -30,7 +30,7 @@ from adapruner.graph.nodes import Form
 from adapruner.importance import TERMS, Term, needs_moments, needs_removal_errors
 from adapruner.measurement.moments import StoredMoments, measure_moments, projected_blocks, removal_errors
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, Statistics, measure_in_parts
-from adapruner.options import Alignment, Layout, RatioOf, Reduction, Searched, Space, Terms, allocates_by_cost
+from adapruner.options import Alignment, Layout, RatioOf, Reduction, Searched, Space, allocates_by_cost
 from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import GRAPH as GRAPH, TENSORS, json_form
 from adapruner.run.memory import Placement
@@ -121,7 +121,6 @@ def statistics(
     placement: Placement,
     windows: dict[str, Text],
     removals: dict[str, Tensor] | None,
-    terms: Terms,
     reporter: Reporter,
     work: Path,
 ) -> Statistics:
@@ -132,7 +131,7 @@ def statistics(
     with reporter.stage("measuring", len(parts)) as advance:
         advance(len(parts) - len(missing))
         measured = measure_in_parts(
-            dense, structure, pool, size, terms=terms, layer_wise=placement.layer_wise, folder=work, starts=missing
+            dense, structure, pool, size, layer_wise=placement.layer_wise, folder=work, starts=missing
         )
         for start, part in measured:
             write_atomically(parts[start], part.save)
@@ -226,11 +225,10 @@ def space_of_search(
     space: Space,
     alignment: Alignment,
     reduction: Reduction,
-    terms: Terms,
     search: Searched,
 ) -> SearchSpace:
     """The candidates among which is searched."""
-    common = build_subset_family(statistics, structure, counts), samples, seed, reduction, terms, search
+    common = build_subset_family(statistics, structure, counts), samples, seed, reduction, search
     if space == "paper":
         return PaperSpace(*common, alignment)
     # The space reads the registry itself: `importance_terms` puts its content into the key.

@@ -45,7 +45,6 @@ from adapruner.options import (
     PruneConfig,
     RatioOf,
     Space,
-    Terms,
 )
 from adapruner.run.memory import Placement, choose_placement, dtype_of_weights, room_for_moments
 from adapruner.structure.blocks import Structure, count_parameters
@@ -302,7 +301,6 @@ def window_counts(
     compensation_windows: int,
     compensation: str,
     space: Space,
-    terms: Terms,
     is_searched: bool,
 ) -> dict[str, dict[str, int]]:
     """The number of windows of each kind for each use. Only a search has a pool and an objective."""
@@ -310,7 +308,7 @@ def window_counts(
     if is_searched:
         counts["pool"] = counts_of(calibration_texts, pool)
         counts["objective"] = counts_of(objective_texts, objective_windows)
-    if needs_moments(compensation, space, terms):
+    if needs_moments(compensation, space):
         counts["compensation"] = counts_of(calibration_texts, compensation_windows)
     return counts
 

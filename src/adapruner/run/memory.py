@@ -119,7 +119,7 @@ def estimate_memory(
     is_searched = structure.cuts_experts or config.default_trials > 0
     pool = config.pool * is_searched
     written = max(pool, config.compensation_windows) * is_written
-    has_moments = needs_moments(config.compensation, config.space, config.terms)
+    has_moments = needs_moments(config.compensation, config.space)
     texts = texts_at_once(max(1, written), length, devices[0])
     if by_layer:
         texts *= batches_together(model.config, texts, length, trial)
@@ -132,7 +132,7 @@ def estimate_memory(
     projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
     projection = max(projected, default=0) * _FLOAT32
     vectors = sum(matrix.width * block.groups for block in blocks for matrix in block.matrices)
-    statistics = vectors * (3 if config.terms == "all" else 1) + 2 * sum(block.inputs for block in blocks)
+    statistics = 3 * vectors + 2 * sum(block.inputs for block in blocks)
     of_pool = pool * statistics * _FLOAT32
     measuring = {
         "seq_len": _activations(model, dtype, min(MEASURED_AT_ONCE[by_layer], pool) * length, by_layer),

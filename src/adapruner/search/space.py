@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapruner.importance import LLM_PRUNER_METRICS, PAPER_TERMS, TERMS, MetricPoint, Term, usable_terms
 from adapruner.measurement.taylor import Statistics
-from adapruner.options import Alignment, Reduction, Searched, Terms
+from adapruner.options import Alignment, Reduction, Searched
 from adapruner.structure.blocks import Structure
 
 # The fixed factors of the paper (arXiv 2503.06184) for second-order against first-order and for fine against coarse.
@@ -73,14 +73,13 @@ class SubsetFamily:
 
 
 def build_subset_family(statistics: Statistics, structure: Structure, counts: Sequence[int]) -> SubsetFamily:
-    """Compares the samples of a pool by the first-order importance that they give to the removable groups, element by
-    element if that was measured. Blocks that are kept whole by these counts of groups are left out."""
+    """Compares the samples of a pool by the first-order importance, element by element, that they give to the removable
+    groups. Blocks that are kept whole by these counts of groups are left out."""
     pruned = torch.tensor(
         [count < block.groups for block, count in zip(structure.blocks, counts, strict=True)], dtype=torch.bool
     )
     vectors = pruned[structure.block_of_vector]
-    fine = statistics.element_absolute
-    importance = (statistics.taylor.abs() if fine is None else fine)[:, vectors]
+    importance = statistics.element_absolute[:, vectors]
     blocks = structure.block_of_vector[vectors].expand_as(importance)
     means = torch.zeros(len(importance), len(structure.blocks)).scatter_reduce_(
         1, blocks, importance, "mean", include_self=False
@@ -132,6 +131,10 @@ class _KnownTrial:
 Parameters: TypeAlias = BaseTrial | _KnownTrial
 
 
+# LLM-Pruner's metric that is used if no metric is searched.
+_HELD_METRIC = "param_first"
+
+
 @dataclass(frozen=True)
 class SearchSpace(ABC):
     """Turns Optuna parameters into candidates. The name of a parameter begins with its group, as in `metric.fine`, so
@@ -142,7 +145,6 @@ class SearchSpace(ABC):
         samples: number of samples in a subset.
         seed: of the random draw that LLM-Pruner's metrics are tried on.
         reduction: reduces the vectors of a group to one score.
-        terms: `vector-wise` leaves out the terms that are fine.
         searched: `joint`; or only samples or metric, with the first random draw or `param_first` for the other.
     """
 
@@ -150,7 +152,6 @@ class SearchSpace(ABC):
     samples: int
     seed: int
     reduction: Reduction = "sum"
-    terms: Terms = "all"
     searched: Searched = "joint"
 
     @property
@@ -161,9 +162,7 @@ class SearchSpace(ABC):
     def starting_points(self) -> list[StartingPoint]:
         """Points that are good on most models, the best first, on the subset that represents the pool, and LLM-Pruner's
         metrics on a random draw."""
-        metrics = [name for name in LLM_PRUNER_METRICS if self.terms == "all" or name == "vectorize"]
-        if self.searched == "calibration":
-            metrics = [self._held_metric]
+        metrics = [_HELD_METRIC] if self.searched == "calibration" else list(LLM_PRUNER_METRICS)
         untilted = {f"samples.tilt_{feature}": 0.0 for feature in FEATURES}
         parameters = []
         for point in self._good_points():
@@ -185,17 +184,12 @@ class SearchSpace(ABC):
 
     def _ask(self, trial: Parameters) -> Candidate:
         holds_metric = self.searched == "calibration"
-        point = LLM_PRUNER_METRICS[self._held_metric] if holds_metric else self._ask_for_metric(trial)
+        point = LLM_PRUNER_METRICS[_HELD_METRIC] if holds_metric else self._ask_for_metric(trial)
         samples = tuple(self.first_draw)
         if self.searched != "metric":
             tilt = {feature: trial.suggest_float(f"samples.tilt_{feature}", -1, 1) for feature in FEATURES}
             samples = self.subsets.choose(self.samples, tilt)
         return Candidate(point=point, samples=samples)
-
-    @property
-    def _held_metric(self) -> str:
-        """The name of LLM-Pruner's metric that is used if no metric is searched."""
-        return "param_first" if self.terms == "all" else "vectorize"
 
     @abstractmethod
     def _good_points(self) -> list[dict[str, Any]]:
@@ -210,12 +204,11 @@ class SearchSpace(ABC):
         """S = α1 (first + λ second) + α2 κ (first + λ second) of the paper. Only the ratio of α1 to α2 and of first to
         second order changes a ranking, so each pair is one number in [0, 1]. λ is one of `second_orders` and κ one of
         `fines`; 1 if there are none."""
-        has_fine = self.terms == "all"
-        fine = trial.suggest_float("metric.fine", 0, 1) if has_fine else 0.0
+        fine = trial.suggest_float("metric.fine", 0, 1)
         coarse_second = trial.suggest_float("metric.coarse_second_order", 0, 1)
-        fine_second = trial.suggest_float("metric.fine_second_order", 0, 1) if has_fine else 0.0
+        fine_second = trial.suggest_float("metric.fine_second_order", 0, 1)
         second_factor = trial.suggest_categorical("metric.second_order_factor", second_orders) if second_orders else 1.0
-        fine_factor = trial.suggest_categorical("metric.fine_factor", fines) if fines and has_fine else 1.0
+        fine_factor = trial.suggest_categorical("metric.fine_factor", fines) if fines else 1.0
         return {
             "coarse_first": (1 - fine) * (1 - coarse_second),
             "coarse_second": (1 - fine) * coarse_second * second_factor,
@@ -232,8 +225,7 @@ class PaperSpace(SearchSpace):
     alignment: Alignment = "data"
 
     def _good_points(self) -> list[dict[str, object]]:
-        order = "metric.fine_second_order" if self.terms == "all" else "metric.coarse_second_order"
-        return [{"metric.fine": 1.0, order: share} for share in (0.0, 0.5, 1.0)]
+        return [{"metric.fine": 1.0, "metric.fine_second_order": share} for share in (0.0, 0.5, 1.0)]
 
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint:
         if self.alignment == "data":
@@ -269,7 +261,7 @@ class ExtendedSpace(SearchSpace):
 
     def _ask_for_metric(self, trial: Parameters) -> MetricPoint:
         paper = self._taylor_weights(trial)
-        families = _families(usable_terms("extended", self.terms, self.experts == "routing"))
+        families = _families(usable_terms("extended", self.experts == "routing"))
         mixes = {family: paper if family == "taylor" else {terms[0].name: 1.0} for family, terms in families.items()}
         shares = {family: trial.suggest_float(f"family.{family}", 0, 1) for family in families}
         for family, terms in families.items():
@@ -282,7 +274,7 @@ class ExtendedSpace(SearchSpace):
             name: weight * shares[family] / total for family, mix in mixes.items() for name, weight in mix.items()
         }
         if not any(weights.values()):
-            weights["fine_first" if self.terms == "all" else "coarse_first"] = 1.0
+            weights["fine_first"] = 1.0
         return MetricPoint(weights=weights, reduction=self.reduction)
 
 

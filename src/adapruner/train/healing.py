@@ -18,15 +18,14 @@ from adapruner.train.training import RecoveryRecord, train, try_training
 
 # The record of healing, in the folder of the model.
 HEALING = "healing.json"
-# Learning rates that are tried, by what is trained, from the lowest until one is worse than that before, and the share
-# of all steps that each trial takes, at least so many, but never more than a tenth (research/experiments/healing.md);
-# the rate grows from zero, so that a single step would change nothing.
+# Learning rates that are tried, from the lowest until one is worse, and the share of all steps that each trial takes
+# (research/experiments/healing.md); the rate grows from zero, so that a single step would change nothing.
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
     "layers": (5e-6, 3e-5, 1.5e-4),
     "lora": (3e-5, 1e-4, 5e-4),
     "ia3": (3e-4, 1.5e-3, 6e-3),
 }
-_TRIED, _FEWEST_STEPS, _LEAST_STEPS = 0.03, 4, 3
+_TRIED, _FEWEST_STEPS = 0.1, 3
 # Of many weights, few tokens give a gradient that is mostly noise.
 _TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia3": 512}
 _TOKENS_AT_ONCE = 512
@@ -101,8 +100,8 @@ def heal(
     folder: Path,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> tuple[PreTrainedModel | None, Healing]:
-    """Trains a model to predict as another one does. A few steps at each of several learning rates are tried first,
-    from the lowest until one is worse; then the model is trained at the best of them, from the beginning.
+    """Trains a model to predict as another one does. A tenth of the steps at each of several learning rates is tried
+    first, from the lowest until one is worse; then the model is trained at the best of them, from the beginning.
 
     Args:
         load: gives the model to train.
@@ -179,5 +178,4 @@ def steps_of_healing(options: RecoveryOptions) -> int:
 
 
 def _steps_of_a_trial(options: RecoveryOptions) -> int:
-    steps = options.steps or 0
-    return max(_LEAST_STEPS, min(_FEWEST_STEPS, steps // 10), round(_TRIED * steps))
+    return max(_FEWEST_STEPS, round(_TRIED * (options.steps or 0)))

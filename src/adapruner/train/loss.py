@@ -2,7 +2,7 @@
 predictions on disk, of a teacher that does not fit beside the model that is trained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -26,6 +27,22 @@ from adapruner.train.examples import IGNORED, Example, Examples, Taught, collate
 
 # Predictions that are in memory at once, in float32.
 PREDICTIONS_AT_ONCE = 256
+# Tokens that stand for all that a text does not have (research/experiments/healing.md).
+_DRAWN_TOKENS = 12_288
+
+
+@dataclass(frozen=True)
+class VocabularySample:
+    """Tokens over which predictions are compared instead of all, which take most of a training: those of a text, and a
+    random draw of the others (the sampled softmax of arXiv 1412.2007).
+
+    Attributes:
+        tokens: [sampled tokens], int64, ascending.
+        log_counts: [sampled tokens], float32: the logarithm of the number of tokens that each stands for.
+    """
+
+    tokens: Tensor
+    log_counts: Tensor
 
 
 def loss_and_gradient(
@@ -114,14 +131,53 @@ class Predictor:
         self._output_class = type(output)
         return cast(Tensor, output.last_hidden_state)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, vocabulary] of hidden states of [rows, width], by the model's own forward, with all that a family does
-        around its head."""
+    def logits(self, hidden: Tensor, sample: VocabularySample | None = None) -> Tensor:
+        """[rows, vocabulary, or tokens of a sample] of hidden states of [rows, width], by the model's own forward, with
+        all that a family does around its head."""
         # Some families read the shape of the tokens after their decoder.
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         output = self._output_class(last_hidden_state=hidden[None], **self._others)
-        with other_forwards({self._decoder: lambda *arguments, **named: output}):
+        forwards: dict[nn.Module, Callable[..., object]] = {self._decoder: lambda *arguments, **named: output}
+        if sample:
+            forwards[self.head] = partial(_linear, self.head, sample.tokens)
+        with other_forwards(forwards):
             return cast(Tensor, self._forward(self._model, tokens, use_cache=False).logits[0])
+
+
+def _linear(head: Any, outputs: Tensor, hidden: Tensor) -> Tensor:
+    outputs = outputs.to(head.weight.device)
+    return functional.linear(hidden, head.weight[outputs], None if head.bias is None else head.bias[outputs])
+
+
+@torch.no_grad()
+def sample_vocabulary(
+    student: PreTrainedModel, teacher: PreTrainedModel, blend: Sequence[Examples], seed: int
+) -> VocabularySample | None:
+    """The sample to train on; None where all tokens are needed: labels are learnt, the head is trained or sharded, the
+    vocabulary is small, or the family does more than to map each logit by itself."""
+    examples = [example for part in blend for example in (*part.training, *part.validation)]
+    head, predictor = student.get_output_embeddings(), Predictor(teacher)
+    learns_labels = any(example["label_weight"] for example in examples)
+    if learns_labels or this_process().shares_weights or not isinstance(head, nn.Linear) or head.weight.requires_grad:
+        return None
+    drawn = torch.randperm(head.out_features, generator=torch.Generator().manual_seed(seed))
+    in_text = torch.zeros(head.out_features, dtype=torch.bool)
+    in_text[torch.tensor([*{token for example in examples for token in example["input_ids"]}])] = True
+    others = drawn[~in_text[drawn]]
+    if len(others) <= _DRAWN_TOKENS:
+        return None
+    counts = in_text.float()
+    counts[others[:_DRAWN_TOKENS]] = len(others) / _DRAWN_TOKENS
+    tokens = counts.nonzero()[:, 0]
+    sample = VocabularySample(tokens, counts[tokens].log())
+    first = torch.tensor([examples[0]["input_ids"][:2]], device=predictor.device)
+    hidden = predictor.called(first, torch.ones_like(first))[0]
+    try:
+        sampled = predictor.logits(hidden, sample)
+    except IndexError:
+        return None
+    whole = predictor.logits(hidden)[:, tokens.to(sampled.device)]
+    return sample if torch.allclose(sampled, whole, rtol=0.02, atol=0.02 * float(whole.abs().max())) else None
 
 
 def loss_of_batch(
@@ -133,6 +189,7 @@ def loss_of_batch(
     temperature: float = 1.0,
     teacher: Predictor | None = None,
     taught: Tensor | tuple[Tensor, Tensor] | None = None,
+    sample: VocabularySample | None = None,
 ) -> Tensor:
     """The loss of a batch: see `loss_and_gradient`. Logits are in memory for some predictions at a time.
 
@@ -144,6 +201,7 @@ def loss_of_batch(
         teacher: with `taught`, its hidden states.
         taught: without a teacher, its most probable tokens and their log-probabilities for all learnt tokens, each
             [learnt tokens, tokens that are known]; None learns the labels alone.
+        sample: of the vocabulary, with all labels, over which the loss is estimated.
 
     Returns:
         A scalar: nats, summed over the learnt tokens, times the scale.
@@ -154,13 +212,21 @@ def loss_of_batch(
     rows, labels = hidden[:, :-1][learnt], labels[learnt]
     wanted = taught[:, :-1][learnt.to(taught.device)] if isinstance(taught, Tensor) else None
 
+    if sample:
+        labels = torch.searchsorted(sample.tokens.to(labels.device), labels)
+
+    def logits_of(model: Predictor, hidden: Tensor) -> Tensor:
+        logits = model.logits(hidden, sample)
+        # In float32, and so that a softmax at the temperature has the counts as factors.
+        return logits if sample is None else logits + temperature * sample.log_counts.to(logits.device)
+
     def loss_of(hidden: Tensor, start: int) -> Tensor:
         chunk = slice(start, start + PREDICTIONS_AT_ONCE)
-        logits = student.logits(hidden)
+        logits = logits_of(student, hidden)
         with torch.no_grad():
             expected = None
             if teacher is not None and wanted is not None:
-                expected = teacher.logits(wanted[chunk])
+                expected = logits_of(teacher, wanted[chunk])
             elif isinstance(taught, tuple):
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 tokens, log_probabilities = taught

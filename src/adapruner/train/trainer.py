@@ -38,7 +38,7 @@ from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import deferred_by_module, read_parts
 from adapruner.options import RecoveryOptions, TrainedWeights
 from adapruner.train.examples import IGNORED, Example
-from adapruner.train.loss import Predictor, loss_of_batch
+from adapruner.train.loss import Predictor, VocabularySample, loss_of_batch
 
 
 def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
@@ -201,16 +201,22 @@ class TokenTrainer(Trainer):
         student: `model` of the parts, or the model below its adapters. Its forward pass gives the loss until
             `give_back`.
         teacher: run on every batch; None learns the labels, or predictions on disk.
+        sample: of the vocabulary, over which the two are compared.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, temperature: float, **parts: Any
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        temperature: float,
+        sample: VocabularySample | None,
+        **parts: Any,
     ) -> None:
         self._student, self._predictor = student, Predictor(student)
         self._teacher = Predictor(teacher) if teacher else None
-        self._temperature = temperature
+        self._temperature, self._sample = temperature, sample
         self._taught: Tensor | tuple[Tensor, Tensor] | None = None
         cast(Any, student).forward = MethodType(self._loss_of_batch, student)
         super().__init__(**parts)
@@ -243,7 +249,7 @@ class TokenTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """Inside of what the Trainer wraps the model in: with FSDP, the weights of the head are whole there."""
         hidden = self._predictor.hidden_states(input_ids, attention_mask)
-        parts = self._label_weight, self._scale, self._temperature, self._teacher, self._taught
+        parts = self._label_weight, self._scale, self._temperature, self._teacher, self._taught, self._sample
         return {"loss": loss_of_batch(self._predictor, hidden, labels, *parts)}
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:

@@ -33,6 +33,7 @@ from adapruner.model.stored import deferred_by_module, read_all
 from adapruner.options import RecoveryOptions
 from adapruner.remote_code.modeling_pruned import Nothing
 from adapruner.train.examples import Examples, MixedExamples, collate, examples_to_learn, steps_between_validations
+from adapruner.train.loss import sample_vocabulary
 from adapruner.train.trainer import (
     TokenTrainer,
     frozen,
@@ -221,6 +222,7 @@ def _trained(
             model,
             teacher,
             options.temperature,
+            sample_vocabulary(model, teacher, blend, options.seed) if teacher else None,
             model=trained,
             args=_arguments(
                 model, options, folder, total_steps(blend, options), validates_first and last is None, is_kept
