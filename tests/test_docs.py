@@ -1,8 +1,10 @@
 """README, docs and examples are true: all blocks are run, with tiny models and texts under the names of real ones."""
 
+import contextlib
 import functools
 import importlib.util
 import json
+import os
 import random
 import re
 import runpy
@@ -172,9 +174,14 @@ def blocks(page: Path) -> list[Token]:
 
 def run_commands(content: str) -> None:
     for line in content.replace("\\\n", " ").splitlines():
+        line, _, file = line.partition(" > ")
         if command := shlex.split(line, comments=True):
             assert command[0] == "adapruner", f"what is no command of this package goes into a console block: {line}"
-            run_command(command[1:])
+            with (
+                Path(file or os.devnull).open("w") as written,
+                contextlib.redirect_stdout(written if file else sys.stdout),
+            ):
+                run_command(command[1:])
 
 
 def run_command(arguments: list[str]) -> None:
@@ -250,7 +257,9 @@ def test_all_options_that_are_named_exist():
 def commands_of(content: str) -> list[list[str]]:
     """The commands of this package in a block, with their arguments."""
     lines = (line.partition(" -m ")[2] or line for line in content.replace("\\\n", " ").splitlines())
-    found = (shlex.split(line, comments=True) for line in lines if line.strip().startswith("adapruner "))
+    found = (
+        shlex.split(line.partition(" > ")[0], comments=True) for line in lines if line.strip().startswith("adapruner ")
+    )
     return [command[1:] for command in found]
 
 

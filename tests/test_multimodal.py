@@ -15,6 +15,7 @@ import adapruner
 from adapruner import AdaPrunerError
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import open_model
+from adapruner.model import wrapper
 from adapruner.model.config import find_wrapper
 from adapruner.model.places import find_model
 from adapruner.options import Layout
@@ -129,6 +130,17 @@ def test_everything_but_the_decoder_is_kept_byte_for_byte(model_type, tokenizer,
     assert all(after[name].dtype == torch.float32 for name in after.keys() - others.keys())
     for name in ("preprocessor_config.json", "processor_config.json", "chat_template.json"):
         assert (tmp_path / "pruned" / name).read_text() == (tmp_path / "dense" / name).read_text()
+
+
+def test_processor_files_are_fetched_with_the_weights(tokenizer, tmp_path, monkeypatch):
+    """Where the connection is lost before the model is saved, they are in the cache."""
+    write("gemma3", tmp_path, tokenizer)
+    fetched, fetch = set(), wrapper.cached_file
+    monkeypatch.setattr(
+        wrapper, "cached_file", lambda path, name, **more: fetched.add(name) or fetch(path, name, **more)
+    )
+    open_model(find_model(str(tmp_path)))
+    assert fetched >= {"preprocessor_config.json", "processor_config.json", "chat_template.json"}
 
 
 def test_towers_may_have_more_layers_than_a_decoder_with_a_multi_token_head(tokenizer, tmp_path):

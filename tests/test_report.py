@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import adapruner
-from adapruner import PruneConfig
+from adapruner import AdaPrunerError, PruneConfig
 from adapruner.base.tables import Column, Table
 from adapruner.cli import app, main
 from adapruner.evaluation.abilities import Verdict
@@ -420,6 +420,22 @@ def test_the_command_makes_the_same_run(finished, page):
     config = PruneConfig.load(finished.output / "config.yaml")
     assert {"ratio", "trials"} < {*config.given}
     assert parsed(page.texts["command"]) == config.model_copy(update={"given": ()})
+
+
+def test_a_run_of_an_earlier_version_is_read(finished, tmp_path):
+    """0.2.0 had an option `terms`, of which `all` is what is done today."""
+    run = Path(shutil.copytree(finished.output, tmp_path / "run"))
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "terms: all\n")
+    for path in (run / "result.json", run / "keys" / "result.json.json"):
+        content = json.loads(path.read_text())
+        content["config" if "config" in content else "options"]["terms"] = "all"
+        path.write_text(json.dumps(content))
+    (run / "report.html").unlink()
+    write_report(RunFolder(run))
+    assert finished.result.plan_hash[:12] in (run / "report.html").read_text()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("terms: all", "terms: vector-wise"))
+    with pytest.raises(AdaPrunerError, match="`terms` is not an option"):
+        PruneConfig.load(run / "config.yaml")
 
 
 @pytest.mark.parametrize(

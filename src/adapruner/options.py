@@ -409,6 +409,12 @@ class PruneConfig(PruneOptions):
     given: tuple[str, ...] = ()
     searched: float | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_of_today(cls, data: dict[str, object]) -> dict[str, object]:
+        """Runs of 0.2.0 have an option with this value, which is what is done without it."""
+        return {name: value for name, value in data.items() if (name, value) != ("terms", "all")}
+
     def save(self, path: Path) -> None:
         """Writes the resolved options as YAML."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -307,7 +307,7 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
 
     ```console
     adapruner recipes
-    adapruner recipes smollm2-20            # > mine.yaml, to edit it
+    adapruner recipes smollm2-20 > mine.yaml
     adapruner prune --recipe mine.yaml -o runs/mine
     ```
 

@@ -165,7 +165,8 @@ def _is_current(run: RunFolder, name: str, config: PruneConfig) -> bool:
     made_with = config.model_dump(mode="json") | ({"ratio": config.searched} if is_taken else {})
     # An input without a record decides nothing.
     inputs = [(input_, key, then.key) for input_, key in record.inputs.items() if (then := run.record(input_))]
-    return record.options.items() <= made_with.items() and all(
+    options = {name: value for name, value in record.options.items() if name in made_with}  # that there still are
+    return options.items() <= made_with.items() and all(
         key == now and _is_current(run, input_, config) for input_, key, now in inputs
     )
 

@@ -27,7 +27,7 @@ from adapruner.search.judging import JUDGED_TOGETHER, TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
 from adapruner.text.blends import parse_blend
 from adapruner.train.healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
-from adapruner.train.loss import PREDICTIONS_AT_ONCE
+from adapruner.train.loss import DRAWN_TOKENS, PREDICTIONS_AT_ONCE
 
 GIB = 2**30
 # All layers are held in memory if that leaves a quarter of the memory of the machine free.
@@ -218,7 +218,10 @@ def _training(
     trained = of_adapters.get(options.train, weights)
     moments = 2 * (1 if "8bit" in options.optimizer else _FLOAT32)
     tokens, checkpoints = options.micro_batch_size * options.seq_len, options.gradient_checkpointing or by_layer
-    return trained * (2 * _FLOAT32 + moments) + _activations(model, dtype, tokens, checkpoints)
+    # Of both heads, the rows of a text's tokens, hardly more than are drawn, and of these.
+    rows, width = _embedding_shape(model)
+    gathered = 2 * min(rows, 2 * DRAWN_TOKENS) * width * dtype.itemsize
+    return trained * (2 * _FLOAT32 + moments) + gathered + _activations(model, dtype, tokens, checkpoints)
 
 
 def bytes_of_predictions(tokens: int, vocabulary: int) -> int:

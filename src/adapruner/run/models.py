@@ -82,7 +82,7 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, objec
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.kept("model", FOLDER, version=14, is_result=True)
+@GRAPH.kept("model", FOLDER, version=15, is_result=True)
 def pruned(
     dense_later: Callable[[], PreTrainedModel],
     dense_fast_later: Callable[[], PreTrainedModel],

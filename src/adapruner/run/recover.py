@@ -236,7 +236,7 @@ def shares_weights(device: str) -> bool:
     return this_process().shares_weights and resolve_device(device).type != "cpu"
 
 
-@RECOVERY.kept("model", RECOVERED, is_result=True)
+@RECOVERY.kept("model", RECOVERED, version=2, is_result=True)
 def recovered(
     student: ModelLocation,
     dense: ModelLocation | None,

@@ -23,7 +23,7 @@ HEALING = "healing.json"
 _RATES: dict[TrainedWeights, tuple[float, ...]] = {
     "layers": (5e-6, 3e-5, 1.5e-4),
     "lora": (3e-5, 1e-4, 5e-4),
-    "ia3": (3e-4, 1.5e-3, 6e-3),
+    "ia3": (3e-4, 1e-3, 3e-3),
 }
 _TRIED, _FEWEST_STEPS = 0.1, 3
 # Of many weights, few tokens give a gradient that is mostly noise.
@@ -40,8 +40,8 @@ class Healing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constant
 
     Attributes:
         trained: the weights that were trained.
-        losses_by_rate: the divergence from the dense model on held-out windows after a few steps at each learning rate,
-            in nats per token; after all steps, if those made the model worse than it was.
+        losses_by_rate: the divergence from the dense model on held-out windows, over a `VocabularySample`, after a
+            tenth of the steps at each learning rate, in nats per token; after all, if those made the model worse.
         loss_before: the same before the first step.
         record: of the training at the best of these rates; None if none of them brought the model nearer to the dense
             one, or the training did not: the weights are as they were.
@@ -147,8 +147,8 @@ def _try_rates(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Healing:
-    """The losses after a few steps at each rate, up to the first that is worse than the one before. The lowest changes
-    little: chance may make it worse than nothing."""
+    """The losses after a tenth of the steps at each rate, up to the first that is worse than the one before. The lowest
+    changes little: chance may make it worse than nothing."""
     losses, before, least = dict[float, float](), None, math.inf
     for rate in _RATES[options.train]:
         settings = options.model_copy(update={"steps": _steps_of_a_trial(options), "learning_rate": rate})

@@ -74,7 +74,7 @@ class RecoveryRecord(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="c
         steps: steps of the optimizer.
         tokens: tokens of all examples that were read, prompts included.
         loss_before: validation loss before the first step, in nats per token; for distillation, the weighted sum of
-            this and the divergence from the teacher.
+            this and the divergence from the teacher, which is estimated over a `VocabularySample` if there is one.
         loss_after: the least validation loss, which is that of the kept weights.
         best_step: the step with that loss.
         seconds: of training, in the last call.
@@ -222,7 +222,7 @@ def _trained(
             model,
             teacher,
             options.temperature,
-            sample_vocabulary(model, teacher, blend, options.seed) if teacher else None,
+            sample_vocabulary(model, blend, options.seed) if teacher else None,
             model=trained,
             args=_arguments(
                 model, options, folder, total_steps(blend, options), validates_first and last is None, is_kept
@@ -280,7 +280,7 @@ def _arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False},
         **trainer_options(options),
         learning_rate=options.learning_rate,
-        # A short run would end before it is warm. One that is tried warms up to its end, as the whole one begins.
+        # A short run would end before it is warm. One that is tried warms up to its end, as a whole short one begins.
         warmup_steps=min(options.warmup_steps, steps // 10) if is_kept else steps,
         eval_on_start=evaluates_first,
         eval_strategy="steps",
