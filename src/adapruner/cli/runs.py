@@ -318,7 +318,7 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     if name:
         if name not in known:
             raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
-        print_output(yaml.safe_load(known[name]), json, [known[name].rstrip()])
+        print_output(read_recipe(name), json, [known[name].rstrip()])
         return
     purposes = {}
     for own, text in known.items():
