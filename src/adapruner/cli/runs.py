@@ -315,9 +315,9 @@ def recipes(name: str | None = None, /, *, json: Json = False) -> None:
         name: A recipe of the list.
     """
     known = recipe.recipes()
-    if name:
-        if name not in known:
-            raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
+    if name is not None and name not in known:
+        raise AdaPrunerError(f"no recipe {name!r}: the package has {', '.join(known)}")
+    if name is not None:
         print_output(read_recipe(name), json, [known[name].rstrip()])
         return
     purposes = {}
