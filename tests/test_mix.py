@@ -1,17 +1,27 @@
 """The mix of kinds of text that a model writes itself, and windows that keep the names of their kinds."""
 
 import ast
+import copy
 import re
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import adapruner
 from adapruner.model.generation import continue_texts
 from adapruner.text.blends import counts_of, parse_blend
-from adapruner.text.windows import Text, load_texts_by_use, save_texts_by_use
-from adapruner.text.written import kinds, python_functions, served_kinds, write_kinds
+from adapruner.text.sources import parse_source
+from adapruner.text.windows import (
+    Text,
+    draw_windows,
+    evaluation_text,
+    load_texts_by_use,
+    save_texts_by_use,
+    text_windows,
+)
+from adapruner.text.written import kinds, probe_texts, python_functions, served_kinds, write_kinds
 from run_helpers import QUICK
 
 KINDS = ["prose", "code", "mathematics", "questions", "dialogue", "instructions", "languages"]
@@ -77,6 +87,37 @@ def test_the_texts_begin_with_prompts_and_openings(writing, model, tokenizer, mo
     chats = sum(text.startswith("w50") and text.endswith("w51") for text in begun)
     assert without > 7
     assert chats == pytest.approx(len(begun) / 2, abs=7)
+
+
+@pytest.mark.parametrize("form", ["<s> $A", "$A </s>", "<s> $A </s>"])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(form, model, tokenizer, text_file, monkeypatch):
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
+    prompts = []
+
+    def note(model, asked, *rest):
+        prompts.extend(asked)
+        return continue_texts(model, asked, *rest)
+
+    monkeypatch.setattr("adapruner.text.written.continue_texts", note)
+    source = parse_source(str(text_file))
+    by_source = {
+        **write_kinds(model, tokenizer, dict.fromkeys(KINDS, 12), 16, "calibration", 0, [2]),
+        **{name: text.windows for name, text in probe_texts(tokenizer, 16).items()},
+        "drawn": draw_windows(source, tokenizer, 90, 16, seed=0),
+        "joined": text_windows(source, tokenizer, 16),
+        "reported": evaluation_text(source, tokenizer, 16, None).windows,
+    }
+    begins = form.startswith("<s>")
+    for windows in by_source.values():
+        assert (windows[:, 0] == tokenizer.bos_token_id).all() == begins
+    for name in ("drawn", "joined", "reported"):  # the model may write any token
+        assert not torch.isin(by_source[name][:, 1:], torch.tensor([id for _, id in special])).any()
+    # A text is continued before its end, and a chat template says itself how a text begins.
+    assert prompts
+    assert all(prompt[-1] != tokenizer.eos_token_id for prompt in prompts)
+    assert all((prompt[0] == tokenizer.bos_token_id) == begins for prompt in prompts)
 
 
 def test_a_language_that_the_tokenizer_spells_is_left_out(tokenizer, monkeypatch):

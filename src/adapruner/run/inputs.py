@@ -345,7 +345,7 @@ def drawn(
     return drawn
 
 
-@GRAPH.kept("windows.safetensors", TEXTS, version=5)
+@GRAPH.kept("windows.safetensors", TEXTS, version=6)
 def windows(
     dense_fast: PreTrainedModel,
     tokenizer: Tokenizer,

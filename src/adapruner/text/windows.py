@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def tokenize(tokenizer: Tokenizer, text: str | list[str], **options: object) -> 
 def tokens_of(tokenizer: Tokenizer, text: str, special: bool = False) -> Tensor:
     """[tokens], int64: the tokens of a text, with the special ones that the tokenizer adds if `special`."""
     return torch.cat([tokens for tokens, _ in _encodings(tokenizer, text, special, with_ends=False)])
+
+
+def begun(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text that goes on: with the special ones in front of it, without those behind it."""
+    return [*start_tokens(tokenizer), *tokens_of(tokenizer, text).tolist()]
 
 
 def start_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -97,26 +103,20 @@ def draw_windows(
         return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:count]]
     documents = list(dict.fromkeys(read_documents(text) if isinstance(text, Source) else text))
     random.Random(seed).shuffle(documents)
-    start = _start_of_text(tokenizer, seq_len)
-    step = seq_len - len(start)
-    windows: list[Tensor] = []
-    rests: list[Tensor] = []
+    start = start_of_windows(tokenizer, seq_len)
+    by_document = list[Tensor]()
     for document in documents:
-        if len(windows) == count:
+        if len(by_document) == count:
             break
-        tokens = tokens_of(tokenizer, document, special=True)
-        if len(tokens) >= seq_len:
-            windows.append(tokens[:seq_len])
-            rests.append(tokens[seq_len:])
-    long_documents = len(windows)
-    while len(windows) < count and rests:
-        rests = [rest for rest in rests if len(rest) >= step]
-        windows += [torch.cat([start, rest[:step]]) for rest in rests]
-        rests = [rest[step:] for rest in rests]
+        tokens = tokens_of(tokenizer, document)
+        if len(tokens) >= seq_len - len(start):
+            by_document.append(cut_into_windows(tokens, start, seq_len))
+    # The first window of every document, then the second of those that have one.
+    windows = [window for nth in zip_longest(*by_document) for window in nth if window is not None]
     if len(windows) < needed:
         name = text if isinstance(text, Source) else "`documents`"
         raise AdaPrunerError(
-            f"the text is too short: {long_documents} of {len(documents)} documents in {name} have at least {seq_len}"
+            f"the text is too short: {len(by_document)} of {len(documents)} documents in {name} have at least {seq_len}"
             f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
             " number of windows (`pool`, `objective_windows`)"
         )
@@ -135,13 +135,13 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
     """
     if source.holds_windows:
         return _given_windows(source, seq_len, 1)
-    start, documents = _start_of_text(tokenizer, seq_len), read_documents(source)
+    start, documents = start_of_windows(tokenizer, seq_len), read_documents(source)
     size = seq_len - len(start)
     chosen = _pieces(documents, _MOST_READ if limit is None else limit * size * _CHARACTERS)
     tokens = tokens_of(tokenizer, "\n\n".join(chosen))
     if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
         tokens = tokens_of(tokenizer, "\n\n".join(documents))
-    return _cut_into_windows(tokens, str(source), start, size, size)
+    return cut_into_windows(_enough(tokens, size, str(source)), start, seq_len)
 
 
 def _pieces(documents: list[str], characters: int) -> list[str]:
@@ -172,15 +172,24 @@ def _given_windows(source: Source, seq_len: int, at_least: int) -> Tensor:
     return windows
 
 
-def _cut_into_windows(tokens: Tensor, name: str, start: Tensor, size: int, stride: int) -> Tensor:
-    """[windows, start + size], int64: windows of running tokens, each after the same tokens."""
-    if len(tokens) < size:
-        raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
-    windows = tokens.unfold(0, size, stride)
+def cut_into_windows(tokens: Tensor, start: Tensor, seq_len: int, stride: int | None = None) -> Tensor:
+    """Windows of running tokens, each of which begins as the tokenizer begins a text; the tail is dropped. All windows
+    of this package are cut here, but for those that a user gives.
+
+    Args:
+        tokens: [tokens], int64, at least as many as a window holds.
+        start: [special tokens], int64, see `start_of_windows`.
+        stride: running tokens from the beginning of a window to that of the next; by default they do not overlap.
+
+    Returns:
+        [windows, seq_len], int64.
+    """
+    size = seq_len - len(start)
+    windows = tokens.unfold(0, size, stride or size)
     return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
-def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> Tensor:
+def start_of_windows(tokenizer: Tokenizer, seq_len: int) -> Tensor:
     """[tokens], int64: the special tokens in front of a text; refuses windows that have no room for others."""
     start = start_tokens(tokenizer)
     if seq_len <= len(start):
@@ -188,6 +197,13 @@ def _start_of_text(tokenizer: Tokenizer, seq_len: int) -> Tensor:
             f"`seq_len` {seq_len} leaves no room for text: every window begins with {len(start)} special tokens"
         )
     return torch.tensor(start, dtype=torch.int64)
+
+
+def _enough(tokens: Tensor, size: int, name: str) -> Tensor:
+    """The tokens of a text; refuses fewer than a window holds."""
+    if len(tokens) < size:
+        raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
+    return tokens
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -248,7 +264,7 @@ def evaluation_text(
                 raise AdaPrunerError(f"{text} holds windows as they are: leave `stride` out")
             return EvaluationText(evenly_spaced(_given_windows(text, seq_len, 1), limit), seq_len, about)
         text = "\n\n".join(read_documents(text) if limit is None else _pieces(read_documents(text), _MOST_READ))
-    start = _start_of_text(tokenizer, seq_len) if bos else torch.tensor([], dtype=torch.int64)
+    start = start_of_windows(tokenizer, seq_len) if bos else torch.tensor([], dtype=torch.int64)
     size = seq_len - len(start)
     stride = min(stride or size, size)
     if tokenizer.is_fast:
@@ -256,7 +272,8 @@ def evaluation_text(
         tokens, ends = map(torch.cat, zip(*_encodings(tokenizer, text, not bos, with_ends=True), strict=True))
     else:
         tokens, ends = tokens_of(tokenizer, text, special=not bos), None
-    windows = evenly_spaced(_cut_into_windows(tokens, name or "the text", start, size, stride), limit)
+    tokens = _enough(tokens, size, name or "the text")
+    windows = evenly_spaced(cut_into_windows(tokens, start, seq_len, stride), limit)
     predicted_bytes = None
     if ends is not None:
         counted = _bytes_of_tokens(text, ends).unfold(0, size, stride)

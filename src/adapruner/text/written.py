@@ -27,7 +27,7 @@ from adapruner.base.files import parse_yaml
 from adapruner.model.generation import NO_TOKEN, continue_texts
 from adapruner.text.reading import is_of_part
 from adapruner.text.sources import Part
-from adapruner.text.windows import EvaluationText, evaluation_text, tokenize
+from adapruner.text.windows import EvaluationText, begun, cut_into_windows, evaluation_text, start_of_windows, tokenize
 
 # The most tokens of a text, after its prompt, and how many it has in the mean, for the number of texts; the most of a
 # prompt where positions have no end.
@@ -153,7 +153,8 @@ def write_kinds(
     advance: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
     """Windows of every kind that a model writes, sampled at temperature 0.8. Half of the texts are answers to prompts,
-    if there is a chat template; the others continue openings. The windows go through them from one to the next.
+    if there is a chat template; the others continue openings. The windows go through them from one to the next, and
+    every window begins as the tokenizer begins a text, which the texts inside of it then do not.
 
     Args:
         counts: the number of windows of each kind.
@@ -165,10 +166,11 @@ def write_kinds(
         By kind, [windows, seq_len], int64: the same for the same seed on the same machine; none of a language that the
         tokenizer does not serve.
     """
-    served, stream = served_kinds(tokenizer), f"{part} {seed}"
+    served, stream, start = served_kinds(tokenizer), f"{part} {seed}", start_of_windows(tokenizer, seq_len)
+    size, first = seq_len - len(start), start.tolist()
     drawn = {name: _beginnings(tokenizer, served[name], f"{stream} {name}") for name in counts if name in served}
-    pieces = {name: _known(name, tokenizer, count // 2 * seq_len, part, stream) for name, count in counts.items()}
-    lacking = {name: count * seq_len - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
+    pieces = {name: _known(name, tokenizer, count // 2 * size, part, stream) for name, count in counts.items()}
+    lacking = {name: count * size - len(pieces[name]) for name, count in counts.items() if count and name in drawn}
     rounds, asked = 0, list[tuple[str, list[int]]]()
     # A model with few positions has room for its own words too.
     room = (getattr(model.config, "max_position_embeddings", None) or 2 * _LONGEST_BEGINNING) // 2
@@ -191,12 +193,14 @@ def write_kinds(
             step,
         )
         for (name, _), row in zip(asked, texts, strict=True):
-            pieces[name] += row[row != NO_TOKEN].tolist()
+            tokens = row[row != NO_TOKEN].tolist()
+            pieces[name] += tokens[len(first) :] if tokens[: len(first)] == first else tokens
         rounds += 1
-        lacking = {name: rest for name in lacking if (rest := counts[name] * seq_len - len(pieces[name])) > 0}
+        lacking = {name: rest for name in lacking if (rest := counts[name] * size - len(pieces[name])) > 0}
+    tokens_of_kind = {name: torch.tensor(pieces[name][: count * size]) for name, count in counts.items()}
     return {
-        name: torch.tensor(pieces[name][: count * seq_len], dtype=torch.int64).view(-1, seq_len)
-        for name, count in counts.items()
+        name: cut_into_windows(tokens, start, seq_len) if len(tokens) else torch.empty((0, seq_len), dtype=torch.int64)
+        for name, tokens in tokens_of_kind.items()
     }
 
 
@@ -210,7 +214,7 @@ def _beginnings(tokenizer: Tokenizer, kind: Kind, seed: str) -> Iterator[list[in
         for *prompts, opening in zip(*sources, strict=False):
             for chat in filter(None, (as_chat(tokenizer, prompt) for prompt in prompts)):
                 yield list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
-            yield list(tokenize(tokenizer, opening).input_ids)
+            yield begun(tokenizer, opening)
 
 
 # Of the prompts whose answers are shown.
@@ -237,7 +241,7 @@ def prompts_to_show(tokenizer: Tokenizer) -> dict[str, list[int]]:
     has a chat template that takes a single question; else openings to continue."""
     asked = {question: as_chat(tokenizer, question) for question in _QUESTIONS}
     if not all(asked.values()):
-        return {opening: list(tokenize(tokenizer, opening).input_ids) for opening in _OPENINGS}
+        return {opening: begun(tokenizer, opening) for opening in _OPENINGS}
     encoded = tokenize(tokenizer, list(asked.values()), add_special_tokens=False).input_ids
     return dict(zip(asked, encoded, strict=True))
 
