@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter, run
+from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.model.generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.model.loading import in_fastest_dtype, load_model, load_tokenizer
@@ -40,11 +41,10 @@ def read_problems(path: Path, every: int, first: int) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines][first::every]
 
 
-def write_answers(model_name: str, problems: list[dict[str, str]], new_tokens: int) -> list[str]:
+def write_answers(
+    model: PreTrainedModel, tokenizer: Tokenizer, problems: list[dict[str, str]], new_tokens: int
+) -> list[str]:
     """The bodies of the functions that a model writes."""
-    location = find_model(model_name)
-    tokenizer = load_tokenizer(location)
-    model = in_fastest_dtype(load_model(location, "auto", "cpu"))
     prompts = [tokenizer(problem["prompt"].rstrip("\n")).input_ids for problem in problems]
     # Prompts of like length together; few at a time, whose cache stays small.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -122,7 +122,9 @@ def main(
         if name in results:
             continue
         start = time.process_time()
-        answers = write_answers(name, asked, new_tokens)
+        location = find_model(name)
+        tokenizer, model = load_tokenizer(location), in_fastest_dtype(load_model(location, "auto", "cpu"))
+        answers = write_answers(model, tokenizer, asked, new_tokens)
         solved = [is_solved(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
         results[name] = {"solved": solved, "answers": answers, "processor_seconds": round(time.process_time() - start)}
         output.write_text(json.dumps(results, indent=1) + "\n")

@@ -45,8 +45,8 @@ from adapruner.run.prune import making_of
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.sources import parse_source
-from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, text_windows
-from adapruner.train.healing import heal, healing_options
+from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, start_tokens, text_windows
+from adapruner.train.healing import heal, healing_options, length_of_windows
 from peers import PEERS, Setting
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
@@ -167,9 +167,11 @@ def trained(
     save_checkpoint(cut, tokenizer, folder / "cut")
     learnt, held_out = text.held_out(HELD_OUT_TO_HEAL)
     device = torch.device("cpu")
-    options = healing_options("ia3", TOKENS, text.windows.shape[1], 0, device, False)
-    read = partial(load_model, find_model(str(folder / "cut")))
-    healed, record = heal(read, learnt, held_out, in_fastest_dtype(dense), options, folder / "training")
+    length = length_of_windows(text.windows.shape[1], len(text), None)
+    options = healing_options("ia3", TOKENS, length, 0, device, False)
+    read, special = partial(load_model, find_model(str(folder / "cut"))), len(start_tokens(tokenizer))
+    teacher, training = in_fastest_dtype(dense), folder / "training"
+    healed, record = heal(read, learnt, held_out, teacher, options, training, special_tokens=special)
     assert healed is not None, record.reason
     return healed
 

@@ -50,6 +50,7 @@ _BUILT_IN = {name: items[:6] for name, items in _abilities.built_in_tasks().item
 FEW_ABILITIES = (
     (_abilities, "built_in_tasks", lambda: _BUILT_IN),
     (_abilities, "_ANSWER_WINDOWS", 1),
+    (_abilities, "_WINDOWS_OF_CODE", 2),
     (_abilities, "_ANSWER_TOKENS", 16),
     (_abilities, "_SHOWN_TOKENS", 8),
 )

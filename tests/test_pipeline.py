@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from adapruner import AdaPrunerError, PruneConfig, PruneOptions
 from adapruner.budget.plan import PruningPlan
 from adapruner.checkpoint import save_checkpoint
 from adapruner.cli import shared as cli_options, with_options
-from adapruner.evaluation.abilities import Abilities, Reading, Verdict
+from adapruner.evaluation.abilities import Abilities, Estimate, Verdict
 from adapruner.importance import LLM_PRUNER_METRICS
 from adapruner.model.places import find_model
 from adapruner.report.card import _what_was_removed, model_card
@@ -303,21 +302,23 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
             adapruner.PruneResult(tmp_path, finished.plan, finished.result.model_copy(update=changes)).advice()
         )
 
-    def damaged(code: float, verdict: Verdict) -> str:
-        def of(role: Any, rise: float = 0.0, verdict: Verdict | None = None) -> ModelNumbers:
-            reads = {kind: Reading(loss=1 + rise * (kind == "code"), agreement=1) for kind in ("code", "prose")}
-            abilities = Abilities(reads=reads, solved={}, writes={})
-            return ModelNumbers(role=role, parameters=1, abilities=abilities, verdict=verdict)
-
-        result = finished.result.model_copy(update={"models": (of("dense"), of("pruned", code, verdict))})
+    def damaged(share: float, verdict: Verdict, at_chance: str = "") -> str:
+        left = {"code": Estimate(rise=1, left=share, least=share, most=share, at_chance=at_chance)}
+        abilities = Abilities(reads={}, solved={}, writes={})
+        models = (
+            ModelNumbers(role="dense", parameters=1, abilities=abilities),
+            ModelNumbers(role="pruned", parameters=1, abilities=abilities, left=left, verdict=verdict),
+        )
+        result = finished.result.model_copy(update={"models": models})
         return " | ".join(adapruner.PruneResult(tmp_path, finished.plan, result).advice())
 
-    assert "lost" not in damaged(0.0, "usable")
+    assert "lost" not in damaged(1.0, "usable")
     said, lost, remedy, *_ = damaged(0.5, "recover first").split(" | ")
     assert said == "the model should be trained further before use"
-    assert re.fullmatch(r"what it lost most: code \(\d+% left\)", lost)
+    assert lost == "what it lost most: code, 50% left (50% to 50%)"
     assert remedy == "more tokens of `heal`, or a lower `ratio`, helps"
-    assert damaged(99.0, "broken").startswith("the model is broken | what it lost most: code (0% left)")
+    assert damaged(0.0, "broken").startswith("the model is broken | what it lost most: code, 0% left")
+    assert damaged(0.5, "usable", "cannot be judged: why").startswith("code cannot be judged: why")
     assert advice() == ""
     assert "rose from 20.0 to 50.0 | more tokens of `heal`, or a lower `ratio`, helps" in advice(final=50)
     assert "rose from 20.0 to nan" in advice(final=float("nan"))

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 from xml.etree.ElementTree import TreeBuilder
 
+import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +27,10 @@ from adapruner import AdaPrunerError, PruneConfig
 from adapruner.base.tables import Column, Table
 from adapruner.cli import app, main
 from adapruner.evaluation.abilities import Verdict
+from adapruner.evaluation.losses import Perplexity
+from adapruner.evaluation.tasks import TaskScore
 from adapruner.report.page import Axis, command, next_commands
+from adapruner.report.result import difference, numbers_of
 from adapruner.run.folder import RunFolder, write_report
 
 EVIL = "</script><script>alert(1)</script>"
@@ -261,9 +266,8 @@ def test_the_first_screen_is_of_the_result(finished, page):
         after = pruned["perplexity"][text]
         assert bits[3].split()[0].replace("−", "-") == f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}"
         assert perplexity[3].split()[:2] == ["×", f"{after['perplexity'] / before['perplexity']:.2f}"]
-        apart = abs(math.log(after["perplexity"] / before["perplexity"]))
-        errors = [one["loss_standard_error"] for one in (before, after)]
-        assert ("within noise" in bits[3]) == (apart < 2 * math.hypot(*errors)) == ("within noise" in perplexity[3])
+        paired = scipy.stats.ttest_rel(after["losses"], before["losses"])
+        assert ("within noise" in bits[3]) == (abs(paired.statistic) < 2) == ("within noise" in perplexity[3])
     gains = page.rows("gain-table")
     share = finished.result.removed_share
     assert gains["parameters"] == [f"{one['parameters']:,}" for one in (dense, pruned)] + [f"−{100 * share:.1f} %"]
@@ -305,10 +309,38 @@ def test_a_change_of_a_few_items_is_no_gain(run, change, is_noise):
     assert ('<tr class="noise">' in row) == is_noise
 
 
-def task_score(accuracy: float, error: float) -> dict[str, Any]:
+@pytest.mark.parametrize("rise", [0.0005, 0.004])
+def test_two_models_on_the_same_windows_are_compared_window_by_window(rise):
+    """Windows differ much more from each other than two models differ on one."""
+    order = np.random.default_rng(0)
+    before = order.normal(3, 0.5, 64)
+    after = before + order.normal(rise, 0.01, 64)
+    models = [
+        numbers_of({"a": Perplexity(perplexity=math.exp(losses.mean()), losses=tuple(losses), **ABOUT)})
+        for losses in (before, after)
+    ]
+    paired = scipy.stats.ttest_rel(after, before)
+    for metric in ("perplexity", "bits per byte"):
+        growth, error = difference(*(numbers["text", metric, "a"] for numbers in models))
+        assert growth / error == pytest.approx(paired.statistic, rel=1e-6)
+    assert (paired.pvalue < 0.04) == (rise > 0.001)
+    # Of a mean over tasks, the errors of its tasks add up.
+    scores = [
+        {name: TaskScore(**task_score(0.5, 0.1, right)) for name, right in of_model.items()}
+        for of_model in ({"a": "1100110011", "b": "101"}, {"a": "1100110000", "b": "111"})
+    ]
+    _, error = difference(*(numbers_of({}, None, of_model)["mean", "acc", "mean"] for of_model in scores))
+    differences = [0] * 8 + [-1] * 2, [0, 1, 0]
+    assert error == pytest.approx(math.hypot(*(scipy.stats.sem(part) for part in differences)) / 2)
+
+
+ABOUT = {"text": "a", "seq_len": 128, "windows": 64, "stride": 128, "predicted_bytes": 40_000}
+
+
+def task_score(accuracy: float, error: float, right: str = "") -> dict[str, Any]:
     about = {"task": "piqa", "data_set": "piqa", "split": "validation", "version": "1", "dtype": "float32"}
     counts = {"items": 16, "items_in_all": 1838, "shots": 0}
-    return about | counts | {"metrics": {"acc": accuracy}, "standard_errors": {"acc": error}}
+    return about | counts | {"metrics": {"acc": accuracy}, "standard_errors": {"acc": error}, "right": {"acc": right}}
 
 
 def test_the_cut_is_that_of_the_plan(finished, page):

@@ -17,7 +17,7 @@ from adapruner.budget.counts import Budget, Profile, kept_counts
 from adapruner.budget.plan import PruningPlan, make_plan
 from adapruner.checkpoint import save_checkpoint
 from adapruner.evaluation import losses as _losses
-from adapruner.evaluation.losses import losses_by_batch, losses_in_step
+from adapruner.evaluation.losses import losses_by_batch, losses_in_step, token_losses
 from adapruner.families import open_model
 from adapruner.families.inference import random_model
 from adapruner.measurement.moments import measure_moments
@@ -153,12 +153,11 @@ def test_many_batches_are_evaluated_with_one_reading(model, windows, tmp_path, m
     with_one_reading = [0, *range(len(decoder_layers(model)))]
     for tokens, readings in ((6 * windows.shape[1], 1), (4 * windows.shape[1], 2)):
         monkeypatch.setattr(_losses, "_TOKENS_PER_READING", tokens)
-        for given in ({}, {"context": 5}):
-            read.clear()
-            losses = list(losses_by_batch(streamed, windows, **given))
-            assert read == readings * with_one_reading
-            expected = list(losses_by_batch(model, windows, **given))
-            assert [torch.equal(own, other) for own, other in zip(losses, expected, strict=True)] == [True] * 3
+        read.clear()
+        losses = list(token_losses(streamed, windows))
+        assert read == readings * with_one_reading
+        expected = list(token_losses(model, windows))
+        assert [torch.equal(own, other) for own, other in zip(losses, expected, strict=True)] == [True] * 3
 
 
 # What caches hold of other families is in tests/test_generation.py.

@@ -256,9 +256,10 @@ def test_data_that_cannot_be_read_are_named(make_model, monkeypatch):
 
 def test_two_models_are_compared_item_by_item():
     before, after = (
-        Number("task", "acc", "piqa", value, 4, 0.2, right=right) for value, right in ((0.75, "1110"), (0.5, "1100"))
+        Number("task", "acc", "piqa", value, 4, 0.2, by_item=[right])
+        for value, right in ((0.75, [1, 1, 1, 0]), (0.5, [1, 1, 0, 0]))
     )
     assert difference(before, after) == (-0.25, pytest.approx(0.5 / 2))
-    assert difference(before, replace(after, right="1")) == (-0.25, pytest.approx(0.2 * 2**0.5))
+    assert difference(before, replace(after, by_item=[[1]])) == (-0.25, pytest.approx(0.2 * 2**0.5))
     [row] = task_table({"dense": {("task", "acc", "piqa"): before}, "pruned": {("task", "acc", "piqa"): after}}).rows
     assert [str(cell.text) for cell in row[4:]] == ["−0.2500"]

@@ -83,7 +83,7 @@ def evaluate(
     *others: Annotated[str, Parameter(help="Further models, to compare with the first in one table.")],
     evaluate: Names = (),
     protocol: str | None = None,
-    seq_len: WholeNumber = 128,
+    seq_len: WholeNumber | None = None,
     stride: WholeNumber | None = None,
     bos: bool = True,
     tasks: Names = (),
@@ -109,7 +109,7 @@ def evaluate(
         evaluate: Dataset to report perplexity on; may be repeated.
         protocol: Perplexity as others report it. llm-pruner: WikiText2 test and PTB validation, 128 tokens; the default
             if no dataset, task or dense model is named. 2048: WikiText2 test, 2048 tokens.
-        seq_len: Tokens per window of these datasets.
+        seq_len: Tokens per window of these datasets; by default both 128 and 2048, or the context of the model.
         stride: Tokens between the beginnings of these windows; by default they do not overlap.
         bos: Begin each of these windows with the token for the beginning of a text, if the tokenizer has one.
         tasks: Tasks of lm-eval, separated by commas or repeated; commonsense is the seven of the paper,
@@ -260,6 +260,7 @@ def vocabulary(
 
 
 def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterator[Table]:
+    from adapruner.evaluation.abilities import sentence
     from adapruner.report.result import ability_table, measured_table, model_table, numbers_of, task_table
 
     if len(results) > 1:
@@ -279,8 +280,8 @@ def _tables_of_evaluation(results: dict[str, Evaluation], dense: str) -> Iterato
                 yield measured_table({model: numbers_of({perplexity.text: perplexity})}, "text")
     if judged := {model: result for model, result in results.items() if result.verdict}:
         known = {dense: numbers_of({}, next(iter(judged.values())).dense)}
-        known |= {model: numbers_of({}, result.abilities) for model, result in judged.items()}
-        yield ability_table(known, {model: str(result.verdict) for model, result in judged.items()})
+        known |= {model: numbers_of({}, result.abilities, left=result.left) for model, result in judged.items()}
+        yield ability_table(known, {model: sentence(result.verdict, result.left) for model, result in judged.items()})
     scores = {model: numbers_of({}, None, {score.task: score for score in r.tasks}) for model, r in results.items()}
     if any(scores.values()):
         yield task_table(scores)

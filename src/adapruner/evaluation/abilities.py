@@ -3,14 +3,15 @@
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import takewhile
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -20,8 +21,8 @@ from adapruner.model.layers import is_streamed
 from adapruner.text.windows import tokenize
 from adapruner.text.written import kinds, probe_texts, prompts_to_show, write_kinds
 
-# Items of each task whose items are made up.
-_ITEMS = 30
+# Items of each task whose items are made up. Programs tell an original that can program from chance.
+_ITEMS = {"sums": 30, "programs": 90, "recall": 30}
 
 
 class Choice(NamedTuple):
@@ -44,7 +45,7 @@ def built_in_tasks() -> dict[str, list[Choice]]:
             for fact in facts
         ],
         **{
-            name: [make(number, random.Random(f"{name} {number}")) for number in range(_ITEMS)]
+            name: [make(number, random.Random(f"{name} {number}")) for number in range(_ITEMS[name])]
             for name, make in made.items()
         },
     }
@@ -116,8 +117,9 @@ def solve(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
     return right
 
 
-# Of each kind that the original writes.
-_ANSWER_WINDOWS, _ANSWER_TOKENS = 5, 128
+# Windows of each kind that the original writes; of code so many that the error of its rise is a third of the rise that
+# costs a tenth of the programs (research/experiments/verdict.md).
+_ANSWER_WINDOWS, _WINDOWS_OF_CODE, _ANSWER_TOKENS = 6, 64, 128
 # Tokens of each text that is shown.
 _SHOWN_TOKENS = 96
 
@@ -127,17 +129,23 @@ Answers = dict[str, Tensor]
 _PREDICTED = "/predicted"
 
 
-class Reading(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+class Reading(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """How a model reads text of a kind that the original wrote.
 
     Attributes:
-        loss: the mean negative log-likelihood in nats per token of the original.
+        losses: the mean negative log-likelihood of each window, in nats per token of the original.
         agreement: the fraction of tokens at which the model and the original predict the same; 1 for the original;
             None layer by layer, or if their tokens differ.
     """
 
-    loss: float
+    losses: tuple[float, ...]
     agreement: float | None
+
+    @computed_field
+    @property
+    def loss(self) -> float:
+        """The mean over the windows."""
+        return fmean(self.losses)
 
 
 class Abilities(BaseModel, extra="forbid", frozen=True):
@@ -160,9 +168,9 @@ class Abilities(BaseModel, extra="forbid", frozen=True):
         return items.count("1") / len(items) if items else None
 
 
-def number_of_answers() -> int:
-    """The number of windows that a model writes."""
-    return len(kinds()) * _ANSWER_WINDOWS
+def answer_counts() -> dict[str, int]:
+    """The number of windows of each kind that a model writes."""
+    return {kind: _WINDOWS_OF_CODE if kind == _CODE else _ANSWER_WINDOWS for kind in kinds()}
 
 
 def write_answers(
@@ -181,8 +189,9 @@ def write_answers(
     tokens = min(filter(None, (_ANSWER_TOKENS, positions, getattr(original.config, "max_position_embeddings", None))))
     if is_streamed(original):
         return {name: text.windows for name, text in probe_texts(tokenizer, tokens).items()}
-    counts = dict.fromkeys(kinds(), _ANSWER_WINDOWS)
-    written = write_kinds(original, tokenizer, counts, tokens, "report", 0, end_tokens(original, tokenizer), advance)
+    written = write_kinds(
+        original, tokenizer, answer_counts(), tokens, "report", 0, end_tokens(original, tokenizer), advance
+    )
     # The tokenizer may not serve a kind.
     answers = {kind: windows for kind, windows in written.items() if len(windows)}
     return answers | {
@@ -220,14 +229,15 @@ def measure_abilities(
         if tokenizer_of_answers:
             texts = tokenizer_of_answers.batch_decode(windows)
             own = [tokenize(tokenizer, text, add_special_tokens=False).input_ids for text in texts]
-            losses = torch.cat([losses for losses, _ in read(model, [Text(row[:1], row[1:]) for row in own])])
-            reads[kind] = Reading(loss=float(losses.double().sum()) / windows[:, 1:].numel(), agreement=None)
+            summed = [losses.double().sum() for losses, _ in read(model, [Text(row[:1], row[1:]) for row in own])]
+            of_windows, agreed = torch.stack(summed) / (windows.shape[1] - 1), None
         elif is_streamed(model):
-            reads[kind] = Reading(loss=float(window_losses(model, windows).mean()), agreement=None)
+            of_windows, agreed = window_losses(model, windows), None
         else:
             losses, chosen = (torch.stack(both) for both in zip(*read(model, _texts(windows)), strict=True))
+            of_windows = losses.double().mean(1)
             agreed = None if predicted is None else float((chosen == predicted).double().mean())
-            reads[kind] = Reading(loss=float(losses.double().mean()), agreement=agreed)
+        reads[kind] = Reading(losses=tuple(of_windows.tolist()), agreement=agreed)
         if advance:
             advance(len(windows))
     if is_streamed(model):
@@ -251,51 +261,99 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 Verdict = Literal["usable", "recover first", "broken"]
 
-# What must be left of every ability of a usable model, and of each by which a model is broken.
-_USABLE, _NOT_BROKEN = 0.9, 0.6
-# A rise of the loss by r nats per token leaves about exp(-c r) of an ability: of code, as HumanEval shows it, because
-# programs must be right to the last token; of the others, as readers see it (research/experiments/verdict.md).
-_LOST_PER_NAT, _LOST_PER_NAT_OF_CODE = 0.5, 9.0
-# A model that solves fewer of the built-in programs cannot program, and has nothing to lose.
-_CAN_PROGRAM = 0.5
+# What must be left of every ability of a usable model; and the rise of a loss, in nats per token, of a broken one.
+_USABLE, _BROKEN = 0.9, 1.0
+_CODE = "code"
 
 
-def kept_of(dense: Abilities, pruned: Abilities) -> dict[str, float]:
-    """What is left of every ability, as an estimate; of the built-in tasks, the share of the solved items."""
-    programs = dense.solved.get("programs", "0")
-    can_program = programs.count("1") >= _CAN_PROGRAM * len(programs)
-    kept = {
-        kind: _left(dense, pruned, kind, _LOST_PER_NAT_OF_CODE if kind == "code" and can_program else _LOST_PER_NAT)
-        for kind in dense.reads
-    }
-    if dense.share_solved and pruned.share_solved is not None:
-        kept["built-in tasks"] = pruned.share_solved / dense.share_solved
-    return kept
+class Lost(NamedTuple):
+    """A rise of the loss by r nats per token leaves about exp(-c r) of an ability.
 
-
-def judge(dense: Abilities, pruned: Abilities) -> Verdict:
-    """Judges a pruned model: it can be used as it is, needs training, or has lost too much.
-
-    What it can do is compared with what the dense model can, so that a pruned model is not called broken for a weakness
-    of its dense model. What was not measured is not judged.
+    Attributes:
+        per_nat: c.
+        error: its standard error: how much models differ.
     """
-    kept = kept_of(dense, pruned)
+
+    per_nat: float
+    error: float
+
+
+# Of code, the share of HumanEval: programs must be right to the last token. Of other kinds, the share of the accuracy
+# above chance in commonsense tasks (research/experiments/verdict.md).
+_LOST, _LOST_OF_CODE = Lost(0.5, 0.25), Lost(9.0, 2.0)
+# The tasks that show whether the original has an ability at all.
+_SHOWN_BY = {_CODE: "programs", "mathematics": "sums", "questions": "facts"}
+
+
+class Estimate(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
+    """What is left of an ability of the original, of 1.
+
+    Attributes:
+        rise: of the loss on text of its kind, in nats per token.
+        left: the estimate.
+        least, most: the interval that holds it with a probability of about 95 %.
+        at_chance: the score of the original in the task that shows the ability, if that is near chance: there is
+            nothing to judge.
+    """
+
+    rise: float
+    left: float
+    least: float
+    most: float
+    at_chance: str = ""
+
+    def __str__(self) -> str:
+        return self.at_chance or f"{self.left:.0%} left ({self.least:.0%} to {self.most:.0%})"
+
+
+def estimates(dense: Abilities, pruned: Abilities) -> dict[str, Estimate]:
+    """What is left of every ability, from how much worse a model reads text of its kind, window by window."""
+    return {kind: _estimate(dense, pruned, kind) for kind in dense.reads}
+
+
+def _estimate(dense: Abilities, pruned: Abilities, kind: str) -> Estimate:
+    before, after = dense.reads[kind].losses, pruned.reads[kind].losses
+    rises = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    rise, lost = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
+    of_rise = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    error = 2 * math.hypot(lost.per_nat * of_rise, lost.error * rise)
+    least, left, most = (_share(-lost.per_nat * rise + apart) for apart in (-error, 0.0, error))
+    return Estimate(rise=rise, left=left, least=least, most=most, at_chance=_at_chance(dense, kind))
+
+
+def _share(logarithm: float) -> float:
+    """At most 1; NaN stays NaN."""
+    return 1.0 if logarithm >= 0 else math.exp(logarithm)
+
+
+def _at_chance(dense: Abilities, kind: str) -> str:
+    """The score of a model in the task that shows an ability, if it is within two standard errors of chance."""
+    task = _SHOWN_BY.get(kind, "")
+    if not (solved := dense.solved.get(task)):
+        return ""
+    right, count = solved.count("1"), len(solved)
+    chance = fmean(1 / len(item.answers) for item in built_in_tasks()[task])
+    if right > count * chance + 2 * math.sqrt(count * chance * (1 - chance)):
+        return ""
+    return f"cannot be judged: the original solves {right} of {count} {task}, chance is {count * chance:.0f}"
+
+
+def judge(left: Mapping[str, Estimate]) -> Verdict:
+    """Judges a pruned model by what is left of the abilities of the original: it can be used as it is, needs training,
+    or has lost too much. The error counts against the model. What cannot be judged is not counted."""
+    judged = [estimate for estimate in left.values() if not estimate.at_chance]
     # A comparison with NaN is false.
-    if all(left >= _USABLE for left in kept.values()):
+    if all(estimate.least >= _USABLE for estimate in judged):
         return "usable"
-    # Who cannot program any more may still be repaired.
-    if "code" in kept:
-        kept["code"] = _left(dense, pruned, "code", _LOST_PER_NAT)
-    return "recover first" if all(left >= _NOT_BROKEN for left in kept.values()) else "broken"
+    return "recover first" if all(estimate.rise <= _BROKEN for estimate in judged) else "broken"
 
 
-def damaged(dense: Abilities, pruned: Abilities) -> list[str]:
+def damaged(left: Mapping[str, Estimate]) -> list[str]:
     """The abilities because of which a model is not usable, with what is left of them, the worst first."""
-    kept = kept_of(dense, pruned)
-    worst = sorted((left, name) for name, left in kept.items() if not left >= _USABLE)
-    return [f"{name} ({left:.0%} left)" for left, name in worst]
+    worst = sorted((estimate.left, kind) for kind, estimate in left.items() if not estimate.least >= _USABLE)
+    return [f"{kind}, {left[kind]}" for _, kind in worst if not left[kind].at_chance]
 
 
-def _left(dense: Abilities, pruned: Abilities, kind: str, lost_per_nat: float) -> float:
-    rise = pruned.reads[kind].loss - dense.reads[kind].loss
-    return 1.0 if rise <= 0 else math.exp(-lost_per_nat * rise)
+def sentence(verdict: Verdict | None, left: Mapping[str, Estimate]) -> str:
+    """The verdict with the ability that decided it; empty without one."""
+    return ": ".join([verdict or "", *damaged(left)[:1]])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ _LARGEST_WEIGHT = 1e6
 _TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
 # Hidden states held while all layers of a streamed model are read once: 256 MiB for LLaMA-7B in bfloat16.
 _TOKENS_PER_READING = 32768
+# Predictions in float32 at once, of the vocabulary each.
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -48,40 +51,31 @@ def compute_prefix(model: PreTrainedModel, windows: Tensor, layers: int) -> Pref
     return Prefix(states, [calls for _, calls in entered])
 
 
-def losses_by_batch(model: PreTrainedModel, windows: Tensor, context: int = 1) -> Iterator[Tensor]:
-    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window. Many
-    batches pass through the layers of a streamed model together, so that a layer is read once for all of them.
-
-    Args:
-        context: tokens at the beginning of a window that are not predicted, at least 1.
-    """
+def token_losses(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """[windows of one batch, tokens - 1], float32, on the CPU, batch after batch: the negative log-likelihood in nats
+    of every token but the first. Many batches pass through the layers of a streamed model together, so that a layer is
+    read once for all of them."""
     batches = _batches(windows, model)
     if is_streamed(model):
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             together = torch.cat(list(batches[first : first + at_once]))
-            yield from losses_in_step(model, [model], together, context=context)[0]
+            yield from _token_losses_in_step(model, [model], together)[0]
         return
     for batch in batches:
         with torch.inference_mode():
-            losses = _losses_of_batch(model, batch, context)
+            losses = _losses_of_batch(model, batch)
         yield losses
 
 
-def window_losses(
-    model: PreTrainedModel, windows: Tensor, progress: Callable[[int], None] | None = None, context: int = 1
-) -> Tensor:
-    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window.
+def losses_by_batch(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """[windows of one batch], float64, batch after batch: the mean over the predicted tokens of each window."""
+    return (losses.double().mean(1) for losses in token_losses(model, windows))
 
-    Args:
-        context: tokens at the beginning of a window that are not predicted, at least 1.
-    """
-    losses = []
-    for batch in losses_by_batch(model, windows, context=context):
-        losses.append(batch)
-        if progress:
-            progress(len(batch))
-    return torch.cat(losses)
+
+def window_losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """[windows], float64: the mean negative log-likelihood in nats of the predicted tokens of each window."""
+    return torch.cat([*losses_by_batch(model, windows)])
 
 
 def finite_windows(
@@ -134,15 +128,17 @@ def may_overflow(model: PreTrainedModel) -> bool:
     return False
 
 
-def losses_in_step(
-    dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor, context: int = 1
-) -> list[list[Tensor]]:
+def losses_in_step(dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor) -> list[list[Tensor]]:
     """The losses of `losses_by_batch` for several models whose layers are cut from streamed layers as these are read.
-    All models pass through the layers together, so that every layer of the dense model is read once.
+    All models pass through the layers together, so that every layer of the dense model is read once."""
+    in_step = _token_losses_in_step(dense, models, windows)
+    return [[losses.double().mean(1) for losses in of_model] for of_model in in_step]
 
-    Args:
-        context: see `losses_by_batch`.
-    """
+
+def _token_losses_in_step(
+    dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor
+) -> list[list[Tensor]]:
+    """The losses of `token_losses` for such models."""
     batches = _batches(windows, dense)
     with torch.inference_mode():
         with loaded_layer(dense, 0):
@@ -158,18 +154,18 @@ def losses_in_step(
         for model, own, model_states, model_batches in zip(models, losses, states, entered, strict=True):
             for batch, state, (_, calls) in zip(batches, model_states, model_batches, strict=True):
                 with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
-                    own.append(_losses_of_batch(model, batch, context))
+                    own.append(_losses_of_batch(model, batch))
     return losses
 
 
-def _losses_of_batch(model: PreTrainedModel, batch: Tensor, context: int) -> Tensor:
-    """[windows], float64, on the CPU; see `losses_by_batch`."""
+def _losses_of_batch(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """See `token_losses`."""
     batch = batch.to(model.device)
     losses = []
-    # Window by window: float32 logits of a batch are the largest thing in memory.
+    # Some rows at a time: float32 logits of a batch are the largest thing in memory.
     for window, logits in enumerate(model(batch, use_cache=False).logits[:, :-1]):
-        loss = functional.cross_entropy(logits.float(), batch[window, 1:], reduction="none")
-        losses.append(loss[context - 1 :].double().mean())
+        rows = zip(logits.split(_ROWS_AT_ONCE), batch[window, 1:].split(_ROWS_AT_ONCE), strict=True)
+        losses.append(torch.cat([functional.cross_entropy(of.float(), at, reduction="none") for of, at in rows]))
     return torch.stack(losses).cpu()
 
 
@@ -244,6 +240,10 @@ def read(model: PreTrainedModel, texts: Sequence[Text]) -> list[tuple[Tensor, Te
 PROTOCOLS = {"llm-pruner": (("wikitext2:test", "ptb:validation"), 128), "2048": (("wikitext2:test",), 2048)}
 
 
+# Where the loss of long windows is told apart.
+_POSITIONS = (0, 128, 256, 512, 1024)
+
+
 class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """A perplexity and how it was measured.
 
@@ -259,9 +259,10 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
         predicted_bytes: UTF-8 bytes of the text of all predicted tokens; None if the tokenizer does not know the text
             of a token.
         special_tokens: the number of special tokens at the beginning of every window; they are not predicted.
-        loss_standard_error: of the mean negative log-likelihood, in nats per token: the standard deviation over the
-            windows divided by the root of their number, which assumes that windows are independent; None if they
-            overlap, or there is only one.
+        losses: the mean negative log-likelihood of the predicted tokens of each window, by which two models that read
+            the same windows are compared; none if windows overlap.
+        by_position: the mean negative log-likelihood of the tokens of long windows from a position on, up to the next
+            position that is named; none if windows overlap.
     """
 
     perplexity: float
@@ -272,16 +273,20 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     provenance: dict[str, str] = {}
     predicted_bytes: int | None = None
     special_tokens: int = 0
-    loss_standard_error: float | None = None
+    losses: tuple[float, ...] = ()
+    by_position: dict[int, float] = {}
 
     @computed_field
     @property
     def bits_per_byte(self) -> float | None:
         """The negative log-likelihood of the predicted text in bits, divided by its bytes. Unlike the perplexity, it
         compares models with different tokenizers."""
-        if not self.predicted_bytes:
-            return None
-        return math.log2(self.perplexity) * self.predicted_tokens / self.predicted_bytes
+        return None if self.bits_per_nat is None else math.log(self.perplexity) * self.bits_per_nat
+
+    @property
+    def bits_per_nat(self) -> float | None:
+        """Bits per byte of one nat per token; None if the bytes are not known."""
+        return self.predicted_tokens / self.predicted_bytes / math.log(2) if self.predicted_bytes else None
 
     @computed_field
     @property
@@ -289,18 +294,6 @@ class Perplexity(BaseModel, frozen=True, ser_json_inf_nan="constants"):
         """The number of tokens in the mean."""
         per_window = self.seq_len - max(1, self.special_tokens)
         return per_window + (self.windows - 1) * min(self.stride, per_window)
-
-    @property
-    def standard_error(self) -> float | None:
-        """Standard error of the perplexity, to first order; None if the standard error of the loss is not known."""
-        return None if self.loss_standard_error is None else self.perplexity * self.loss_standard_error
-
-    @property
-    def bits_standard_error(self) -> float | None:
-        """Standard error of the bits per byte; None if it or the bits per byte are not known."""
-        if self.loss_standard_error is None or not self.predicted_bytes:
-            return None
-        return self.loss_standard_error / math.log(2) * self.predicted_tokens / self.predicted_bytes
 
     @computed_field
     @property
@@ -335,21 +328,24 @@ def measure_perplexity(
         stride: tokens between the beginnings of windows; by default they do not overlap.
         provenance, predicted_bytes, special_tokens: see `Perplexity`.
     """
-    seq_len = windows.shape[1]
+    seq_len, first = windows.shape[1], max(1, special_tokens)
     stride = stride or seq_len
-    standard_error, context = None, max(1, special_tokens)
-    if stride >= seq_len - special_tokens:
-        losses = window_losses(model, windows, progress, context)
-        mean = losses.mean()
-        if len(losses) > 1:
-            standard_error = float(losses.std() / math.sqrt(len(losses)))
+    read = list[Tensor]()
+    for batch in token_losses(model, windows):
+        read.append(batch.double()[:, first - 1 :])
+        if progress:
+            progress(len(batch))
+    losses = torch.cat(read)
+    of_windows, by_position = losses.mean(1), dict[int, float]()
+    if stride < seq_len - special_tokens:
+        stride = min(stride, losses.shape[1])
+        of_windows, total = of_windows[:0], losses[0].sum() + losses[1:, -stride:].sum()
+        mean = total / (losses.shape[1] + (len(windows) - 1) * stride)
     else:
-        first, others = seq_len - context, windows[1:]
-        stride = min(stride, first)
-        total = window_losses(model, windows[:1], progress, context).sum() * first
-        if len(others):
-            total += window_losses(model, others, progress, seq_len - stride).sum() * stride
-        mean = total / (first + len(others) * stride)
+        mean = of_windows.mean()
+        ends = [*(end for end in _POSITIONS if end < seq_len), seq_len]
+        parts = losses.split([end - max(begin, first) for begin, end in pairwise(ends)], 1)
+        by_position = {begin: float(part.mean()) for begin, part in zip(ends, parts, strict=False)}
     return Perplexity(
         perplexity=float(mean.exp()),
         text=text,
@@ -359,5 +355,6 @@ def measure_perplexity(
         provenance=provenance or {},
         predicted_bytes=predicted_bytes,
         special_tokens=special_tokens,
-        loss_standard_error=standard_error,
+        losses=tuple(of_windows.tolist()),
+        by_position=by_position if len(by_position) > 1 else {},
     )

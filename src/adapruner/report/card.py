@@ -75,7 +75,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         parts=_what_was_removed(plan),
         trained=trained,
         plan=plan,
-        verdict=model.verdict,
+        model=model,
         solves=bool(model.abilities.solved),
         cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,

@@ -7,6 +7,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -115,6 +116,25 @@ def trials(search: SearchResult) -> Scatter:
     return Scatter(x, y, {kind: marks for kind, marks in series.items() if marks}, line, "best so far")
 
 
+def positions(dense: ModelNumbers, final: ModelNumbers) -> dict[str, Scatter]:
+    """By text in long windows, the perplexity over that of the dense model against the position in a window."""
+    plots = {}
+    for text, after in final.perplexity.items():
+        before = dense.perplexity[text].by_position
+        places = [*before, after.seq_len]
+        ratios = [math.exp(after.by_position[place] - before[place]) for place in before]
+        if not ratios or not all(map(math.isfinite, ratios)):
+            continue
+        names = [f"{begin:,}–{end - 1:,}" for begin, end in pairwise(places)]
+        step, y = 100 / len(names), Axis.over("perplexity, × dense", [1.0, *ratios])
+        ticks = tuple(((number + 0.5) * step, name) for number, name in enumerate(names))
+        x, shown = Axis("position of the token", 0, len(names), ticks), zip(ticks, ratios, strict=True)
+        marks = [Mark(place, 100 - y.place(ratio), f"{name}: × {ratio:.3f}") for (place, name), ratio in shown]
+        line = [(mark.x, mark.y) for mark in marks]
+        plots[text] = Scatter(x, y, {"measured": marks}, line, "between")
+    return plots
+
+
 def duration(seconds: float) -> str:
     """Seconds as text, in seconds, minutes or hours."""
     if seconds < 120:
@@ -134,9 +154,7 @@ def losses(dense: ModelNumbers, final: ModelNumbers) -> Table:
         label, about, (rise, error) = after.metric, after.dataset, difference(before, after)
         change, noise = signed(rise, None, after.digits).text, is_noise(rise, error)
         if after.kind == "text" and after.metric == "perplexity":
-            # The loss is the logarithm of the perplexity; errors of the loss are symmetric.
-            errors = (number.error and number.error / number.value for number in (before, after))
-            change, noise = _times(before.value, after.value), is_noise(math.log(after.value / before.value), *errors)
+            change = _times(before.value, after.value)
         elif after.kind == "mean":
             about = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
             label = f"mean {label}" if len(tasks) > 1 else label
@@ -333,6 +351,7 @@ def render_report(
         model_tables=tables_of("Numbers of every model", result.models),
         texts=texts({model.role: model for model in result.models}),
         trials=trials(search) if search else None,
+        positions=positions(dense, final),
         costs=costs(result, plan),
         command=command(config, folder),
         options=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),

@@ -4,7 +4,7 @@ import math
 import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from adapruner.base.progress import StageCost
 from adapruner.base.tables import Cell, Cells, Column, Table
-from adapruner.evaluation.abilities import Abilities, Verdict, damaged
+from adapruner.evaluation.abilities import Abilities, Estimate, Verdict, damaged, sentence
 from adapruner.evaluation.losses import Perplexity
 from adapruner.evaluation.speed import Speed
 from adapruner.evaluation.tasks import TaskScore, mean_accuracies
@@ -28,6 +28,7 @@ _PROTOCOLS_OF_ABILITIES = {
     "agreement": "fraction of tokens at which the model predicts what the original does, in text of a kind that the"
     " original wrote",
     "loss": "nats per token of the original, in text of a kind that the original wrote",
+    "left": "estimate of what is left of the abilities of the original, for code in HumanEval, with its 95 % interval",
     "solved": "fraction of the items of built-in tasks whose right answer is the likeliest",
 }
 
@@ -44,7 +45,9 @@ class Number:
         error: standard error, if it is known.
         protocol: how it was measured, on one line.
         items: the number of items of the task.
-        right: a digit for each of them, see `TaskScore`.
+        interval: the least and the most that an estimate may be.
+        by_item: the values of the windows of a text or of the items of a task, whose mean is the number, or the
+            logarithm of a perplexity; of a mean over tasks, those of each task.
     """
 
     kind: Kind
@@ -55,7 +58,8 @@ class Number:
     error: float | None = None
     protocol: str = ""
     items: int | None = None
-    right: str = ""
+    interval: tuple[float, float] | None = None
+    by_item: Sequence[Sequence[float]] = ()
 
     @property
     def name(self) -> str:
@@ -66,6 +70,8 @@ class Number:
 
     @property
     def cell(self) -> Cell:
+        if self.interval:
+            return Cell(f"{self.value:.0%}", f"{self.interval[0]:.0%}–{self.interval[1]:.0%}")
         return with_error(self.value, self.error, self.digits)
 
 
@@ -79,6 +85,7 @@ def numbers_of(
     abilities: Abilities | None = None,
     tasks: Mapping[str, TaskScore] | None = None,
     speed: Speed | None = None,
+    left: Mapping[str, Estimate] | None = None,
 ) -> dict[Key, Number]:
     """The numbers of a model, and the means over its tasks.
 
@@ -86,6 +93,7 @@ def numbers_of(
         perplexity: by text.
         tasks: by task.
         speed: of one sequence at a time.
+        left: what is left of each ability.
     """
     numbers = list[Number]()
     if speed:
@@ -97,42 +105,61 @@ def numbers_of(
         for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
             numbers.append(Number("cost", metric, "", rates[1].median, 1, None, protocol))
     for text, measured in perplexity.items():
-        protocol, bits = measured.protocol, measured.bits_per_byte
-        numbers.append(Number("text", "perplexity", text, measured.perplexity, 2, measured.standard_error, protocol))
-        if bits is not None:
-            numbers.append(Number("text", "bits per byte", text, bits, 4, measured.bits_standard_error, protocol))
-    numbers += [*(_abilities(abilities) if abilities else ()), *(_scores(tasks) if tasks else ())]
+        protocol, losses, scale = measured.protocol, measured.losses, measured.bits_per_nat
+        error = _standard_error([losses])
+        of_perplexity = None if error is None else measured.perplexity * error
+        shown = measured.perplexity, 2, of_perplexity, protocol
+        numbers.append(Number("text", "perplexity", text, *shown, by_item=[losses]))
+        if measured.bits_per_byte is not None and scale is not None:
+            shown = measured.bits_per_byte, 4, None if error is None else error * scale, protocol
+            numbers.append(Number("text", "bits per byte", text, *shown, by_item=[[scale * loss for loss in losses]]))
+    numbers += [*(_abilities(abilities, left or {}) if abilities else ()), *(_scores(tasks) if tasks else ())]
     return {(number.kind, number.metric, number.dataset): number for number in numbers}
 
 
-def _abilities(abilities: Abilities) -> Iterator[Number]:
-    def number(metric: str, dataset: str, value: float, digits: int, right: str = "") -> Number:
-        return Number("ability", metric, dataset, value, digits, None, _PROTOCOLS_OF_ABILITIES[metric], right=right)
+def _abilities(abilities: Abilities, left: Mapping[str, Estimate]) -> Iterator[Number]:
+    def number(metric: str, dataset: str, value: float, digits: int, by_item: Sequence[float] = ()) -> Number:
+        protocol = _PROTOCOLS_OF_ABILITIES[metric]
+        return Number("ability", metric, dataset, value, digits, None, protocol, by_item=[by_item])
 
     for kind, reading in abilities.reads.items():
-        yield number("loss", kind, reading.loss, 3)
+        if kind in left and not left[kind].at_chance:
+            interval = left[kind].least, left[kind].most
+            yield replace(number("left", kind, left[kind].left, 2), interval=interval)
+        yield number("loss", kind, reading.loss, 3, reading.losses)
         if reading.agreement is not None:
             yield number("agreement", kind, reading.agreement, 2)
     if abilities.share_solved is not None:
-        yield number("solved", "built-in tasks", abilities.share_solved, 2, "".join(abilities.solved.values()))
+        right = "".join(abilities.solved.values())
+        yield number("solved", "built-in tasks", abilities.share_solved, 2, [*map(int, right)])
 
 
 def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
     for task, score in tasks.items():
         for metric, value in score.metrics.items():
-            error, right = score.standard_errors.get(metric), score.right.get(metric, "")
-            yield Number("task", metric, task, value, 4, error, score.protocol, score.items, right)
+            error, right = score.standard_errors.get(metric), [*map(int, score.right.get(metric, ""))]
+            yield Number("task", metric, task, value, 4, error, score.protocol, score.items, by_item=[right])
     # Tasks are independent of each other.
     for metric, value in mean_accuracies(score.metrics for score in tasks.values()).items():
-        errors = [score.standard_errors.get(metric if metric in score.metrics else "acc") for score in tasks.values()]
+        known = [metric if metric in score.metrics else "acc" for score in tasks.values()]
+        errors = [score.standard_errors.get(name) for name, score in zip(known, tasks.values(), strict=True)]
         error = combined(*errors)
-        yield Number("mean", metric, "mean", value, 4, None if error is None else error / len(errors))
+        items = [[*map(int, score.right.get(name, ""))] for name, score in zip(known, tasks.values(), strict=True)]
+        error = None if error is None else error / len(errors)
+        yield Number("mean", metric, "mean", value, 4, error, by_item=items)
 
 
 def combined(*errors: float | None) -> float | None:
     """The standard error of a sum or a difference of independent numbers; None if one of their errors is not known."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def _standard_error(values: Sequence[Sequence[float]]) -> float | None:
+    """That of the mean over the parts of the means of their values; None where a part has less than two."""
+    if not values or min(map(len, values)) < 2:
+        return None
+    return math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in values)) / len(values)
 
 
 def is_noise(difference: float, *errors: float | None) -> bool:
@@ -223,12 +250,18 @@ def signed(value: float, error: float | None, digits: int = 4) -> Cell:
 
 
 def difference(before: Number, after: Number) -> tuple[float, float | None]:
-    """The growth of a number, and its standard error: of the differences item by item, if those are known."""
-    growth, count = after.value - before.value, len(before.right)
-    if count < 2 or count != len(after.right):
-        return growth, combined(before.error, after.error)
-    differences = [int(now) - int(then) for then, now in zip(before.right, after.right, strict=True)]
-    return growth, statistics.stdev(differences) / math.sqrt(count)
+    """The growth of a number, of a perplexity that of its logarithm, and its standard error: of the differences window
+    by window or item by item, if both models read the same."""
+    growth = after.value - before.value
+    errors = [before.error, after.error]
+    if before.metric == "perplexity":
+        growth = math.log(after.value / before.value)
+        errors = [number.error and number.error / number.value for number in (before, after)]
+    paired = None
+    if [*map(len, before.by_item)] == [*map(len, after.by_item)]:
+        parts = zip(before.by_item, after.by_item, strict=True)
+        paired = _standard_error([[now - then for then, now in zip(*part, strict=True)] for part in parts])
+    return growth, combined(*errors) if paired is None else paired
 
 
 def _cell(numbers: Numbers, key: Key) -> Cell:
@@ -258,7 +291,8 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
         perplexity: by text.
         tasks: scores, by task.
         abilities: what it can do.
-        verdict: on its abilities; None for the dense model.
+        left: what is left of each ability; empty for the dense model.
+        verdict: on that; None for the dense model.
     """
 
     role: Role
@@ -266,13 +300,22 @@ class ModelNumbers(BaseModel, extra="forbid", frozen=True):
     perplexity: dict[str, Perplexity] = {}
     tasks: dict[str, TaskScore] = {}
     abilities: Abilities
+    left: dict[str, Estimate] = {}
     verdict: Verdict | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The verdict with the ability that decided it; empty for the dense model."""
+        return sentence(self.verdict, self.left)
 
     @property
     def numbers(self) -> Numbers:
         """All numbers, and the means over tasks."""
         size = Number("cost", "parameters", "", self.parameters, 0)
-        return {("cost", "parameters", ""): size, **numbers_of(self.perplexity, self.abilities, self.tasks)}
+        return {
+            ("cost", "parameters", ""): size,
+            **numbers_of(self.perplexity, self.abilities, self.tasks, left=self.left),
+        }
 
 
 class RunResult(BaseModel, extra="forbid", frozen=True):
@@ -292,7 +335,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[10] = 10
+    schema_version: Literal[11] = 11
     config: PruneConfig
     plan_hash: str
     share_of_decoder: float = 1.0
@@ -341,7 +384,7 @@ def advice_on(result: RunResult) -> list[str]:
 def tables_of(title: str, models: Sequence[ModelNumbers]) -> list[Table]:
     """The tables of models, as far as they were measured; the title is that of the first table."""
     numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
-    verdicts: dict[str, str] = {model.role: model.verdict for model in models if model.verdict}
+    verdicts: dict[str, str] = {model.role: model.sentence for model in models if model.verdict}
     tables = (model_table(title, numbers), ability_table(numbers, verdicts), task_table(numbers))
     return [table for table in tables if table.rows]
 
@@ -351,16 +394,14 @@ def summary_of(title: str, models: Sequence[ModelNumbers]) -> Table:
     numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
     shown = _of_kind(numbers, "cost", "text", "mean") | _of_kind(numbers, "ability")
     keys = [key for key in shown if key[1] not in ("bits per byte", "loss", "agreement")]
+    names = {key: f"estimated to be left of {key[2]}" if key[1] == "left" else shown[key].name for key in keys}
     rows: list[Cells] = [
-        [shown[key].name if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
+        [names[key] if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
     ]
-    agreements = [{key[2]: one.value for key, one in own.items() if key[1] == "agreement"} for own in numbers.values()]
+    agreements = [[one.value for key, one in own.items() if key[1] == "agreement"] for own in numbers.values()]
     if all(agreements):
-        means = [f"{statistics.fmean(own.values()):.0%}" for own in agreements]
-        least = min(agreements[-1], key=agreements[-1].__getitem__)
-        rows.append(["tokens predicted as by the original", *means])
-        rows.append([f"the same, where least: {least}", *(f"{own[least]:.0%}" for own in agreements)])
-    rows.append(["verdict", *(model.verdict or "" for model in models)])
+        rows.append(["tokens predicted as by the original", *(f"{statistics.fmean(own):.0%}" for own in agreements)])
+    rows.append(["verdict", *(model.sentence for model in models)])
     return Table("summary", title, [Column("", is_number=False), *map(Column, numbers)], rows)
 
 
@@ -376,8 +417,10 @@ def _damage(result: RunResult) -> Iterator[str]:
         yield "the model is broken"
     elif final.verdict == "recover first":
         yield "the model should be trained further before use"
-    if lost := damaged(dense.abilities, final.abilities):
-        yield f"what it lost most: {', '.join(lost)}"
+    if lost := damaged(final.left):
+        yield f"what it lost most: {'; '.join(lost)}"
+    if unknown := [f"{kind} {estimate}" for kind, estimate in final.left.items() if estimate.at_chance]:
+        yield "; ".join(unknown)
 
 
 def shown_name(model: str) -> str:

@@ -11,7 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.progress import Reporter
 from adapruner.checkpoint import read_origin
-from adapruner.evaluation.abilities import Abilities, Verdict, judge, measure_abilities, write_answers
+from adapruner.evaluation.abilities import (
+    Abilities,
+    Estimate,
+    Verdict,
+    estimates,
+    judge,
+    measure_abilities,
+    write_answers,
+)
 from adapruner.evaluation.losses import PROTOCOLS, Perplexity, measure_perplexity
 from adapruner.evaluation.speed import SPEED_TOKENS, Speed, measure_speed
 from adapruner.evaluation.tasks import TaskScore, load_tasks, mean_accuracies, measure_tasks
@@ -31,7 +39,10 @@ from adapruner.options import Dtype
 from adapruner.run.memory import Placement, place_weights
 from adapruner.text.blends import overlaps
 from adapruner.text.sources import Source, parse_source
-from adapruner.text.windows import evaluation_text
+from adapruner.text.windows import evaluation_text, texts_to_report
+
+# Tokens per window, if nothing else is said.
+_SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class Evaluation:
     Attributes:
         overlaps: a sentence for each evaluated dataset on which the model was also pruned or trained.
         dense, abilities: what the model to compare with can do, and the model; None without `against`.
-        verdict: on these signs.
+        left: what is left of each ability; empty without `against`.
+        verdict: on that.
         speed: size and speed, one sequence at a time; None if not requested, and layer by layer.
     """
 
@@ -50,6 +62,7 @@ class Evaluation:
     overlaps: list[str] = field(default_factory=list)
     dense: Abilities | None = None
     abilities: Abilities | None = None
+    left: dict[str, Estimate] = field(default_factory=dict)
     verdict: Verdict | None = None
     speed: Speed | None = None
 
@@ -63,7 +76,7 @@ def evaluate(
     model: str | Path,
     perplexity: str | Sequence[str] | Mapping[str, Iterable[str]] = (),
     protocol: str | None = None,
-    seq_len: int = 128,
+    seq_len: int | None = None,
     stride: int | None = None,
     bos: bool = True,
     tasks: str | Sequence[str] = (),
@@ -81,7 +94,8 @@ def evaluate(
         model: as for `load`.
         perplexity: a dataset, or several; or documents in memory, one or several, by the name that is shown.
         protocol: a protocol of the literature, see `PROTOCOLS`; `llm-pruner` if no dataset and no task is named.
-        seq_len: tokens per window of the texts in `perplexity`.
+        seq_len: tokens per window of the texts in `perplexity`; by default both 128 and 2048, or as many as the model
+            and the text have.
         stride: tokens between the beginnings of these windows; by default they do not overlap.
         bos: begin each of these windows with the token for the beginning of a text, if the tokenizer has one; protocols
             do not.
@@ -101,22 +115,27 @@ def evaluate(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     if protocol is None and not perplexity and not tasks and (against is None or speed):
         protocol = "llm-pruner"
-    if seq_len < 2:
+    if seq_len is not None and seq_len < 2:
         raise AdaPrunerError(f"`seq_len` {seq_len} is too short: windows need at least 2 tokens")
     if limit is not None and limit < 1:
         raise AdaPrunerError(f"`limit` {limit} leaves nothing to evaluate: choose at least 1")
-    if stride is not None and not 1 <= stride <= seq_len:
-        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len}")
+    if stride is not None and not 1 <= stride <= (seq_len or _SHORT):
+        raise AdaPrunerError(f"`stride` {stride} skips text or does not advance: choose 1 to {seq_len or _SHORT}")
     if protocol is not None and protocol not in PROTOCOLS:
         raise AdaPrunerError(f"unknown protocol {protocol!r}; the protocols are {', '.join(PROTOCOLS)}")
-    names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), seq_len)
+    names, protocol_seq_len = PROTOCOLS[protocol] if protocol else ((), _SHORT)
     published, given = _named_texts(names), _named_texts(perplexity)
     located = [(place, open_config(place)) for place in map(find_model, [model, *([against] if against else [])])]
     tokenizers = [load_tokenizer(place) for place, _ in located]
     (location, config), tokenizer = located[0], tokenizers[0]
     placement = _placement(located, dtype, device, layer_wise)
     texts = [(name, evaluation_text(text, tokenizer, protocol_seq_len, limit, bos=False)) for name, text in published]
-    texts += [(name, evaluation_text(text, tokenizer, seq_len, limit, stride, bos, name)) for name, text in given]
+    positions = getattr(config, "max_position_embeddings", None)
+    for name, source in given:
+        if seq_len is None and stride is None:
+            texts += texts_to_report(source, tokenizer, _SHORT, limit, positions, bos, name).items()
+        else:
+            texts.append((name, evaluation_text(source, tokenizer, seq_len or _SHORT, limit, stride, bos, name)))
     for _, text in texts:
         check_tokens(config, int(text.windows.max()))
     to_run = load_tasks(tasks, limit) if tasks else None
@@ -131,7 +150,7 @@ def evaluate(
     warnings = [check_length(config, text.windows.shape[1]) for _, text in texts]
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     scores, measured_speed = [], None
-    compared: tuple[Abilities | None, Abilities | None, Verdict | None] = (None, None, None)
+    of_dense, abilities, left = None, None, dict[str, Estimate]()
     with reporter.stage("loading"):
         models = [open_model(place, dtype, placement.device, placement.layer_wise) for place, _ in located]
     loaded, *dense = models
@@ -153,8 +172,10 @@ def evaluate(
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
     if dense:
         with reporter.stage("comparing abilities"):
-            compared = _compare(*reversed([*zip(models, tokenizers, strict=True)]))
-    return Evaluation(perplexities, scores, known_uses, *compared, measured_speed)
+            of_dense, abilities = _compare(*reversed([*zip(models, tokenizers, strict=True)]))
+            left = estimates(of_dense, abilities)
+    verdict = judge(left) if left else None
+    return Evaluation(perplexities, scores, known_uses, of_dense, abilities, left, verdict, measured_speed)
 
 
 def evaluate_each(models: Sequence[str], against: str | None = None, **options: Any) -> dict[str, Evaluation]:
@@ -174,16 +195,15 @@ def evaluate_each(models: Sequence[str], against: str | None = None, **options: 
 
 def _compare(
     dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer]
-) -> tuple[Abilities, Abilities, Verdict]:
-    """What two models with their tokenizers can do, and the verdict on the second."""
+) -> tuple[Abilities, Abilities]:
+    """What two models with their tokenizers can do."""
     (original, vocabulary), (model, tokenizer) = ((in_fastest_dtype(model), own) for model, own in (dense, pruned))
     answers = write_answers(original, vocabulary, positions=getattr(model.config, "max_position_embeddings", None))
     other = None if tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
-    both = (
+    return (
         measure_abilities(original, vocabulary, answers),
         measure_abilities(model, tokenizer, answers, tokenizer_of_answers=other),
     )
-    return *both, judge(*both)
 
 
 def _placement(

@@ -56,13 +56,13 @@ from adapruner.text.windows import (
     EvaluationText,
     Text,
     draw_windows,
-    evaluation_text,
     evenly_spaced,
     load_texts,
     load_texts_by_use,
     save_texts,
     save_texts_by_use,
     text_windows,
+    texts_to_report,
 )
 from adapruner.text.written import kinds, write_kinds
 
@@ -400,16 +400,15 @@ def drawn_to_report(
 ) -> dict[str, EvaluationText]:
     """The windows that are reported on, by the name of their text."""
     count = limit or (None if evaluate else DEFAULT_REPORT_WINDOWS)
-    texts = {
-        name: evaluation_text(source, tokenizer, seq_len, count, bos=evaluate_bos)
-        for name, source in evaluated_texts.items()
-    }
+    positions, texts = getattr(empty.config, "max_position_embeddings", None), dict[str, EvaluationText]()
+    for name, source in evaluated_texts.items():
+        texts |= texts_to_report(source, tokenizer, seq_len, count, positions, evaluate_bos, name)
     for text in texts.values():
         check_tokens(empty.config, int(text.windows.max()))
     return texts
 
 
-@GRAPH.kept("evaluation/texts.safetensors", Form(save_texts, load_texts))
+@GRAPH.kept("evaluation/texts.safetensors", Form(save_texts, load_texts), version=2)
 def report_texts(drawn_to_report: dict[str, EvaluationText]) -> dict[str, EvaluationText]:
     """The windows that perplexity is reported on, by the name of their text; kept, so that no text is needed later."""
     return drawn_to_report

@@ -26,7 +26,7 @@ from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeight
 from adapruner.search.judging import JUDGED_TOGETHER, TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
 from adapruner.text.blends import parse_blend
-from adapruner.train.healing import TOKENS_FOR_ALL_WEIGHTS, healing_options
+from adapruner.train.healing import TOKENS_FOR_ALL_WEIGHTS, healing_options, length_of_windows
 from adapruner.train.loss import DRAWN_TOKENS, PREDICTIONS_AT_ONCE
 
 GIB = 2**30
@@ -195,8 +195,10 @@ def healing_within(
     kinds: tuple[TrainedWeights, ...] = ("layers", "lora", "ia3")
     if by_layer or len(devices) > 1 or tokens < TOKENS_FOR_ALL_WEIGHTS:
         kinds = ("ia3",)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = length_of_windows(config.seq_len, config.compensation_windows, positions)
     for trained in kinds:
-        options = healing_options(trained, tokens, config.seq_len, config.seed, devices[0], by_layer)
+        options = healing_options(trained, tokens, length, config.seed, devices[0], by_layer)
         models = _count(model) * trial_dtype(dtype, devices[0]).itemsize + weights * dtype.itemsize
         if models + _training(model, options, dtype, weights, by_layer) <= USABLE * total:
             return options

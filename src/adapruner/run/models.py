@@ -16,9 +16,10 @@ from adapruner.budget.plan import PruningPlan
 from adapruner.checkpoint import read_origin, save_checkpoint, write_card
 from adapruner.evaluation.abilities import (
     Abilities,
+    answer_counts,
+    estimates,
     judge,
     measure_abilities,
-    number_of_answers,
     windows_of,
     write_answers,
 )
@@ -42,7 +43,7 @@ from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
 from adapruner.text.blends import Texts
-from adapruner.text.windows import EvaluationText, Text
+from adapruner.text.windows import EvaluationText, Text, start_tokens
 from adapruner.train.healing import HEALING, Healing, heal, read_healing, steps_of_healing
 from adapruner.train.trainer import check_adapters, check_device
 
@@ -82,7 +83,7 @@ def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, objec
     return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
 
 
-@GRAPH.kept("model", FOLDER, version=15, is_result=True)
+@GRAPH.kept("model", FOLDER, version=16, is_result=True)
 def pruned(
     dense_later: Callable[[], PreTrainedModel],
     dense_fast_later: Callable[[], PreTrainedModel],
@@ -113,7 +114,8 @@ def pruned(
     elif healing:
         read = partial(load_model, find_model(compensated), "auto", placement.device, placement.layer_wise)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
-            model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, work / "training", advance)
+            special, training = len(start_tokens(tokenizer)), work / "training"
+            model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, training, advance, special)
         if model is None:
             reporter.note(f"The weights are left as they were: {outcome.reason}")
     if model is None:
@@ -157,10 +159,10 @@ def measured_perplexity(
         }
 
 
-@GRAPH.kept("evaluation/answers.safetensors", TENSORS)
+@GRAPH.kept("evaluation/answers.safetensors", TENSORS, version=2)
 def answers(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, torch.Tensor]:
     """What the dense model writes for both models to read, and predicts in it."""
-    with reporter.stage("writing answers", number_of_answers()) as advance:
+    with reporter.stage("writing answers", sum(answer_counts().values())) as advance:
         return write_answers(dense_fast, tokenizer, advance)
 
 
@@ -206,7 +208,7 @@ for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "prune
         json_form(dict[str, Perplexity]),
         name=f"perplexity_{_role}",
         needs={"model": _model, "texts": "report_texts"},
-        version=2,
+        version=3,
     )(measured_perplexity)
     GRAPH.kept(
         f"evaluation/tasks-{_role}.json",
@@ -217,11 +219,15 @@ for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "prune
         is_wanted=lambda tasks: tasks,
     )(measured_tasks)
     GRAPH.kept(
-        f"evaluation/abilities-{_role}.json", json_form(Abilities), name=f"abilities_{_role}", needs={"model": _fast}
+        f"evaluation/abilities-{_role}.json",
+        json_form(Abilities),
+        name=f"abilities_{_role}",
+        needs={"model": _fast},
+        version=2,
     )(measured_abilities)
 
 
-@GRAPH.kept("result.json", json_form(RunResult), version=8, is_result=True, is_record=True, beside=("model/README.md",))
+@GRAPH.kept("result.json", json_form(RunResult), version=9, is_result=True, is_record=True, beside=("model/README.md",))
 def result(
     config: PruneConfig,
     location: ModelLocation,
@@ -244,6 +250,7 @@ def result(
     """All numbers of a run; the model card is written too, which shows them."""
     config_after = load_config(find_model(pruned))
     after = build_structure(empty_model(config_after)).total_parameters
+    left = estimates(abilities_dense, abilities_pruned)
     dense = ModelNumbers(
         role="dense",
         parameters=plan.total_parameters,
@@ -257,7 +264,8 @@ def result(
         perplexity=perplexity_pruned,
         tasks=tasks_pruned or {},
         abilities=abilities_pruned,
-        verdict=judge(abilities_dense, abilities_pruned),
+        left=left,
+        verdict=judge(left),
     )
     result = RunResult(
         config=config,

@@ -189,6 +189,13 @@ def cut_into_windows(tokens: Tensor, start: Tensor, seq_len: int, stride: int | 
     return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
+def joined(windows: Tensor, special_tokens: int, length: int) -> list[Tensor]:
+    """Consecutive windows of running text, [windows, tokens], as windows of `length` tokens, each of which begins as
+    they do, and a last one that may be shorter."""
+    start, running = windows[0, :special_tokens], windows[:, special_tokens:].flatten()
+    return [torch.cat([start, part]) for part in running.split(length - special_tokens)]
+
+
 def start_of_windows(tokenizer: Tokenizer, seq_len: int) -> Tensor:
     """[tokens], int64: the special tokens in front of a text; refuses windows that have no room for others."""
     start = start_tokens(tokenizer)
@@ -235,6 +242,36 @@ class EvaluationText:
     def about(self) -> dict[str, Any]:
         """Everything but the windows, by name."""
         return {name: value for name, value in vars(self).items() if name != "windows"}
+
+
+# Tokens of the long windows that are reported on, and how many of these are read at most.
+_LONG, _MOST_LONG_WINDOWS = 2048, 48
+
+
+def texts_to_report(
+    text: Source | str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    limit: int | None,
+    positions: int | None,
+    bos: bool = True,
+    name: str | None = None,
+) -> dict[str, EvaluationText]:
+    """A dataset in windows of `seq_len` tokens, and in windows of 2048 or as many as the model and the text have, with
+    the number of tokens in the name: models lose more in long text than at its beginning.
+
+    Args:
+        limit: the largest number of windows of `seq_len` tokens; the long ones have no more tokens, and are at most 48.
+        positions: of the model, if they have an end.
+    """
+    name = name or str(text)
+    short = evaluation_text(text, tokenizer, seq_len, limit, bos=bos, name=name)
+    texts = {name: short}
+    length = min(_LONG, positions or _LONG, len(short.windows) * (seq_len - short.special_tokens))
+    if length > seq_len and not (isinstance(text, Source) and text.holds_windows):
+        most = min(_MOST_LONG_WINDOWS, max(1, len(short.windows) * seq_len // length))
+        texts[f"{name}, {length:,} tokens"] = evaluation_text(text, tokenizer, length, most, bos=bos, name=name)
+    return texts
 
 
 def evaluation_text(

@@ -3,7 +3,7 @@
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -194,9 +194,9 @@ def window_examples(windows: Tensor, part: BlendPart, options: RecoveryOptions, 
     return _split(examples_of_windows(windows, label_weight), part, options)
 
 
-def examples_of_windows(windows: Tensor, label_weight: float) -> list[Example]:
-    """Windows of running text, [windows, tokens], int64, with every token learnt."""
-    return [_example(window, 1, label_weight) for window in windows.tolist()]
+def examples_of_windows(windows: Iterable[Tensor], label_weight: float) -> list[Example]:
+    """Windows of running text, [tokens] each, int64, with every token learnt."""
+    return [_example(window.tolist(), 1, label_weight) for window in windows]
 
 
 def instruction_examples(

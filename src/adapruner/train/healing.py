@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError, NonFiniteError, reason
 from adapruner.base.files import write_text
 from adapruner.options import RecoveryOptions, TrainedWeights
-from adapruner.text.windows import Text
-from adapruner.train.examples import Examples, examples_of_windows
+from adapruner.text.windows import Text, joined
+from adapruner.train.examples import Example, Examples, examples_of_windows
 from adapruner.train.training import RecoveryRecord, train, try_training
 
 # The record of healing, in the folder of the model.
@@ -29,6 +29,9 @@ _TRIED, _FEWEST_STEPS = 0.1, 3
 # Of many weights, few tokens give a gradient that is mostly noise.
 _TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia3": 512}
 _TOKENS_AT_ONCE = 512
+# Tokens of a window: what is learnt on short ones holds at the beginning of texts alone
+# (research/experiments/healing.md). There are at least so many windows.
+_LONGEST, _FEWEST_WINDOWS = 1024, 8
 # With 98,000 tokens, scales bring three quarters of what all weights bring, in half of the time
 # (research/experiments/scales.md). From where on all weights pay was not measured.
 TOKENS_FOR_ALL_WEIGHTS = 200_000
@@ -60,6 +63,16 @@ class Healing(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constant
             f"after training, the divergence from the dense model, which was {self.loss_before:.4f} nats per token, is"
             f" {tried}"
         )
+
+
+def length_of_windows(seq_len: int, windows: int, positions: int | None) -> int:
+    """Tokens of the windows that are trained on, which are put together from the calibration text.
+
+    Args:
+        seq_len, windows: of that text.
+        positions: of the model, if they have an end.
+    """
+    return max(seq_len, min(_LONGEST, seq_len * windows // _FEWEST_WINDOWS, positions or _LONGEST))
 
 
 def healing_options(
@@ -99,6 +112,7 @@ def heal(
     options: RecoveryOptions,
     folder: Path,
     progress: Callable[[int], None] = lambda steps: None,
+    special_tokens: int = 0,
 ) -> tuple[PreTrainedModel | None, Healing]:
     """Trains a model to predict as another one does. A tenth of the steps at each of several learning rates is tried
     first, from the lowest until one is worse; then the model is trained at the best of them, from the beginning.
@@ -110,12 +124,16 @@ def heal(
         teacher: the dense model.
         folder: for the checkpoints of a training that resumes.
         progress: called with the number of steps done, those of the trials included; see `steps_of_healing`.
+        special_tokens: the number of special tokens at the beginning of every window.
 
     Returns:
         The trained model and the record; None if it comes no nearer to the dense model.
     """
     # The windows of every kind that has held-out ones, in their shares.
-    as_text = partial(examples_of_windows, label_weight=0.0)
+
+    def as_text(windows: Tensor) -> list[Example]:
+        return examples_of_windows(joined(windows, special_tokens, options.seq_len), label_weight=0.0)
+
     by_kind, validation, tried = text.by_kind, held_out.by_kind, folder / "rates.json"
     count = sum(len(by_kind[kind]) for kind in validation)
     blend = [

