@@ -334,7 +334,11 @@ class PruneOptions(_Options):
         default=None, description="Keep one decoder layer in memory at a time; by default if the model does not fit."
     )
     ignore_memory: bool = Field(default=False, description="Start although the memory estimate is more than is free.")
-    dtype: Dtype = Field(default="auto", description="Dtype of the weights; auto keeps the dtype of the checkpoint.")
+    dtype: Dtype = Field(
+        default="auto",
+        description="Dtype of the weights; auto keeps that of the checkpoint, and of a GGUF file of less than six bits"
+        " is bfloat16 where the machine computes it natively, else float32.",
+    )
     seed: int = Field(default=0, ge=0, description="The same seed on the same machine gives the same plan.")
 
     def _conflicts(self) -> Iterator[str]:

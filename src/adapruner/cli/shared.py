@@ -29,7 +29,7 @@ Flag = Annotated[bool, Parameter(negative="")]
 Output = Annotated[Path, Parameter(name=["--output", "-o"])]
 Model = Annotated[str, Parameter(help="Hub id, model folder, .gguf file, or smollm2.")]
 Device = Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, …")]
-Dtype = Annotated[config.Dtype, Parameter(help="Dtype of the weights; auto keeps the dtype of the checkpoint.")]
+Dtype = Annotated[config.Dtype, Parameter(help=config.PruneOptions.model_fields["dtype"].description)]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON on stdout instead of tables.")]
 Names = Annotated[tuple[str, ...], Parameter(negative="")]
 

@@ -150,6 +150,25 @@ def without_tokens() -> Iterator[Callable[[str], gguf.GGUFReader]]:
 _SCALED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
+def computes_bfloat16_natively(device: torch.device) -> bool:
+    """True if the device multiplies bfloat16 faster than float32; assumed for GPUs that are not installed."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    is_supported: Callable[[], bool] | None = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return bool(is_supported and is_supported())
+
+
+def dtype_of_gguf(reader: gguf.GGUFReader) -> torch.dtype:
+    """The dtype in which the weights of a GGUF file are held: bfloat16 if it has matrices of less than six bits, which
+    are no more precise, and the machine multiplies that natively; else float32."""
+    sizes = (gguf.GGML_QUANT_SIZES[tensor.tensor_type] for tensor in reader.tensors if len(tensor.shape) > 1)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    is_coarse = any(8 * size < 6 * count for count, size in sizes)
+    return torch.bfloat16 if is_coarse and computes_bfloat16_natively(device or torch.device("cpu")) else torch.float32
+
+
 def refuse_missing_weights(reader: gguf.GGUFReader, name: str, parameters: int) -> None:
     """Refuses a file with fewer weights than its model, before transformers allocates those."""
     stored = sum(tensor.n_elements for tensor in reader.tensors)
@@ -289,6 +308,7 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
     if location.gguf_file:
         check_config(config, location)
         reader, model = read(str(file)), _stock_model(config)
+        config.dtype = dtype_of_gguf(reader)
         refuse_missing_weights(reader, str(location), model.num_parameters())
         has_biases = any(_BIAS_OF_LAYER.search(name) for name in model.state_dict())
         refuse_what_is_not_read(reader, str(location), config, has_biases)

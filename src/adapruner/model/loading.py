@@ -28,6 +28,7 @@ from adapruner.model.config import (
     NO_REMOTE_CODE,
     check_config,
     clear_gguf_marks,
+    computes_bfloat16_natively as computes_bfloat16_natively,
     drop_negative_tokens,
     find_wrapper,
     load_config,
@@ -143,16 +144,6 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type} ({name(device)})" if name else device.type
 
 
-def computes_bfloat16_natively(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 faster than float32; assumed for GPUs that are not installed."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if device.type == "cuda":
-        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    is_supported: Callable[[], bool] | None = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return bool(is_supported and is_supported())
-
-
 def trial_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Dtype of trials for weights of a dtype: bfloat16 instead of float32 if the device multiplies it natively (about
     three times as fast on a CPU with AVX-512 bfloat16), and float32 instead of bfloat16 on a CPU that does not (about
@@ -258,7 +249,7 @@ def load_model(
     """Loads a dense or a pruned model, in evaluation mode.
 
     Args:
-        dtype: `auto` keeps the dtype of the checkpoint (float32 for GGUF files), else the name of a torch dtype.
+        dtype: `auto` keeps the dtype of the checkpoint (see `dtype_of_gguf`), else the name of a torch dtype.
         device: `auto` uses the first GPU if there is one, else the CPU; several devices, separated by commas, share
             the decoder layers.
         layer_wise: leave the decoder layers in their files; each is in memory while it is in use (see
