@@ -118,10 +118,11 @@ def test_the_record_says_which_rate_was_best(healed):
     best = min(healing.losses_by_rate, key=healing.losses_by_rate.get)
     assert healing.record.config["learning_rate"] == best
     assert healing.record.loss_after < healing.record.loss_before == pytest.approx(healing.loss_before)
-    assert (healing.record.steps, healing.record.tokens) == (39, 39 * 512)
+    assert healing.record.steps == 39
+    assert 0.85 < healing.record.tokens / (39 * 512) <= 1  # the last window of a text is shorter
     card = (healed.model_folder / "README.md").read_text()
     assert f"at a learning rate of {best:g}, the best of 3 tried" in healed.report.read_text()
-    assert "It was trained to predict as the dense model does, on 19,968 tokens of" in card
+    assert f"It was trained to predict as the dense model does, on {healing.record.tokens:,} tokens of" in card
 
 
 def test_a_lowest_rate_that_is_worse_by_chance_hides_no_other(tmp_path, monkeypatch):

@@ -372,6 +372,7 @@ def advice_on(result: RunResult) -> list[str]:
     """Problems of the outcome and remedies, a line each."""
     if lines := [*_damage(result)]:
         lines.append("more tokens of `heal`, or a lower `ratio`, helps")
+    lines += [f"{kind} {estimate}" for kind, estimate in result.final.left.items() if estimate.at_chance]
     count = sum(result.windows.get("compensation", {}).values())
     if 0 < count < _FEW_WINDOWS:
         lines.append(
@@ -390,14 +391,17 @@ def tables_of(title: str, models: Sequence[ModelNumbers]) -> list[Table]:
 
 
 def summary_of(title: str, models: Sequence[ModelNumbers]) -> Table:
-    """What models come to, a row for each size, text and mean, and for the verdict; the tables have everything."""
+    """What models come to, a row for each size, text and mean, for the two abilities that lost most, and for the
+    verdict; the tables have everything."""
     numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
     shown = _of_kind(numbers, "cost", "text", "mean") | _of_kind(numbers, "ability")
-    keys = [key for key in shown if key[1] not in ("bits per byte", "loss", "agreement")]
-    names = {key: f"estimated to be left of {key[2]}" if key[1] == "left" else shown[key].name for key in keys}
+    estimated = [number for number in models[-1].numbers.values() if number.metric == "left"]
+    least = sorted(estimated, key=lambda number: number.value)[:2]
+    keys = [key for key, number in shown.items() if number.metric not in ("bits per byte", "loss", "agreement", "left")]
     rows: list[Cells] = [
-        [names[key] if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
+        [shown[key].name if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
     ]
+    rows += [[f"estimated to be left of {number.dataset}", *[""] * (len(models) - 1), number.cell] for number in least]
     agreements = [[one.value for key, one in own.items() if key[1] == "agreement"] for own in numbers.values()]
     if all(agreements):
         rows.append(["tokens predicted as by the original", *(f"{statistics.fmean(own):.0%}" for own in agreements)])
@@ -419,8 +423,6 @@ def _damage(result: RunResult) -> Iterator[str]:
         yield "the model should be trained further before use"
     if lost := damaged(final.left):
         yield f"what it lost most: {'; '.join(lost)}"
-    if unknown := [f"{kind} {estimate}" for kind, estimate in final.left.items() if estimate.at_chance]:
-        yield "; ".join(unknown)
 
 
 def shown_name(model: str) -> str:
