@@ -17,11 +17,12 @@ from adapruner.model.loading import empty_model
 from adapruner.options import OF_A_SEARCH, PruneConfig, RecoveryOptions
 from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
+from adapruner.run.prune import preview
 from adapruner.run.recover import read_record
 from adapruner.text.windows import Text
 from adapruner.train import healing as _healing, loss as _loss
 from adapruner.train.healing import heal, healing_options, read_healing
-from adapruner.train.trainer import frozen, with_adapters
+from adapruner.train.trainer import check_device, frozen, with_adapters
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
@@ -241,6 +242,15 @@ def test_where_it_is_impossible_it_is_said(model_folder, text_file, tmp_path, mo
     monkeypatch.undo()
     with pytest.raises(AdaPrunerError, match=r"another healing\): model"):
         adapruner.prune(str(model_folder), output=tmp_path, calibration=str(text_file), **OPTIONS)
+
+
+def test_a_gpu_that_is_not_trained_on_is_refused_before_the_run(model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "check_device", lambda _: check_device(torch.device("cuda:1")))
+    run = {"model": str(model_folder), "calibration": str(text_file), "output": tmp_path / "run"}
+    with pytest.raises(AdaPrunerError, match="not on cuda:1: set CUDA_VISIBLE_DEVICES=1 and leave `device` out"):
+        adapruner.prune(**run, **OPTIONS)
+    assert not (tmp_path / "run").exists()
+    assert preview(**run, **OPTIONS | {"heal": "none"}).missing
 
 
 def test_what_is_trained_follows_from_the_memory_of_the_machine(make_model):

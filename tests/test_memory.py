@@ -299,9 +299,7 @@ def test_inspect_says_if_a_model_fits(tmp_path, capsys):
     assert verdict("--memory", "24GB").startswith("fits 24GB: yes, all layers in memory")
     # A quarter is left free, unless one layer at a time is in memory.
     assert "yes, one layer at a time in memory, which leaves out the text" in verdict("--memory", f"{1.2 * peak:.0f}B")
-    assert "spread over 2 devices, which leaves out the training of scales" in verdict(
-        "--memory", f"2x{1.2 * peak:.0f}B"
-    )
+    assert "spread over 2 devices, where healing trains scales alone" in verdict("--memory", f"2x{1.2 * peak:.0f}B")
     assert re.search(
         r"fits 1MiB: no\. Not enough memory: .* are needed on cuda:0, .*; --ignore-memory", verdict("--memory", "1MiB")
     )

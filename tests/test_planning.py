@@ -234,6 +234,22 @@ def test_widths_by_cost_are_rounded(llama_7b, round_to):
     assert abs(llama_7b.removed_parameters(counts) / llama_7b.total_parameters - 0.3) <= 0.005
 
 
+def test_a_ratio_that_steps_of_channels_overshoot_is_refused_with_one_that_is_met(small):
+    """Four channels are more than two percent of the parameters."""
+
+    def removed(ratio: float) -> float:
+        counts = kept_counts(small, Budget(ratio, ByCost(heads=False, whole_attention=False), round_to=4), COSTS)
+        return small.removed_parameters(counts) / small.total_parameters
+
+    step = 4 * small.blocks[1].parameters_per_group / small.total_parameters
+    assert step > 0.02
+    for ratio in (1.6 * step, 2.6 * step):
+        with pytest.raises(BudgetError, match=r"channels come to 0\.\d+; choose a `ratio` near that") as refusal:
+            removed(ratio)
+        reachable = float(str(refusal.value).split("come to ")[1].split(";")[0])
+        assert ratio < reachable == pytest.approx(removed(reachable), abs=1e-4)
+
+
 @pytest.mark.parametrize("head_share", [0.0, 0.5, 1.0])
 def test_a_uniform_layout_is_the_same_in_every_layer(llama_7b, head_share):
     counts = kept_counts(llama_7b, Budget(0.3, "uniform", heads=head_share, round_to=32))

@@ -18,6 +18,7 @@ from xml.etree.ElementTree import TreeBuilder
 import numpy as np
 import pytest
 import scipy.stats
+from markdown_it import MarkdownIt
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -206,6 +207,14 @@ def test_terminal_page_and_card_show_the_same_cells(finished, page):
     assert lines == [row for name in ("model-table", "ability-table") for row in page.cells(name)[1:]]
     for before, after in zip(*(page.cells("model-table")[place][2:] for place in (1, -1)), strict=True):
         assert f"| {before} | {after} |" in card
+
+
+def test_every_line_about_the_run_is_an_item_of_a_list_in_the_card(finished):
+    card = (finished.model_folder / "README.md").read_text()
+    tokens = MarkdownIt().parse(card.partition("## How it was made")[2].partition("## Loading")[0])
+    items = [token.content.split()[0] for token in tokens if token.type == "inline"]
+    assert items == ["calibration", "search:", "compensation:", "plan:", "adapruner"]
+    assert sum(token.type == "list_item_open" for token in tokens) == len(items)
 
 
 def test_the_summary_fits_on_a_screen_and_has_the_cells_of_the_tables(finished):

@@ -20,7 +20,7 @@ def peaks(outcome: Outcome) -> list[int]:
 
 
 def test_the_second_gpu_alone_is_used(two_devices, family, text_file, tmp_path):
-    options = SMALL_RUN | LAYER_WISE
+    options = SMALL_RUN | LAYER_WISE | {"heal": "none"}
     outcome = two_devices.run(*pruning(family("llama"), text_file, tmp_path / "a", options), "--device", "cuda:1")
     only_json(outcome)
     # Of the first device.
@@ -125,9 +125,11 @@ def test_devices_that_cannot_share_a_model_are_refused(place, said, two_devices,
     assert said in only_line(outcome)
 
 
-def test_training_on_the_second_gpu_alone_says_how(two_devices, family, text_file, tmp_path):
-    outcome = two_devices.run(*recovering(family("llama"), text_file, tmp_path / "a"), "--device", "cuda:1")
+@pytest.mark.parametrize("command", [pruning, recovering])
+def test_training_on_the_second_gpu_alone_says_how(command, two_devices, family, text_file, tmp_path):
+    outcome = two_devices.run(*command(family("llama"), text_file, tmp_path / "a"), "--device", "cuda:1")
     assert "CUDA_VISIBLE_DEVICES=1" in only_line(outcome)
+    assert not outcome.stages
 
 
 def test_there_is_no_third_gpu(two_devices, family, text_file):

@@ -194,7 +194,7 @@ def _cheapest(structure: Structure, budget: Budget, allocation: ByCost, costs: T
         left = room - curve[chosen].parameters
         counts[number] = block.groups - curve[chosen].groups
     reached, most = target - left, sum(curve[-1].parameters for curve in curves.values())
-    if reached < target - RATIO_TOLERANCE * structure.total_parameters:
+    if abs(reached - target) > RATIO_TOLERANCE * structure.total_parameters:
         raise UnreachableRatioError(
             f"a ratio of {budget.ratio:g} cannot be reached: at most {most / structure.total_parameters:.3f} of the"
             f" {structure.total_parameters:,} parameters can be removed"

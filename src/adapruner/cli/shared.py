@@ -158,11 +158,11 @@ def _finite(content: object) -> object:
 
 
 def where(device: str, layer_wise: bool) -> str:
-    """Which layers are in memory at a time, and what a run leaves out for that."""
+    """Which layers are in memory at a time, and what a run does without for that."""
     if layer_wise:
         return "one layer at a time in memory, which leaves out the text that the original writes for the verdict"
     if count := device.count(","):
-        return f"all layers in memory, spread over {count + 1} devices, which leaves out the training of scales"
+        return f"all layers in memory, spread over {count + 1} devices, where healing trains scales alone"
     return "all layers in memory"
 
 

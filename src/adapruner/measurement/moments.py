@@ -310,10 +310,10 @@ def removal_errors(
     Returns:
         By the name in `Statistics`, [groups], float32; zeros for blocks without moments: `removal_error`, of the output
         of the block, squared, per token, if the group is removed alone; `elimination_error`, the addition of the group
-        to that error when groups are removed one after the other, the cheapest first, made ascending in this order;
+        to that error when groups are removed step by step, the cheapest first, made ascending in this order;
         `tempered_error`, its geometric mean with the squared inputs of the group, per token; and
-        `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token, one
-        group after the other, the smallest first. The terms in `importance` have the formulas and sources.
+        `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token,
+        step by step, the smallest first. The terms in `importance` have the formulas and sources.
     """
     errors = []
     # Each layer is loaded once for all of its blocks.

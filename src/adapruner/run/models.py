@@ -66,8 +66,8 @@ def healing(
     options = healing_within(config, empty, left, placement.devices, placement.layer_wise)
     if options is None:
         return None
+    check_device(main_device)
     try:
-        check_device(main_device)
         if options.train != "layers":
             check_adapters(empty_model(empty.config), options)
     except AdaPrunerError as error:

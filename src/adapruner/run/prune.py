@@ -145,8 +145,8 @@ class Preview(BaseModel, frozen=True):
 
     Attributes:
         missing: the artifacts that would be made, in this order.
-        parameters_before, parameters_after: of the given and of the pruned model; what the search chooses comes within
-            0.5 percentage points of the latter.
+        parameters_before, parameters_after: of the given and of the pruned model. Where costs decide what is removed,
+            the result may differ from the latter; both meet the ratio within 0.5 percentage points.
         model_bytes: of the weights of the pruned model.
         moments_bytes: of the second moments, which the run folder keeps; 0 if they are not to be made.
         layer_wise: whether one decoder layer at a time would be in memory.
