@@ -355,7 +355,7 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
         layer_config = config.per_layer_config[index] if config.is_heterogeneous else config
         place = f" of layer {index}" if config.is_heterogeneous else ""
-        stated = {name: getattr(layer_config, name, None) for name in names if name}
+        stated: dict[str | None, Any] = {name: getattr(layer_config, name, None) for name in names if name}
         counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
         shared[place] = stated.get(fields.heads), stated.get(fields.key_value_heads)
     for name, count in counts.items():
