@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
@@ -19,7 +18,7 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import replace, staging_folder
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
-from adapruner.model.architecture import architecture_of
+from adapruner.model.architecture import architecture_of, check_windows
 from adapruner.text.reading import WINDOWS, text_rows
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
@@ -58,11 +57,7 @@ def save_text(data: TextData, folder: Path, use: str) -> str:
     """
     if not isinstance(data, Tensor):
         return _save(folder, "text", ".jsonl", partial(_write_rows, data, use))
-    if data.dtype != torch.int64 or data.dim() != 2 or not len(data):
-        raise AdaPrunerError(
-            f"`{use}` is a tensor of {data.dtype} and shape {list(data.shape)}: windows are tokens, int64, of shape"
-            " [windows, tokens]"
-        )
+    check_windows(data, use)
     return _save(folder, "windows", ".safetensors", partial(save_file, {WINDOWS: data.detach().cpu().contiguous()}))
 
 
