@@ -223,7 +223,7 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr("adapruner.base.progress.threading", SimpleNamespace(Thread=threading.Thread, Event=Minutes))
     reporter = Reporter()
     with reporter.stage("searching", 200) as advance:
-        for steps in (3.4, 0, 49.6):
+        for steps in (3.4, 0, 49.6, 147.2):
             is_waiting.get()
             advance(steps, "best loss 2.5")
             is_over.put(False)
@@ -236,6 +236,7 @@ def test_a_stage_prints_a_line_a_minute_without_a_terminal(capsys, monkeypatch):
         "searching: 3 of 200 after 1 min, best loss 2.5",
         "searching: 3 of 200 after 2 min, best loss 2.5",
         "searching: 53 of 200 after 3 min, about 9 min left, best loss 2.5",
+        "searching: 200 of 200 after 4 min, best loss 2.5",
         "searching",
         "saving",
         "loading: 1 min",

@@ -17,6 +17,7 @@ from adapruner import AdaPrunerError, PruneOptions, formats
 from adapruner.importance import Term
 from adapruner.measurement.taylor import Statistics
 from adapruner.run.choice import _content_of_term
+from adapruner.run.given import save_model
 from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.text.windows import load_texts_by_use
 from run_helpers import QUICK, RUN_OPTIONS, stages_done
@@ -118,6 +119,30 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_kept(
     with pytest.raises(AdaPrunerError, match=message):
         adapruner.prune(given.pop("model"), given.pop("calibration"), output=tmp_path / "run", **given)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_weights_that_are_no_ordinary_ones_are_refused(make_model, tokenizer, documents):
+    alike, shared, quantized = make_model(), make_model(), make_model()
+    alike.model.layers[1] = alike.model.layers[0]
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    up = quantized.model.layers[1].mlp.up_proj
+    del up.weight
+    up.register_buffer("weight", torch.zeros(24, 48, dtype=torch.int8))
+    for model in (alike, shared, quantized):
+        with pytest.raises(AdaPrunerError, match=r"has no model\.layers\.1\..* of its own"):
+            adapruner.prune(model, documents, tokenizer=tokenizer, **QUICK)
+
+
+def test_the_name_of_a_model_in_memory_may_be_a_folder_above(loaded, tokenizer, tmp_path):
+    loaded.name_or_path = ".."
+    assert Path(save_model(loaded, tokenizer, tmp_path)).parent == tmp_path
+
+
+def test_what_is_no_path_is_refused(model_folder):
+    with pytest.raises(AdaPrunerError, match="invalid path '5'"):
+        adapruner.prune(str(model_folder), output=5)
+    with pytest.raises(AdaPrunerError, match="invalid path 'None'"):
+        adapruner.recover(None)
 
 
 def test_a_run_finds_its_gradients_whatever_the_caller_does(finished, prune, tmp_path):

@@ -158,6 +158,30 @@ def test_leaves_the_model_as_it_was(model, windows):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_found_whatever_the_caller_does(mode, model, windows):
+    structure = build_structure(model)
+    expected = measure(model, structure, windows)
+    with mode():
+        assert measure(model, structure, windows + 0).taylor.equal(expected.taylor)
+
+
+def test_what_cannot_be_measured_is_refused(make_model, windows):
+    model = make_model("gpt2")
+    structure = build_structure(model)
+    for wrong in (windows.float(), windows[0], windows[:0], windows[:, :1]):
+        with pytest.raises(AdaPrunerError, match=r"`windows` is a tensor of .*: windows are tokens, int64, of shape"):
+            measure(model, structure, wrong)
+    with pytest.raises(AdaPrunerError, match="the text has token 96, the embedding of the model ends at 95"):
+        measure(model, structure, windows.clamp(96))
+    with pytest.raises(AdaPrunerError, match="`windows` holds -1, which is not a token"):
+        measure(model, structure, windows.clamp(max=-1))
+    with pytest.raises(AdaPrunerError, match="in training mode"):
+        measure(model.train(), structure, windows)
+    with torch.inference_mode(), pytest.raises(AdaPrunerError, match="have no gradients"):
+        measure(make_model("gpt2"), structure, windows)
+
+
 def test_broken_weights_are_named(model, windows):
     windows[1:] = windows[1:].clamp_max(90)
     windows[0, 3] = 95

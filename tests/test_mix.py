@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import adapruner
+from adapruner.base.errors import AdaPrunerError
 from adapruner.model.generation import continue_texts
 from adapruner.text.blends import counts_of, parse_blend
 from adapruner.text.sources import parse_source
@@ -176,12 +177,20 @@ def test_the_last_windows_of_every_kind_are_held_out(numbers, count):
         assert len(last) <= max(1, len(own) / 10, count * len(own) / len(text) + 0.5)
 
 
-@given(st.integers(0, 500))
+@given(st.integers(1, 500))
 def test_the_windows_of_the_parts_of_a_blend_add_up(count):
     blend = parse_blend("mix,c4:0.3")
     counts = counts_of(blend, count)
     assert sum(counts.values()) == count
     assert all(abs(counts[part.name] - part.share * count) < 1 for part in blend)
+
+
+def test_every_dataset_has_a_window():
+    assert counts_of(parse_blend("c4,ptb:0.001"), 64) == {"c4": 63, "ptb": 1}
+    of_few = counts_of(parse_blend("mix,c4:0.001,ptb:0"), 3)
+    assert (sum(of_few.values()), of_few["c4"], "ptb" in of_few) == (3, 1, False)
+    with pytest.raises(AdaPrunerError, match="1 windows are fewer than the 2 datasets"):
+        counts_of(parse_blend("c4,ptb"), 1)
 
 
 def test_no_text_is_longer_than_what_is_lacking(model, tokenizer, monkeypatch):

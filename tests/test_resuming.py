@@ -204,7 +204,9 @@ def test_relative_paths_mean_the_same_from_another_folder(
     shutil.copytree(model, elsewhere / "model")
     change_weights(elsewhere / "model")
     monkeypatch.chdir(elsewhere)
-    assert adapruner.prune(from_="../run", output="again").plan == finished.plan
+    taken = adapruner.prune(from_="../run", output="again")
+    assert taken.plan == finished.plan
+    assert "adapruner recover again" in taken.report.read_text()
     weights = [load_file(folder / "model/model.safetensors") for folder in (run, elsewhere / "again")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 

@@ -103,6 +103,9 @@ def test_memory_is_the_size_and_the_cache(model, model_folder):
     ("options", "message"),
     [
         ({"size": "90XB"}, "--size 90XB is not a size: expected a number with a unit, as 400MB"),
+        ({"size": "1,500MB"}, "--size 1,500MB is not a size"),
+        ({"size": "1.5.5GB"}, "--size 1.5.5GB is not a size"),
+        ({"memory": "50%"}, "--memory 50% is not a size"),
         ({"memory": "0MB"}, "--memory 0MB must be positive"),
         ({"size": "1MB", "memory": "1MB"}, "--size and --memory both say how much is removed: give one"),
         ({"size": "1MB", "ratio": 0.1}, "--ratio and --size both say how much is removed: give one"),

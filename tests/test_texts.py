@@ -104,6 +104,11 @@ def test_a_document_without_text_is_in_no_item(tmp_path):
     assert all(document.strip() for document in used)
 
 
+def test_a_missing_value_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n{"text": NaN}\n{"text": null}\n{"text": 2.5}\n')
+    assert read_documents(parse_source(f"{tmp_path}/a.jsonl")) == ["w1", "", "", "2.5"]
+
+
 def test_a_path_may_have_the_sign_of_a_part(tmp_path):
     folder = tmp_path / "x@y"
     folder.mkdir()
@@ -172,6 +177,17 @@ def test_nothing_reported_was_used(files, calibration, objective, evaluate):
         assert overlaps(texts.as_records(), source) == []
     for one, other in product(sources_of(texts.calibration), sources_of(texts.objective)):
         assert not numbers(read_documents(one[1])) & numbers(read_documents(other[1]))
+
+
+def test_a_copy_of_a_file_is_the_same_text(tmp_path):
+    text = "\n\n".join(f"w{number}" for number in range(100))
+    paths = [tmp_path / name for name in ("text.txt", "copy.txt", "other.txt")]
+    for path, content in zip(paths, (text, text, f"{text} w1"), strict=True):
+        path.write_text(content)
+    texts = assigned(calibration=str(paths[0]), objective=str(paths[1]), evaluate=tuple(map(str, paths[1:])))
+    assert list(texts.report) == [f"{paths[1]}@report", str(paths[2])]
+    with pytest.raises(AdaPrunerError, match="which `calibration` reads already"):
+        assigned(calibration=str(paths[0]), evaluate=(f"{paths[1]}@calibration",))
 
 
 def test_a_run_that_has_read_its_texts_does_not_need_them(tmp_path):

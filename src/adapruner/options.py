@@ -35,8 +35,11 @@ def _check_fraction(value: float) -> float:
 def size_in_bytes(value: object) -> int:
     """Bytes of a size such as 400MB or 1.5GiB."""
     try:
+        # Pydantic reads the beginning of a text, and 1 byte in 1,500MB.
+        if not re.fullmatch(r"\s*(\d*\.)?\d+\s*\w*\s*", str(value)):
+            raise ValueError
         return int(TypeAdapter(ByteSize).validate_python(value))
-    except ValidationError:
+    except ValueError:
         raise ValueError("is not a size: expected a number with a unit, as 400MB or 1.5GiB") from None
 
 
@@ -50,12 +53,14 @@ def _check_tokens(value: object) -> str:
     """A number of tokens in digits, of one such as 300k or 2M."""
     text = str(value).strip()
     number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
-    if number is None or (tokens := float(number[1]) * _THOUSANDS[number[2]]) < 1:
-        raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000")
+    if number is None or not 1 <= (tokens := float(number[1]) * _THOUSANDS[number[2]]) <= _MOST_TOKENS:
+        raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000, at most 1000B")
     return str(round(tokens))
 
 
 _THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+# More would be more steps of healing than `_LARGEST_NUMBER`.
+_MOST_TOKENS = 1e12
 
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[str, BeforeValidator(_check_tokens)]

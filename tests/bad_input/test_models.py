@@ -55,6 +55,7 @@ OF_OTHERS: list[tuple[str, Any, str]] = [
     ("model_type", "gte", "no causal language model 'gte'; did you mean 'granite'?"),
     ("model_type", "t5", "'t5' is an encoder-decoder"),
     ("hidden_size", "wide", "cannot load"),
+    ("num_attention_heads", 8, "says 8 heads and 3 KV heads, which cannot be shared equally"),
     ("quantization_config", {"quant_method": "gptq", "bits": 4}, "this model is quantized"),
 ]
 TOKENIZERS: dict[str, bytes] = {

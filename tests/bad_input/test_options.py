@@ -120,6 +120,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--calibration mix:1,TEXT", "must leave something to datasets without a share"),
         ("--calibration answers:TEXT", "is for fine-tuning: name the dataset itself"),
         ("--heal 2X", "is not a number of tokens"),
+        ("--heal 9999B", "--heal 9999B is not a number of tokens: expected one such as 300k, 2M or 1_000_000, at most"),
         ("--head-granularity query-heads", ""),
         ("--layer-wise --no-layer-wise", ""),
         ("--dtype int8", "--dtype"),

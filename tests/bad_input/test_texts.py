@@ -14,6 +14,7 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "a text that is too short": ("a.txt", b"w1 w2 w3"),
     "latin-1": ("a.txt", "Füße und Gänse ".encode("latin-1") * 100),
     "utf-16": ("a.txt", ("w1 w2 w3 " * 100).encode("utf-16")),
+    "utf-16 without its mark": ("a.txt", ("w1 w2 w3 " * 100).encode("utf-16-le")),
     "binary": ("a.txt", bytes(range(256)) * 10),
     "an empty jsonl": ("a.jsonl", b""),
     "jsonl of empty lines": ("a.jsonl", b"\n\n\n"),

@@ -136,7 +136,7 @@ def given_path(name: str | Path) -> Path:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise AdaPrunerError(f"invalid path {str(name)!r}: {reason(error)}") from None
     return path
 

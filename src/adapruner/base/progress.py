@@ -188,7 +188,7 @@ class Reporter:
                 now, steps, left = time.monotonic(), "", ""
                 if total and total > 1:
                     steps = f"{int(done)} of {total} after "
-                    if first and done > first[1]:
+                    if first and first[1] < done < total:
                         seconds = (total - done) * (now - first[0]) / (done - first[1])
                         left = f", about {seconds / 60:.0f} min left"
                 self.note(f"{self._title(name)}: {steps}{(now - started) / 60:.0f} min{left}{shown}")

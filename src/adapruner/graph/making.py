@@ -120,8 +120,8 @@ class Making:
 
     def _holder_of(self, node: Kept[object]) -> Folder | None:
         """The folder that has it: this one, or one that it can be taken over from."""
-        key = self.record(node).key
-        return next((folder for folder in (self.folder, *self.others) if folder.is_made(node.path, key)), None)
+        key, others = self.record(node).key, () if node.names_folder else self.others
+        return next((folder for folder in (self.folder, *others) if folder.is_made(node.path, key)), None)
 
     def missing(self) -> list[Kept[object]]:
         """The nodes that are to be made: missing results, damaged artifacts, and their inputs."""

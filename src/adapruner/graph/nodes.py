@@ -161,6 +161,7 @@ class Kept(Node[T]):
         is_wanted: given options by name, whether a run with them has it; where it has not, the value is None.
         is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
         beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
+        names_folder: its content names the run folder: it is not taken over from another one.
     """
 
     path: str = field(kw_only=True)
@@ -169,6 +170,7 @@ class Kept(Node[T]):
     is_wanted: Callable[..., object] = lambda: True
     is_result: bool = False
     beside: tuple[str, ...] = ()
+    names_folder: bool = False
 
 
 @dataclass(frozen=True)

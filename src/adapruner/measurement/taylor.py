@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from adapruner.base.errors import NonFiniteError
+from adapruner.base.errors import AdaPrunerError, NonFiniteError
 from adapruner.measurement.reduction import Reduction, row_wise_weights
-from adapruner.model.architecture import stock_config
+from adapruner.model.architecture import check_windows, stock_config
 from adapruner.model.layers import decoder_layers, enter_layers, loaded_layer, skipping_layers
 from adapruner.structure.blocks import Structure
 
@@ -103,6 +103,7 @@ class Statistics:
         return Statistics(**load_file(path))
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def measure(
     model: PreTrainedModel,
     structure: Structure,
@@ -119,8 +120,12 @@ def measure(
         Statistics per sample, [samples, vectors] and [samples, inputs], on the CPU; `Statistics.select` takes a subset.
 
     Raises:
+        AdaPrunerError: the model is in training mode or of inference mode, or the windows are not of its tokens.
         NonFiniteError: a sample, which is named, gives numbers that are not finite.
     """
+    check_windows(windows, "windows", model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise AdaPrunerError("the weights were made in torch.inference_mode, and have no gradients: load them outside")
     parts = measure_in_parts(model, structure, windows, batch_size, jointly, layer_wise)
     return Statistics.concatenate([statistics for _, statistics in parts])
 

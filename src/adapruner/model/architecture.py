@@ -11,7 +11,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -372,3 +374,19 @@ def check_tokens(config: PreTrainedConfig, largest: int) -> None:
             f"the text has token {largest}, the embedding of the model ends at {config.vocab_size - 1}: its tokenizer"
             " has tokens that it was not trained with, take them out of the text or out of the tokenizer"
         )
+
+
+def check_windows(windows: Tensor, name: str, model: PreTrainedModel | None = None) -> None:
+    """Refuses a tensor that holds no windows of tokens, or tokens that a model does not have; and a model that is in
+    training mode."""
+    if windows.dtype != torch.int64 or windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
+        raise AdaPrunerError(
+            f"`{name}` is a tensor of {windows.dtype} and shape {list(windows.shape)}: windows are tokens, int64, of"
+            " shape [windows, tokens], at least two tokens each"
+        )
+    if (least := int(windows.min())) < 0:
+        raise AdaPrunerError(f"`{name}` holds {least}, which is not a token")
+    if model:
+        check_tokens(model.config, int(windows.max()))
+        if any(module.training for module in model.modules()):
+            raise AdaPrunerError("the model is in training mode, in which dropout is random: call its eval()")

@@ -371,15 +371,20 @@ def check_config(config: PreTrainedConfig, location: ModelLocation) -> None:
     names += [fields.channels] if architecture.feed_forward else []
     names += [experts.count] if experts else []
     counts = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")}
+    shared = {}
     for index in range(config.num_hidden_layers if config.is_heterogeneous else 1):
         layer_config = config.per_layer_config[index] if config.is_heterogeneous else config
         place = f" of layer {index}" if config.is_heterogeneous else ""
-        stated = {name: getattr(layer_config, name, None) for name in names if name}
+        stated: dict[str | None, Any] = {name: getattr(layer_config, name, None) for name in names if name}
         counts |= {f"{name}{place}": count for name, count in stated.items() if count is not None}
+        shared[place] = stated.get(fields.heads), stated.get(fields.key_value_heads)
     for name, count in counts.items():
         largest = _LARGEST_VOCABULARY if name == "vocab_size" else _LARGEST_WIDTH
         if not isinstance(count, int) or not 1 <= count <= largest:
             refuse(f"says {name}: {count!r}, which no model has")
+    for place, (heads, key_value_heads) in shared.items():
+        if heads and key_value_heads and heads % key_value_heads:
+            refuse(f"says {heads} heads and {key_value_heads} KV heads{place}, which cannot be shared equally")
 
 
 def clear_gguf_marks(target: PreTrainedConfig | PreTrainedModel, location: ModelLocation) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
@@ -19,7 +18,8 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import replace, staging_folder
 from adapruner.checkpoint import save_checkpoint
 from adapruner.families import learn
-from adapruner.model.architecture import architecture_of
+from adapruner.model.architecture import check_windows
+from adapruner.model.loading import empty_model
 from adapruner.text.reading import WINDOWS, text_rows
 
 # A dataset: its name; documents, one by one or as rows with columns (a `datasets.Dataset`); or windows of tokens,
@@ -39,13 +39,19 @@ def check_prunable(model: PreTrainedModel) -> None:
     learn(model.config)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise AdaPrunerError("the model has an adapter: merge it first, or remove it with delete_adapter()")
-    architecture_of(model.config)
+    # Of weights that several layers share, the first name counts alone.
+    weights = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    if lacking := [name for name, _ in empty_model(model.config).named_parameters() if name not in weights]:
+        raise AdaPrunerError(
+            f"the model in memory has no {lacking[0]} of its own: weights that are quantized, or shared between layers,"
+            " cannot be pruned; give the model without that"
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> str:
     """Saves a model in memory below a folder; returns the path. The model is not changed, but for what
     `save_pretrained` notes in its config."""
-    name = Path(str(model.name_or_path)).name or model.config.model_type
+    name = Path(str(model.name_or_path)).name.strip(".") or model.config.model_type
     return _save(folder, name, "", partial(save_checkpoint, model, tokenizer))
 
 
@@ -58,11 +64,7 @@ def save_text(data: TextData, folder: Path, use: str) -> str:
     """
     if not isinstance(data, Tensor):
         return _save(folder, "text", ".jsonl", partial(_write_rows, data, use))
-    if data.dtype != torch.int64 or data.dim() != 2 or not len(data):
-        raise AdaPrunerError(
-            f"`{use}` is a tensor of {data.dtype} and shape {list(data.shape)}: windows are tokens, int64, of shape"
-            " [windows, tokens]"
-        )
+    check_windows(data, use)
     return _save(folder, "windows", ".safetensors", partial(save_file, {WINDOWS: data.detach().cpu().contiguous()}))
 
 

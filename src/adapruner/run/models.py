@@ -283,7 +283,7 @@ def result(
     return result
 
 
-@GRAPH.kept("report.html", PAGE, is_result=True)
+@GRAPH.kept("report.html", PAGE, is_result=True, names_folder=True)
 def report(result: RunResult, plan: PruningPlan, run_folder: RunFolder) -> str:
     """The page that shows the run."""
     return page_of(run_folder, result, plan)

@@ -18,7 +18,7 @@ from adapruner.importance import LLM_PRUNER_METRICS, MetricPoint, score_groups
 from adapruner.measurement.moments import measure_moments
 from adapruner.measurement.taylor import Statistics
 from adapruner.model import loading as _loading
-from adapruner.model.architecture import Architecture, check_length, register_architectures
+from adapruner.model.architecture import Architecture, check_length, check_windows, register_architectures
 from adapruner.model.config import find_wrapper, load_config
 from adapruner.model.loading import empty_model, in_fastest_dtype, resolve_device
 from adapruner.model.places import find_model
@@ -96,9 +96,11 @@ def compensate(model: PreTrainedModel, structure: Structure, plan: PruningPlan, 
         windows: [windows, tokens], int64, at least 2; more text gives a better model.
 
     Raises:
-        AdaPrunerError: the plan is for another model, or there are fewer than two windows.
+        AdaPrunerError: the plan is for another model, the model is in training mode, the windows are not of its tokens,
+            or there are fewer than two.
         NonFiniteError: activations are not finite.
     """
+    check_windows(windows, "windows", model)
     moments = dict(measure_moments(in_fastest_dtype(model), structure, windows))
     return prune_model(model, structure, plan, moments)
 

@@ -136,12 +136,21 @@ def _is_file(name: str) -> bool:
 
 
 def counts_of(blend: Sequence[BlendPart], count: int) -> dict[str, int]:
-    """The number of windows of each part of a blend, which add up to `count` (largest remainders)."""
+    """The number of windows of each part of a blend, which add up to `count` (largest remainders); at least one of each
+    dataset, which a checkpoint names."""
+    if count < (datasets := len(sources_of(blend))):
+        raise AdaPrunerError(
+            f"{count} windows are fewer than the {datasets} datasets that they are of: name fewer, or raise `pool`,"
+            " `objective_windows` and `compensation_windows`"
+        )
     exact = [part.share * count for part in blend]
     counts = [int(number) for number in exact]
     by_remainder = sorted(range(len(blend)), key=lambda part: counts[part] - exact[part])
     for part in by_remainder[: count - sum(counts)]:
         counts[part] += 1
+    for place in (place for place, part in enumerate(blend) if part.source and not counts[place]):
+        counts[max(range(len(blend)), key=lambda other: (counts[other], not blend[other].source))] -= 1
+        counts[place] = 1
     return {part.name: number for part, number in zip(blend, counts, strict=True)}
 
 
@@ -188,8 +197,8 @@ class Texts:
 
 
 def assign_texts(config: PruneConfig) -> Texts:
-    """Gives every use its source and part. Reads no dataset; local files may be missing, as a run that resumes does not
-    need those that it has read."""
+    """Gives every use its source and part. Parses no dataset; local files may be missing, as a run that resumes does
+    not need those that it has read."""
 
     calibration = _of_part(parse_blend(config.calibration, missing_ok=True), "calibration")
     judging = (config.objective or config.calibration) if config.default_trials else None
@@ -198,13 +207,16 @@ def assign_texts(config: PruneConfig) -> Texts:
         raise AdaPrunerError(f"{answered!r} is for fine-tuning: name the dataset itself")
     texts = Texts(calibration, objective, {})
     reports = [parse_source(text, "report", missing_ok=True) for text in config.evaluate]
-    identities = {source.identity for _, source in texts.used}
-    reports = [source.restrict("report") if source.identity in identities else source for source in reports]
-    _refuse_overlaps(texts, reports)
+    by_path = {source.identity: source for source in [source for _, source in texts.used] + reports}
+    # Copies of a file are one text.
+    contents = {path: (source.path and content_hash(source)) or path for path, source in by_path.items()}
+    used = {contents[source.identity] for _, source in texts.used}
+    reports = [source.restrict("report") if contents[source.identity] in used else source for source in reports]
+    _refuse_overlaps(texts, reports, contents)
     if not reports:
         # By default, the report parts of the datasets for calibration or the objective, unless another use takes them.
         for _, source in sources_of(calibration) or sources_of(objective):
-            others = [other for _, other in texts.used if other.identity == source.identity]
+            others = [other for _, other in texts.used if contents[other.identity] == contents[source.identity]]
             if not any(other.part == "report" or other.columns != source.columns for other in others):
                 reports.append(replace(source, part="report"))
     return replace(texts, report={str(source): source for source in reports})
@@ -239,11 +251,11 @@ def record_of(source: Source) -> dict[str, str]:
     return {"text": name, "identity": identity, "part": source.part, "columns": source.columns}
 
 
-def _refuse_overlaps(texts: Texts, reports: list[Source]) -> None:
-    """Compares every two uses."""
+def _refuse_overlaps(texts: Texts, reports: list[Source], contents: dict[str, str]) -> None:
+    """Compares every two uses, by the content of each source (by its identity)."""
     uses = [*texts.used, *(("report", source) for source in reports)]
     for (earlier_use, earlier), (use, source) in combinations(uses, 2):
-        if source.identity != earlier.identity or use == earlier_use:
+        if contents[source.identity] != contents[earlier.identity] or use == earlier_use:
             continue
         if source.columns != earlier.columns:
             raise AdaPrunerError(

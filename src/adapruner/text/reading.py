@@ -223,6 +223,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
     """A text file, without the byte order mark of some editors. The error of what is not UTF-8 has the place in the
     file, while the decoder knows only the place in its buffer."""
     with path.open("rb") as content, io.TextIOWrapper(content, encoding="utf-8-sig") as file:
+        # Letters of UTF-16 are valid UTF-8, each with a NUL.
+        if b"\0" in content.peek():
+            raise ValueError("it has NUL characters, which text has not: write it in UTF-8")
         try:
             yield file
         except UnicodeDecodeError as error:
@@ -335,7 +338,7 @@ def _texts(records: Iterable[dict[str, object]], columns: tuple[str, ...], limit
 
 def _text_of(record: dict[str, object], column: str, number: int) -> str | None:
     value = record.get(column)
-    if value is None:
+    if value is None or value != value:  # NaN, as pandas writes missing values
         return None
     if isinstance(value, dict | list):
         raise ValueError(f"{column} of record {number} is not text but a {type(value).__name__}")

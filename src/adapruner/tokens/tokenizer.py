@@ -204,7 +204,7 @@ def _check_cut(
 def _not_rewritable(reason: str) -> AdaPrunerError:
     return AdaPrunerError(
         f"this tokenizer cannot be rewritten exactly with fewer tokens: {reason}; BPE over bytes, BPE that falls back"
-        " to bytes and Unigram can be: leave `vocabulary` out"
+        " to bytes and Unigram can be: keep all tokens of this model, or choose another one"
     )
 
 
