@@ -405,16 +405,24 @@ def test_the_search_is_that_of_its_files(finished, page):
     assert trials[str(search["best_trial"])][1].split(", ")[-1] == "chosen"
     assert sum("stopped early" in cells[1].split(", ") for cells in trials.values()) == search["stopped_early"]
     assert all(f"Sample {number} " in page.text for number in search["best"]["samples"])
-    # The plot: every trial is a point, its place linear in number and loss.
-    kinds = ("stopped-early", "proposed-by-the-sampler", "starting-point", "fixed-metric")
-    drawn = sorted((one for kind in kinds for one in page.drawn("trials", kind)), key=lambda one: one["cx"])
-    losses = [point["loss"] for point in search["points"]]
-    assert len(drawn) == len(losses)
-    heights = [one["cy"] for one in drawn]
-    span = (max(heights) - min(heights)) / (max(losses) - min(losses))
-    assert heights == pytest.approx([min(heights) + span * (max(losses) - loss) for loss in losses], abs=0.02)
-    assert page.drawn("trials", "chosen") == [drawn[search["best_trial"]]]
     assert f"{search['best_fixed_name']} came nearest: {search['best_fixed_loss']:.4f}" in page.text
+
+
+def test_the_loss_is_drawn_against_the_position(finished, page):
+    """A point for every stretch of positions, its height linear in the perplexity over that of the dense model."""
+    dense, pruned = content_of(finished, "result.json")["models"]
+    long = [text for text, measured in pruned["perplexity"].items() if measured["by_position"]]
+    assert long
+    for number, text in enumerate(long, 1):
+        before, after = (of["perplexity"][text]["by_position"] for of in (dense, pruned))
+        ratios = [math.exp(after[place] - before[place]) for place in before]
+        drawn = page.drawn(f"positions-{number}", "mark")
+        assert [one["cx"] for one in drawn] == sorted(one["cx"] for one in drawn)
+        assert len(drawn) == len(ratios) > 1
+        rises = [(first["cy"] - other["cy"]) for first, other in pairwise(drawn)]
+        growths = [other - first for first, other in pairwise(ratios)]
+        assert all((rise > 0) == (growth > 0) for rise, growth in zip(rises, growths, strict=True))
+        assert all(f"× {ratio:.3f}" in page.text for ratio in ratios)
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-6, 2e-6], [2.0, 7.5, 30.0], [-5.0, 1e6]])
@@ -636,7 +644,7 @@ def visit(browser, finished):
 
 
 def test_in_a_browser(visit, finished):
-    """What is drawn is seen: every bar of the layers as high as what is kept, every trial within its plot."""
+    """What is drawn is seen: every bar of the layers as high as what is kept, every point within its plot."""
     shown = visit(viewport={"width": 1280, "height": 900})
     heights = shown.evaluate(
         "[...document.querySelectorAll('#layers .kept')].map(bar => bar.getBoundingClientRect().height"
@@ -646,9 +654,9 @@ def test_in_a_browser(visit, finished):
     kept = {kind: [one for one in plan["blocks"] if one["kind"] == kind] for kind in ("heads", "channels")}
     shares = [len(one["kept"]) / one["groups"] for blocks in kept.values() for one in blocks]
     assert heights == pytest.approx(shares, abs=0.01)
-    box = shown.locator("#trials > svg").bounding_box()
-    dots = [dot.bounding_box() for dot in shown.locator("#trials > svg > circle").all()]
-    assert len(dots) == OPTIONS["trials"] + 1
+    box = shown.locator("#positions-1 > svg").bounding_box()
+    dots = [dot.bounding_box() for dot in shown.locator("#positions-1 > svg > circle").all()]
+    assert len(dots) > 1
     assert all(box["x"] <= dot["x"] <= box["x"] + box["width"] for dot in dots)
     assert all(box["y"] <= dot["y"] <= box["y"] + box["height"] for dot in dots)
     assert shown.locator("#next-commands").bounding_box()["y"] < 900

@@ -1,4 +1,4 @@
-"""The page of a finished run, as self-contained HTML: tables, a chart of the trials, commands that may follow."""
+"""The page of a finished run, as self-contained HTML: tables, the loss by position, commands that may follow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from adapruner.report.result import (
     tables_of,
     with_error,
 )
-from adapruner.search.study import SearchResult
 from adapruner.structure.blocks import show_layers
 from adapruner.text.blends import assign_texts
 
@@ -75,48 +74,15 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """Points of several kinds over two axes.
-
-    Attributes:
-        series: the marks of each kind, by its name in the legend.
-        line: a line through the plot, in the same percentages.
-        line_name: its name in the legend.
-    """
+class Curve:
+    """Points over two axes, and the line through them."""
 
     x: Axis
     y: Axis
-    series: dict[str, list[Mark]]
-    line: list[tuple[float, float]]
-    line_name: str
+    marks: list[Mark]
 
 
-def trials(search: SearchResult) -> Scatter:
-    """The loss of every trial in the order of their beginning, and the best so far."""
-    known = [(point, point.loss) for point in search.points if point.loss is not None]
-    x = Axis.over("trial", [point.number for point, _ in known])
-    y = Axis.over("loss, nats per token", [loss for _, loss in known])
-    kinds = "stopped early", "proposed by the sampler", "starting point", "fixed metric", "chosen"
-    series: dict[str, list[Mark]] = {kind: [] for kind in kinds}
-    line, best = list[tuple[float, float]](), math.inf
-    for point, loss in known:
-        if point.stopped:
-            kind = "stopped early"
-        elif point.fixed_metric:
-            kind = "fixed metric"
-        else:
-            kind = "starting point" if point.starting_point else "proposed by the sampler"
-        label = f"trial {point.number}, {point.fixed_metric or kind}: {loss:.4f}"
-        mark = Mark(x.place(point.number), 100 - y.place(loss), label)
-        series[kind].append(mark)
-        if point.number == search.best_trial:
-            series["chosen"].append(mark)
-        before, best = best, best if point.stopped else min(best, loss)
-        line += [(mark.x, 100 - y.place(height)) for height in (before, best) if math.isfinite(height)]
-    return Scatter(x, y, {kind: marks for kind, marks in series.items() if marks}, line, "best so far")
-
-
-def positions(dense: ModelNumbers, final: ModelNumbers) -> dict[str, Scatter]:
+def positions(dense: ModelNumbers, final: ModelNumbers) -> dict[str, Curve]:
     """By text in long windows, the perplexity over that of the dense model against the position in a window."""
     plots = {}
     for text, after in final.perplexity.items():
@@ -130,8 +96,7 @@ def positions(dense: ModelNumbers, final: ModelNumbers) -> dict[str, Scatter]:
         ticks = tuple(((number + 0.5) * step, name) for number, name in enumerate(names))
         x, shown = Axis("position of the token", 0, len(names), ticks), zip(ticks, ratios, strict=True)
         marks = [Mark(place, 100 - y.place(ratio), f"{name}: × {ratio:.3f}") for (place, name), ratio in shown]
-        line = [(mark.x, mark.y) for mark in marks]
-        plots[text] = Scatter(x, y, {"measured": marks}, line, "between")
+        plots[text] = Curve(x, y, marks)
     return plots
 
 
@@ -344,13 +309,11 @@ def render_report(
         gains=gains(result, weight_bytes, speed),
         speed=speed,
         samples=samples,
-        mean=next((number for number in final.numbers.values() if number.kind == "mean"), None),
         used={use: ", ".join(texts) for use, texts in used.items()},
         advice=advice_on(result),
         next_commands=next_commands(result, folder, speed is not None),
         model_tables=tables_of("Numbers of every model", result.models),
         texts=texts({model.role: model for model in result.models}),
-        trials=trials(search) if search else None,
         positions=positions(dense, final),
         costs=costs(result, plan),
         command=command(config, folder),
