@@ -19,7 +19,15 @@ from cyclopts import Parameter, run
 from safetensors.torch import load_file, save_file
 
 import humaneval
-from adapruner.evaluation.abilities import Abilities, damaged, estimates, judge, measure_abilities, write_answers
+from adapruner.evaluation.abilities import (
+    Abilities,
+    at_chance,
+    damaged,
+    estimates,
+    judge,
+    measure_abilities,
+    write_answers,
+)
 from adapruner.evaluation.tasks import load_tasks, measure_tasks
 from adapruner.model.loading import in_fastest_dtype, load_model, load_tokenizer
 from adapruner.model.places import find_model
@@ -86,6 +94,8 @@ def main(
             is_same = tokenizer.get_vocab() == known_tokenizer.get_vocab()
             abilities = measure_abilities(model, tokenizer, load_file(written), None if is_same else known_tokenizer)
             entry["abilities"] = abilities.model_dump(mode="json")
+            if name == original:
+                entry["chance"] = at_chance(model, tokenizer)
             save()
         if "programs" in wanted:
             answers = humaneval.write_answers(model, tokenizer, asked, new_tokens)
@@ -112,7 +122,8 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         tasks[task] = [round(sum(of) / len(of), 3) for of in right]
     accuracies = [[of[number] - CHANCE[task] for task, of in tasks.items()] for number in (0, 1)]
     measured["tasks"] = tasks | {"above chance": round(sum(accuracies[1]) / sum(accuracies[0]), 3)}
-    left = estimates(*(Abilities.model_validate(of["abilities"]) for of in (before, after)))
+    dense, pruned = (Abilities.model_validate(of["abilities"]) for of in (before, after))
+    left = estimates(dense, pruned, before["chance"])
     measured["estimated"] = {kind: str(estimate) for kind, estimate in left.items()}
     return measured | {"verdict": judge(left), "because": damaged(left)}
 

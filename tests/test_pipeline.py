@@ -304,7 +304,7 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
 
     def damaged(share: float, verdict: Verdict, at_chance: str = "") -> str:
         left = {"code": Estimate(rise=1, left=share, least=share, most=share, at_chance=at_chance)}
-        abilities = Abilities(reads={}, solved={}, writes={})
+        abilities = Abilities(reads={}, writes={})
         models = (
             ModelNumbers(role="dense", parameters=1, abilities=abilities),
             ModelNumbers(role="pruned", parameters=1, abilities=abilities, left=left, verdict=verdict),

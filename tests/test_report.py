@@ -248,9 +248,7 @@ def test_abilities_are_those_of_the_result(finished, page):
         [kind, "agreement", *(f"{each['reads'][kind]['agreement']:.2f}" for each in abilities)]
         for kind in abilities[0]["reads"]
     ]
-    items = ["".join(each["solved"].values()) for each in abilities]
-    expected.append(["built-in tasks", "solved", *(f"{own.count('1') / len(own):.2f}" for own in items)])
-    assert len(expected) == 8
+    assert len(expected) == 7
     verdict, left = models[-1]["verdict"], models[-1]["left"]
     expected += [
         [kind, "left", "", f"{one['left']:.0%} {one['least']:.0%}–{one['most']:.0%}"]
@@ -280,7 +278,7 @@ def test_texts_of_the_models_are_shown_side_by_side(finished, page):
 def test_the_first_screen_is_of_the_result(finished, page):
     dense, pruned = content_of(finished, "result.json")["models"]
     losses = page.tables["loss-table"][1:]
-    assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * len(dense["perplexity"]) + ["solved"]
+    assert [row[0].split()[0] for row in losses] == ["perplexity", "bits"] * len(dense["perplexity"])
     for (text, before), perplexity, bits in zip(dense["perplexity"].items(), losses[::2], losses[1::2], strict=False):
         after = pruned["perplexity"][text]
         assert bits[3].split()[0].replace("−", "-") == f"{after['bits_per_byte'] - before['bits_per_byte']:+.4f}"

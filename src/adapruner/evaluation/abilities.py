@@ -1,4 +1,4 @@
-"""What a model can still do, and the verdict: how it reads what the original wrote, built-in tasks, greedy texts."""
+"""What a model can still do, and the verdict: how it reads what the original wrote, and greedy texts."""
 
 import json
 import math
@@ -21,8 +21,8 @@ from adapruner.model.layers import is_streamed
 from adapruner.text.windows import tokenize
 from adapruner.text.written import kinds, probe_texts, prompts_to_show, write_kinds
 
-# Items of each task whose items are made up. Programs tell an original that can program from chance.
-_ITEMS = {"sums": 30, "programs": 90, "recall": 30}
+# Items of each task whose items are made up: so many that a model which has the ability differs from chance.
+_ITEMS = {"sums": 30, "programs": 90}
 
 
 class Choice(NamedTuple):
@@ -34,11 +34,11 @@ class Choice(NamedTuple):
 
 @cache
 def built_in_tasks() -> dict[str, list[Choice]]:
-    """The items of every task by its name: `facts` that many know, `sums`, Python expressions and their values
-    (`programs`), and a word of the text before to find again (`recall`). The same in every process."""
+    """The items of every task by its name: `facts` that many know, `sums`, and Python expressions with their values
+    (`programs`). The same in every process."""
     lines = (resources.files("adapruner.evaluation") / "facts.jsonl").read_text(encoding="utf-8").splitlines()
     facts = [json.loads(line) for line in lines]
-    made = {"sums": _sums, "programs": _programs, "recall": _recall}
+    made = {"sums": _sums, "programs": _programs}
     return {
         "facts": [
             Choice(f"Question: {fact['question']}\nAnswer:", [f" {choice}" for choice in fact["choices"]])
@@ -78,23 +78,6 @@ def _programs(number: int, order: random.Random) -> Choice:
         (f"{word!r}[::-1]", [word[::-1], word, word.upper()]),
     )[number % 6]
     return Choice(f">>> len([1, 2])\n2\n>>> 'a' + 'b'\n'ab'\n>>> {shown[0]}\n", [repr(value) for value in shown[1]])
-
-
-def _recall(number: int, order: random.Random) -> Choice:
-    names = order.sample(("Anna", "Peter", "Maria", "David", "Laura", "Simon", "Clara", "Victor"), 3)
-    things = order.sample(("key", "book", "lamp", "coat", "map", "ring"), 3)
-    places = order.sample(("kitchen", "garden", "office", "cellar", "garage", "library"), 3)
-    story = " ".join(
-        f"{name} left the {thing} in the {place}." for name, thing, place in zip(names, things, places, strict=True)
-    )
-    index = order.randrange(3)
-    question, answers = (
-        (f"The {things[index]} was left in the {places[index]} by", names),
-        (f"To find the {things[index]}, we must go to the", places),
-    )[number % 2]
-    return Choice(
-        f"{story} {question}", [f" {answer}" for answer in (answers[index], *answers[:index], *answers[index + 1 :])]
-    )
 
 
 def solve(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
@@ -153,19 +136,11 @@ class Abilities(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         reads: by kind of text.
-        solved: by built-in task, a digit for every item: 1 if it is solved. Empty layer by layer.
         writes: greedy texts by their prompt, to be read by people. Empty layer by layer.
     """
 
     reads: dict[str, Reading]
-    solved: dict[str, str]
     writes: dict[str, str]
-
-    @property
-    def share_solved(self) -> float | None:
-        """The fraction of the items of all tasks."""
-        items = "".join(self.solved.values())
-        return items.count("1") / len(items) if items else None
 
 
 def answer_counts() -> dict[str, int]:
@@ -240,9 +215,7 @@ def measure_abilities(
         reads[kind] = Reading(losses=tuple(of_windows.tolist()), agreement=agreed)
         if advance:
             advance(len(windows))
-    if is_streamed(model):
-        return Abilities(reads=reads, solved={}, writes={})
-    return Abilities(reads=reads, solved=solve(model, tokenizer), writes=write(model, tokenizer))
+    return Abilities(reads=reads, writes={} if is_streamed(model) else write(model, tokenizer))
 
 
 def write(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
@@ -306,19 +279,23 @@ class Estimate(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constan
         return self.at_chance or f"{self.left:.0%} left ({self.least:.0%} to {self.most:.0%})"
 
 
-def estimates(dense: Abilities, pruned: Abilities) -> dict[str, Estimate]:
-    """What is left of every ability, from how much worse a model reads text of its kind, window by window."""
-    return {kind: _estimate(dense, pruned, kind) for kind in dense.reads}
+def estimates(dense: Abilities, pruned: Abilities, chance: Mapping[str, str]) -> dict[str, Estimate]:
+    """What is left of every ability, from how much worse a model reads text of its kind, window by window.
+
+    Args:
+        chance: see `at_chance`.
+    """
+    return {kind: _estimate(dense, pruned, kind, chance.get(kind, "")) for kind in dense.reads}
 
 
-def _estimate(dense: Abilities, pruned: Abilities, kind: str) -> Estimate:
+def _estimate(dense: Abilities, pruned: Abilities, kind: str, at_chance: str) -> Estimate:
     before, after = dense.reads[kind].losses, pruned.reads[kind].losses
     rises = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     rise, lost = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
     of_rise = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
     error = 2 * math.hypot(lost.per_nat * of_rise, lost.error * rise)
     least, left, most = (_share(-lost.per_nat * rise + apart) for apart in (-error, 0.0, error))
-    return Estimate(rise=rise, left=left, least=least, most=most, at_chance=_at_chance(dense, kind))
+    return Estimate(rise=rise, left=left, least=least, most=most, at_chance=at_chance)
 
 
 def _share(logarithm: float) -> float:
@@ -326,16 +303,19 @@ def _share(logarithm: float) -> float:
     return 1.0 if logarithm >= 0 else math.exp(logarithm)
 
 
-def _at_chance(dense: Abilities, kind: str) -> str:
-    """The score of a model in the task that shows an ability, if it is within two standard errors of chance."""
-    task = _SHOWN_BY.get(kind, "")
-    if not (solved := dense.solved.get(task)):
-        return ""
-    right, count = solved.count("1"), len(solved)
-    chance = fmean(1 / len(item.answers) for item in built_in_tasks()[task])
-    if right > count * chance + 2 * math.sqrt(count * chance * (1 - chance)):
-        return ""
-    return f"cannot be judged: the original solves {right} of {count} {task}, chance is {count * chance:.0f}"
+def at_chance(original: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """By ability, the score of the original in the task that shows it, where that is within two standard errors of
+    chance; nothing layer by layer, where tasks would read all weights for every batch."""
+    tasks, scores = built_in_tasks(), dict[str, str]()
+    solved = {} if is_streamed(original) else solve(original, tokenizer)
+    for kind, task in _SHOWN_BY.items() if solved else ():
+        right, count = solved[task].count("1"), len(solved[task])
+        chance = fmean(1 / len(item.answers) for item in tasks[task])
+        if right <= count * chance + 2 * math.sqrt(count * chance * (1 - chance)):
+            scores[kind] = (
+                f"cannot be judged: the original solves {right} of {count} {task}, chance is {count * chance:.0f}"
+            )
+    return scores
 
 
 def judge(left: Mapping[str, Estimate]) -> Verdict:

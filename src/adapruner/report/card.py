@@ -76,7 +76,7 @@ def model_card(location: ModelLocation, config: PreTrainedConfig, plan: PruningP
         trained=trained,
         plan=plan,
         model=model,
-        solves=bool(model.abilities.solved),
+        is_read_by_layer=not model.abilities.writes,
         cost=measured_table(numbers, "text", "ability", "task"),
         options=result.config,
         chosen=chosen,

@@ -123,8 +123,6 @@ def losses(dense: ModelNumbers, final: ModelNumbers) -> Table:
         elif after.kind == "mean":
             about = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
             label = f"mean {label}" if len(tasks) > 1 else label
-        elif after.metric == "solved":
-            about = "of built-in tasks"
         elif after.kind != "text":
             continue
         rows.append(_change(label, about, before.cell, after.cell, change, noise))

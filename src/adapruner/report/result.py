@@ -29,7 +29,6 @@ _PROTOCOLS_OF_ABILITIES = {
     " original wrote",
     "loss": "nats per token of the original, in text of a kind that the original wrote",
     "left": "estimate of what is left of the abilities of the original, for code in HumanEval, with its 95 % interval",
-    "solved": "fraction of the items of built-in tasks whose right answer is the likeliest",
 }
 
 
@@ -129,9 +128,6 @@ def _abilities(abilities: Abilities, left: Mapping[str, Estimate]) -> Iterator[N
         yield number("loss", kind, reading.loss, 3, reading.losses)
         if reading.agreement is not None:
             yield number("agreement", kind, reading.agreement, 2)
-    if abilities.share_solved is not None:
-        right = "".join(abilities.solved.values())
-        yield number("solved", "built-in tasks", abilities.share_solved, 2, [*map(int, right)])
 
 
 def _scores(tasks: Mapping[str, TaskScore]) -> Iterator[Number]:
@@ -203,10 +199,7 @@ def ability_table(models: Mapping[str, Numbers], verdicts: Mapping[str, str]) ->
     if verdicts:
         rows.append(["verdict", "", *(verdicts.get(name, "") for name in known)])
     captions = {number.metric: f"{number.metric.capitalize()}: {number.protocol}." for number in shown.values()}
-    lines = [*captions.values()]
-    if verdicts and "solved" not in captions:
-        lines.append("Layer by layer, the models read built-in texts, and solve no tasks.")
-    return Table("ability-table", "What it can still do", columns, rows, [" ".join(lines)] if rows else [])
+    return Table("ability-table", "What it can still do", columns, rows, [" ".join(captions.values())] if rows else [])
 
 
 def task_table(models: Mapping[str, Numbers]) -> Table:
@@ -394,10 +387,10 @@ def summary_of(title: str, models: Sequence[ModelNumbers]) -> Table:
     """What models come to, a row for each size, text and mean, for the two abilities that lost most, and for the
     verdict; the tables have everything."""
     numbers: dict[str, Numbers] = {model.role: model.numbers for model in models}
-    shown = _of_kind(numbers, "cost", "text", "mean") | _of_kind(numbers, "ability")
+    shown = _of_kind(numbers, "cost", "text", "mean")
     estimated = [number for number in models[-1].numbers.values() if number.metric == "left"]
     least = sorted(estimated, key=lambda number: number.value)[:2]
-    keys = [key for key, number in shown.items() if number.metric not in ("bits per byte", "loss", "agreement", "left")]
+    keys = [key for key in shown if key[1] != "bits per byte"]
     rows: list[Cells] = [
         [shown[key].name if key[2] else key[1], *(_cell(own, key) for own in numbers.values())] for key in keys
     ]

@@ -15,6 +15,7 @@ from adapruner.evaluation.abilities import (
     Abilities,
     Estimate,
     Verdict,
+    at_chance,
     estimates,
     judge,
     measure_abilities,
@@ -172,8 +173,8 @@ def evaluate(
             scores = measure_tasks(loaded, tokenizer, to_run, advance)
     if dense:
         with reporter.stage("comparing abilities"):
-            of_dense, abilities = _compare(*reversed([*zip(models, tokenizers, strict=True)]))
-            left = estimates(of_dense, abilities)
+            of_dense, abilities, chance = _compare(*reversed([*zip(models, tokenizers, strict=True)]))
+            left = estimates(of_dense, abilities, chance)
     verdict = judge(left) if left else None
     return Evaluation(perplexities, scores, known_uses, of_dense, abilities, left, verdict, measured_speed)
 
@@ -195,14 +196,15 @@ def evaluate_each(models: Sequence[str], against: str | None = None, **options: 
 
 def _compare(
     dense: tuple[PreTrainedModel, Tokenizer], pruned: tuple[PreTrainedModel, Tokenizer]
-) -> tuple[Abilities, Abilities]:
-    """What two models with their tokenizers can do."""
+) -> tuple[Abilities, Abilities, dict[str, str]]:
+    """What two models with their tokenizers can do, and what the first one shows no more than by chance."""
     (original, vocabulary), (model, tokenizer) = ((in_fastest_dtype(model), own) for model, own in (dense, pruned))
     answers = write_answers(original, vocabulary, positions=getattr(model.config, "max_position_embeddings", None))
     other = None if tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
     return (
         measure_abilities(original, vocabulary, answers),
         measure_abilities(model, tokenizer, answers, tokenizer_of_answers=other),
+        at_chance(original, vocabulary),
     )
 
 

@@ -17,6 +17,7 @@ from adapruner.checkpoint import read_origin, save_checkpoint, write_card
 from adapruner.evaluation.abilities import (
     Abilities,
     answer_counts,
+    at_chance,
     estimates,
     judge,
     measure_abilities,
@@ -166,6 +167,13 @@ def answers(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporte
         return write_answers(dense_fast, tokenizer, advance)
 
 
+@GRAPH.kept("evaluation/chance.json", json_form(dict[str, str]))
+def chance(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter) -> dict[str, str]:
+    """The abilities that the dense model shows no more than by chance."""
+    with reporter.stage("solving built-in tasks"):
+        return at_chance(dense_fast, tokenizer)
+
+
 def measured_abilities(
     model: PreTrainedModel, tokenizer: Tokenizer, answers: dict[str, torch.Tensor], reporter: Reporter
 ) -> Abilities:
@@ -244,13 +252,14 @@ def result(
     tasks_pruned: dict[str, TaskScore] | None,
     abilities_dense: Abilities,
     abilities_pruned: Abilities,
+    chance: dict[str, str],
     main_device: torch.device,
     stage_costs: Callable[[], dict[str, StageCost]],
 ) -> RunResult:
     """All numbers of a run; the model card is written too, which shows them."""
     config_after = load_config(find_model(pruned))
     after = build_structure(empty_model(config_after)).total_parameters
-    left = estimates(abilities_dense, abilities_pruned)
+    left = estimates(abilities_dense, abilities_pruned, chance)
     dense = ModelNumbers(
         role="dense",
         parameters=plan.total_parameters,
