@@ -58,6 +58,7 @@ def main(
     every: int = 4,
     limit: int = 200,
     new_tokens: int = 192,
+    parts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("abilities", "programs", "tasks"),
 ) -> None:
     """Measures every model, and prints what is left of the original.
 
@@ -67,6 +68,7 @@ def main(
         every: of the problems, each so-many-th one.
         limit: items of each task.
         new_tokens: the most tokens of a program.
+        parts: what is measured.
     """
     known: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
     original, asked = models[0], humaneval.read_problems(problems, every, 0)
@@ -79,7 +81,7 @@ def main(
         entry = known.setdefault(name, {"original": original})
         of_original = known[original]
         can_program = sum(of_original.get("programs", {}).get("solved", [1] * len(asked))) >= _FEWEST_SOLVED
-        wanted = [part for part in ("abilities", "programs", "tasks") if part not in entry]
+        wanted = [part for part in parts if part not in entry]
         if not can_program and "programs" in wanted:
             wanted.remove("programs")
         if not wanted:
@@ -116,12 +118,15 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     if "programs" in after:
         solved = [of["programs"]["solved"] for of in (before, after)]
         measured["programs"] = f"{sum(solved[1])} of {sum(solved[0])}"
-    tasks = {}
-    for task in CHANCE:
-        right = [[*map(int, of["tasks"][task])] for of in (before, after)]
-        tasks[task] = [round(sum(of) / len(of), 3) for of in right]
-    accuracies = [[of[number] - CHANCE[task] for task, of in tasks.items()] for number in (0, 1)]
-    measured["tasks"] = tasks | {"above chance": round(sum(accuracies[1]) / sum(accuracies[0]), 3)}
+    if "tasks" in before and "tasks" in after:
+        tasks = {}
+        for task in CHANCE:
+            right = [[*map(int, of["tasks"][task])] for of in (before, after)]
+            tasks[task] = [round(sum(of) / len(of), 3) for of in right]
+        accuracies = [sum(of[number] - CHANCE[task] for task, of in tasks.items()) for number in (0, 1)]
+        measured["tasks"] = tasks | {"above chance": round(accuracies[1] / accuracies[0], 3)}
+    if "abilities" not in after:
+        return measured
     dense, pruned = (Abilities.model_validate(of["abilities"]) for of in (before, after))
     left = estimates(dense, pruned, before["chance"])
     measured["estimated"] = {kind: str(estimate) for kind, estimate in left.items()}

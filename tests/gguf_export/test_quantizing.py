@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 from adapruner.base.errors import AdaPrunerError
 from adapruner.formats.gguf import write_gguf
 from adapruner.formats.gguf_checks import read_stored_types
+from adapruner.model.config import load_config
+from adapruner.model.loading import load_model
+from adapruner.model.places import find_model
 from adapruner.options import GgufType
 from tiny_families import cut_to
 
@@ -101,3 +104,21 @@ def test_without_the_quantizer(tiny, bytes_tokenizer, tmp_path, monkeypatch):
         write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q4_k_m")
     write_gguf(tiny("llama"), bytes_tokenizer, tmp_path / "model.gguf", "q8_0")
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_matrices_of_few_bits_are_loaded_in_bfloat16_where_that_is_native(
+    is_native, bytes_tokenizer, tmp_path, monkeypatch
+):
+    """They are no more precise; those of eight bits are, and other machines would multiply it slowly."""
+    pytest.importorskip("cyllama")
+    monkeypatch.setattr("adapruner.model.config.computes_bfloat16_natively", lambda _: is_native)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, **sizes))
+    for gguf_type, few_bits in (("q4_k_m", True), ("q5_k_m", True), ("q8_0", False), ("f16", False)):
+        path = tmp_path / f"{gguf_type}.gguf"
+        write_gguf(model, bytes_tokenizer, path, gguf_type)
+        dtype = torch.bfloat16 if few_bits and is_native else torch.float32
+        location = find_model(path)
+        assert load_config(location).dtype == load_model(location).dtype == dtype
+        assert load_model(location, "float32").dtype == torch.float32
