@@ -198,6 +198,19 @@ def test_costs_serve_every_ratio(closed, tmp_path):
     assert abs(other.plan.ratio - 0.15) <= 0.005
 
 
+def test_it_is_said_where_costs_do_not_decide(closed, tmp_path, capsys):
+    """By cost, a layer keeps a fifth of its channels, which is too much here."""
+    options = {"ratio": 0.12, "head_share": 0.0, "remove_attention": False}
+    other = adapruner.prune(from_=closed.output, output=tmp_path / "other", **options)
+    assert sorted(len(block.kept) for block in other.plan.blocks if block.kind == "channels") == [2, 3, 24, 24]
+    assert "because costs do not meet the ratio: a ratio of 0.12 cannot be reached" in capsys.readouterr().err
+    assert "measuring costs" in stages_done(tmp_path / "other")
+    assert other.result.costs is None
+    page, card = ((tmp_path / "other" / name).read_text() for name in ("report.html", "model/README.md"))
+    assert "What a cut costs" not in page
+    assert "- no search; importance" in card
+
+
 def test_of_long_windows_the_beginnings_tell_the_costs(model_folder, text_file, tmp_path, monkeypatch):
     """As the estimate of memory says."""
     read = list[torch.Size]()

@@ -1,6 +1,5 @@
 """The choice of what is removed: measurements of the dense model, the search, and the plan of its best candidate."""
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -172,20 +171,30 @@ def costs(
 
 
 @GRAPH.costly
-def counts(
+def counts_by_cost(
     structure: Structure,
     starting_budget: Budget,
     allocation: ByCost | None,
     costs: Costs | None,
     removals: dict[str, Tensor] | None,
-) -> list[int]:
-    """The number of groups that each block keeps: by cost, or as options describe if the ratio is not met by that, as
-    where a whole head is too much."""
-    if allocation and costs and removals:
-        of_groups = costs.of_groups(structure, removals["tempered_error"])
-        with contextlib.suppress(BudgetError):
-            return kept_counts(structure, replace(starting_budget, allocation=allocation, heads=0.0), of_groups)
-    return kept_counts(structure, starting_budget)
+    reporter: Reporter,
+) -> list[int] | None:
+    """The number of groups that each block keeps by cost; None if options decide, also because the ratio is not met by
+    cost, as where a whole head is too much."""
+    if not (allocation and costs and removals):
+        return None
+    budget = replace(starting_budget, allocation=allocation, heads=0.0)
+    try:
+        return kept_counts(structure, budget, costs.of_groups(structure, removals["tempered_error"]))
+    except BudgetError as error:
+        reporter.note(f"Options decide how much each layer loses, because costs do not meet the ratio: {error}")
+        return None
+
+
+@GRAPH.costly
+def counts(structure: Structure, starting_budget: Budget, counts_by_cost: list[int] | None) -> list[int]:
+    """The number of groups that each block keeps."""
+    return counts_by_cost or kept_counts(structure, starting_budget)
 
 
 # The search
