@@ -8,6 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapruner.base.errors import AdaPrunerError
 from adapruner.families.inference import random_model
 from adapruner.model import generation as _generation
 from adapruner.model.generation import NO_TOKEN, continue_texts
@@ -147,6 +148,13 @@ def test_no_generation_setting_of_a_model_counts(name, model):
     settings = model.generation_config
     assert torch.equal(written(), expected)
     assert model.generation_config is settings
+
+
+def test_a_prompt_beyond_the_positions_is_refused(make_model):
+    model = make_model(max_position_embeddings=10)
+    assert tokens_of(greedy(model, PROMPTS, 4)) == PROMPTS  # the longest leaves no room for more
+    with pytest.raises(AdaPrunerError, match="a prompt of 11 tokens does not fit the 10 positions of this llama"):
+        greedy(model, [*PROMPTS, [5] * 11], 4)
 
 
 @pytest.mark.parametrize("queries", [1, 3])

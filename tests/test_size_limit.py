@@ -35,8 +35,10 @@ def test_bytes_of_safetensors_are_those_of_the_file(dtype, tied, make_model, tok
     assert safetensors_bytes(empty_model(model.config), dtype) == size_of(tmp_path / "model")
 
 
+@pytest.mark.parametrize("longest", [16, 2**20])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_bytes_of_the_cache_are_those_of_the_cache(family, make_model):
+def test_bytes_of_the_cache_are_those_of_the_cache(family, longest, make_model, monkeypatch):
+    monkeypatch.setattr("adapruner.run.options._LONGEST_RUN", longest)
     model, batch, context = make_model(family), 3, 20
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = DynamicCache(config=model.config)
@@ -84,6 +86,9 @@ def test_what_cannot_be_met_is_refused_with_the_smallest_possible(model_folder):
         AdaPrunerError, match=r"`size` 1kB cannot be met: at best .* of the parameters removed"
     ) as refused:
         ratio_within(SizeLimit(size="1kB"), config_of(model_folder))
+    # However large the cache is.
+    with pytest.raises(AdaPrunerError, match=rf"with {str(refused.value).partition('with ')[2].partition(';')[0]}"):
+        ratio_within(SizeLimit(memory="4GB", context=4_000_000_000, batch=1000), config_of(model_folder))
     smallest = re.search(r"at best ([\d.]+ MB), with ([\d.]+)%", str(refused.value))
     assert smallest
     assert ratio_within(SizeLimit(size=smallest[1]), config_of(model_folder)) <= float(smallest[2]) / 100 + 0.001

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,15 @@ from adapruner.model import generation as _generation
 from adapruner.model.architecture import architecture_of, known_architectures
 from adapruner.model.config import load_config
 from adapruner.model.generation import continue_texts
-from adapruner.model.layers import decoder_layers, enter_layers, is_streamed, loaded_layer, skipping_layers, whole_state
+from adapruner.model.layers import (
+    decoder_layers,
+    enter_layers,
+    is_streamed,
+    loaded_layer,
+    skipping_layers,
+    whole_state,
+    without_weights,
+)
 from adapruner.model.loading import check_streamable, empty_model, in_fastest_dtype, load_model
 from adapruner.model.places import find_model
 from adapruner.structure.blocks import Structure
@@ -259,6 +268,19 @@ def test_another_dtype(model, windows, tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(windows).logits
         assert torch.equal(streamed(windows).logits, expected)
+
+
+def test_weights_are_left_out_in_one_thread_alone():
+    """Also where the first of two threads ends first."""
+    first, second = without_weights(), without_weights()
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.__enter__).result()
+        assert not torch.nn.Linear(2, 2).weight.is_meta
+        with second:
+            assert torch.nn.Linear(2, 2).weight.is_meta
+            assert not torch.nn.BatchNorm1d(2).running_mean.is_meta
+            other.submit(first.__exit__, None, None, None).result()
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 def test_what_cannot_be_streamed_is_refused(model, tmp_path):

@@ -7,11 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from adapruner.budget.plan import BlockPlan, PruningPlan
 from adapruner.measurement.moments import InputMoments, solve_damped
@@ -25,6 +23,7 @@ from adapruner.model.layers import (
     place_layers,
     stream_from_memory,
     stream_layers,
+    without_weights,
 )
 from adapruner.model.wrapper import give_wrapper, wrapper_of
 from adapruner.remote_code.modeling_pruned import ATTENTION
@@ -138,8 +137,7 @@ class _Cut:
                 tensors[parameter] = block.row_wise.as_stored(torch.stack(corrected))
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
-    @init_empty_weights(include_buffers=False)  # type: ignore[untyped-decorator]
-    @no_init_weights()
+    @without_weights()
     def empty_model(self, state: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
         """The pruned model before its weights are set; without a state, which gives their shapes, of no stock class."""
         model, architecture = self.model, self.structure.architecture

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase as Tokenizer,
 )
 
+from adapruner.base.errors import AdaPrunerError
 from adapruner.model.architecture import architecture_of
 from adapruner.model.layers import is_streamed
 
@@ -70,11 +71,16 @@ def continue_texts(
         each prompt, padded on the left, and its continuation up to and including a token that ends it; `NO_TOKEN`
         before and after. Logits that are not finite give any tokens.
     """
-    longest = max(map(len, prompts))
+    longest, positions = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None) or math.inf
+    if longest > positions:
+        raise AdaPrunerError(
+            f"a prompt of {longest:,} tokens does not fit the {positions:,} positions of this"
+            f" {model.config.model_type}: shorten it, or lower `seq_len`"
+        )
     padded = torch.full((len(prompts), longest + new_tokens), NO_TOKEN)
     for row, prompt in zip(padded, prompts, strict=True):
         row[longest - len(prompt) : longest] = torch.tensor(prompt)
-    length = int(min(longest + new_tokens, getattr(model.config, "max_position_embeddings", None) or math.inf))
+    length = int(min(longest + new_tokens, positions))
     batches = torch.arange(len(prompts)).split(texts_at_once(len(prompts), length, model.device))
     generators, generator = list[torch.Generator](), torch.Generator().manual_seed(seed)
     for batch in batches:

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -36,6 +38,25 @@ class LayerCall:
         """[batch, tokens, hidden]: the hidden state after a layer."""
         output = layer(state, *self.arguments, **self.named)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+_has_no_weights = ContextVar("_has_no_weights", default=False)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """While it lasts, parameters of new modules are on the meta device, and buffers are where they would be; for this
+    thread alone, while `init_empty_weights` of accelerate is for the process."""
+    outer = _has_no_weights.set(True)
+    try:
+        yield
+    finally:
+        _has_no_weights.reset(outer)
+
+
+@cast(Any, register_module_parameter_registration_hook)
+def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    return nn.Parameter(parameter.to("meta"), parameter.requires_grad) if _has_no_weights.get() else None
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +19,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.model.architecture import architecture_of, new_model
-from adapruner.model.layers import ReadLayer, move_resident, plain_weights, stream_layers
+from adapruner.model.layers import ReadLayer, move_resident, plain_weights, stream_layers, without_weights
 from adapruner.model.places import ModelLocation
 
 _ATTRIBUTE = "deferred"
@@ -292,7 +291,7 @@ def load_deferred(
 def _without_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its weights on the meta device, in evaluation mode."""
     config.dtype = dtype
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = new_model(config)
     if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -29,6 +28,7 @@ from transformers.utils.hub import cached_file
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.model.architecture import architecture_of, is_pruned, new_model
+from adapruner.model.layers import without_weights
 from adapruner.model.stored import StoredTensor, is_of_multi_token_head, read_tensors, stored_tensors
 from adapruner.remote_code.modeling_pruned import Wrapper as WrapperNames, pruned_config_class, register_wrapper
 
@@ -243,7 +243,7 @@ def decoder_config(wrapper: Wrapper, pruned: Mapping[str, object] | None) -> Pre
 
 def decoder_alone(whole: PreTrainedModel, wrapper: Wrapper, config: PreTrainedConfig) -> PreTrainedModel:
     """The decoder of a loaded multimodal model, with this config, as a causal language model with the same weights."""
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = new_model(config)
     state = whole.state_dict()
     model.load_state_dict({name: state[key] for name, key in wrapper.names(model, whole).items()}, assign=True)
@@ -269,7 +269,7 @@ def _model_class(config: PreTrainedConfig) -> object:
 
 
 def _empty(model_class: Any, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Any:
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
     return model

@@ -294,6 +294,8 @@ def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     return config.model_copy(update=absolute | {"evaluate": tuple(map(absolute_source, config.evaluate))})
 
 
+# PyTorch cannot count the entries of much longer masks; from half of it on, caches grow evenly, if at all.
+_LONGEST_RUN = 2**20
 # As safetensors writes their names.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -340,7 +342,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
         while not has_plan(ratio):
             ratio += RATIO_TOLERANCE / 2
     except UnreachableRatioError:
-        best = _highest(has_plan, ratio)
+        best = _highest(has_plan, min(ratio, 1.0))
         removed = max(0.0, best - RATIO_TOLERANCE) * structure.total_parameters
         raise AdaPrunerError(
             f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * dtype.itemsize)}, with {best:.1%} of"
@@ -385,10 +387,13 @@ def safetensors_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
 def cache_bytes(model: PreTrainedModel, batch: int, context: int, dtype: torch.dtype) -> int:
     """Bytes of the cache after `context` tokens of `batch` sequences. The model is run on the meta device, which costs
     nothing and covers every kind of cache."""
+    if context > _LONGEST_RUN:
+        at_half, at_end = (cache_bytes(model, batch, _LONGEST_RUN // part, dtype) for part in (2, 1))
+        return at_end + (at_end - at_half) * (context - _LONGEST_RUN) // (_LONGEST_RUN // 2)
     (cache,) = (named := new_cache(model, model.config)).values()
     with torch.no_grad():
-        tokens = torch.zeros(batch, context, dtype=torch.long, device="meta")
+        tokens = torch.zeros(1, context, dtype=torch.long, device="meta")
         model(tokens, use_cache=True, logits_to_keep=1, **named)
     held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     # Integers are counts of tokens; keys, values and states are not.
-    return sum(state.numel() * dtype.itemsize for state in held if state.is_floating_point())
+    return batch * sum(state.numel() * dtype.itemsize for state in held if state.is_floating_point())
