@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import statistics
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -82,6 +83,18 @@ def test_nothing_is_written_or_read_past_the_last_position(family, make_model, t
     assert _choices.solve(model, tokenizer)["long"] in "01"
 
 
+# That refuse, fail, recurse, do not end, or write without end.
+UNUSABLE_TEMPLATES = (
+    "{{ raise_exception('a system prompt is needed') }}",
+    "{{ 1 + messages }}",
+    "{{ 1 // (messages | length - 1) }}",
+    "{{ 2.0 ** (100000 * messages | length) }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(9999) %}{{ 'long' * 9999 }}{% endfor %}",
+)
+
+
 def test_a_model_with_a_chat_template_is_asked(tokenizer):
     openings = prompts_to_show(tokenizer)
     assert "Plants turn sunlight into" in openings
@@ -93,8 +106,10 @@ def test_a_model_with_a_chat_template_is_asked(tokenizer):
     assert (len(openings), len(questions)) == (5, 5)
     assert all((tokens[0], *tokens[-2:]) == (11, 12, 13) for tokens in questions.values())
     assert all(question[-1] in "?." for question in questions)
-    chat.chat_template = "{{ raise_exception('a system prompt is needed') }}"
-    assert prompts_to_show(chat) == openings
+    for template in UNUSABLE_TEMPLATES:
+        chat.chat_template = template
+        assert prompts_to_show(chat) == openings
+        assert sys.gettrace() is None
 
 
 def test_loss_and_agreement_are_those_of_reading_token_by_token(make_model, model, tokenizer):

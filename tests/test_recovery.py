@@ -653,3 +653,16 @@ def test_processes_that_cannot_train_together_are_refused(monkeypatch):
     check_processes(RecoveryOptions(batch_size=4))
     with pytest.raises(AdaPrunerError, match="`batch_size` 5 cannot be divided among 2 processes"):
         check_processes(RecoveryOptions(batch_size=5))
+
+
+def test_a_teacher_with_other_tokens_of_the_same_number_is_refused(recover, model_folder, tmp_path):
+    """As of Llama 2 and Mistral, 32,000 each: the wrong ones would be learnt."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(AdaPrunerError, match="the teacher numbers 2 of 96 tokens differently, such as 'w1'"):
+        recover(tmp_path / "recovered", teacher=str(teacher), **SHORT)
+    assert not (tmp_path / "recovered").exists()

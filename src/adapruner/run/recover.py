@@ -222,6 +222,12 @@ def parts(
             raise AdaPrunerError(
                 f"the teacher has {dense_config.vocab_size:,} tokens, the model {model_config.vocab_size:,}"
             )
+        numbers, of_teacher = tokenizer.get_vocab(), load_tokenizer(dense).get_vocab()
+        if other := sorted(token for token in numbers.keys() & of_teacher if numbers[token] != of_teacher[token]):
+            raise AdaPrunerError(
+                f"the teacher numbers {len(other):,} of {len(numbers):,} tokens differently, such as {other[0]!r}: it"
+                " is not the model that this one was made from"
+            )
         warnings.append(check_length(dense_config, training.seq_len))
     examples = read_examples(blend, tokenizer, training, training.label_weight if dense else 1.0)
     for part in examples:

@@ -4,11 +4,13 @@ A model answers prompts and continues openings; half of the code is functions of
 half of the mathematics is sums that are right."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import math
 import random
 import re
+import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +18,8 @@ from functools import cache
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -246,15 +249,50 @@ def prompts_to_show(tokenizer: Tokenizer) -> dict[str, list[int]]:
     return dict(zip(asked, encoded, strict=True))
 
 
+# Lines of a chat template that are run for a question, and characters that it may write: far more than any needs.
+_MOST_LINES, _MOST_WRITTEN = 100_000, 1_000_000
+
+
 def as_chat(tokenizer: Tokenizer, question: str) -> str:
-    """The question in the chat template; empty if there is none, or it refuses the question."""
+    """The question in the chat template; empty if there is none, or it refuses the question, fails, or does not end."""
     if not tokenizer.chat_template:
         return ""
     chat = [{"role": "user", "content": question}]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError):
+        with _bounded_template():
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ):
         return ""
+
+
+@contextlib.contextmanager
+def _bounded_template() -> Iterator[None]:
+    """While it lasts, a Jinja template that runs too many lines or writes too much in this thread fails. Its sandbox
+    bounds one loop, and not loops in loops."""
+    lines, written, outer = 0, 0, sys.gettrace()
+
+    def watch(_: FrameType, event: str, value: object) -> Any:
+        nonlocal lines, written
+        lines += event == "line"
+        written += len(value) if event == "return" and isinstance(value, str) else 0
+        if lines > _MOST_LINES or written > _MOST_WRITTEN:
+            raise ValueError("the chat template does not end")
+        return watch
+
+    sys.settrace(lambda frame, *_: watch if frame.f_code.co_filename == "<template>" else None)
+    try:
+        yield
+    finally:
+        sys.settrace(outer)
 
 
 def probe_texts(tokenizer: Tokenizer, seq_len: int) -> dict[str, EvaluationText]:
