@@ -28,7 +28,7 @@ class Model(NamedTuple):
         tuning: GB that `adapruner recover` needs, by benchmarks/training_memory.py with 10 % removed.
         remark: on its commands.
         ratio: that whole steps of channels come near to.
-        gpus: as `--memory` reads them.
+        gpus: as `--gpu-memory` reads them.
         is_quantized: True for four bits in vLLM, which were tried with a dense text model.
     """
 
@@ -110,11 +110,11 @@ def page(key: str, model: Model) -> str:
 
 ```bash
 adapruner inspect {model.name}
-adapruner inspect {model.name} --cost --memory {model.gpus[0]} {arguments(model.pruning)}
+adapruner inspect {model.name} --cost --gpu-memory {model.gpus[0]} {arguments(model.pruning)}
 ```
 
 {prunable(CONFIGS / key)}
-| `--memory` | fits | GiB on each GPU | GiB of main memory |
+| `--gpu-memory` | fits | GiB on each GPU | GiB of main memory |
 |---|---|---|---|
 {"".join(memory(key, model, gpu) for gpu in model.gpus)}
 ## For vLLM

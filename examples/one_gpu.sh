@@ -5,7 +5,7 @@
 # Not run on a GPU yet. The tests run these commands with a tiny model.
 set -euo pipefail
 
-adapruner inspect Qwen/Qwen3-0.6B --cost --memory 8GB
+adapruner inspect Qwen/Qwen3-0.6B --cost --gpu-memory 8GB
 adapruner prune Qwen/Qwen3-0.6B -o runs/small-qwen --ratio 0.2 --for llama.cpp --calibration c4 --evaluate wikitext2
 adapruner recover runs/small-qwen/model --data c4 --teacher Qwen/Qwen3-0.6B --tokens 2M -o runs/small-qwen/tuned
 adapruner evaluate runs/small-qwen/tuned --against Qwen/Qwen3-0.6B --evaluate wikitext2

@@ -295,13 +295,14 @@ def test_inspect_says_if_a_model_fits(tmp_path, capsys):
         return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{tmp_path} ")
 
     assert verdict("--device", "cuda").startswith("fits: unknown")
+    stated = "--gpu-memory"
     assert verdict().startswith("fits this machine: yes, all layers in memory")
-    assert verdict("--memory", "24GB").startswith("fits 24GB: yes, all layers in memory")
+    assert verdict(stated, "24GB").startswith("fits 24GB: yes, all layers in memory")
     # A quarter is left free, unless one layer at a time is in memory.
-    assert "yes, one layer at a time in memory, which leaves out the text" in verdict("--memory", f"{1.2 * peak:.0f}B")
-    assert "spread over 2 devices, where healing trains scales alone" in verdict("--memory", f"2x{1.2 * peak:.0f}B")
+    assert "yes, one layer at a time in memory, which leaves out the text" in verdict(stated, f"{1.2 * peak:.0f}B")
+    assert "spread over 2 devices, where healing trains scales alone" in verdict(stated, f"2x{1.2 * peak:.0f}B")
     assert re.search(
-        r"fits 1MiB: no\. Not enough memory: .* are needed on cuda:0, .*; --ignore-memory", verdict("--memory", "1MiB")
+        r"fits 1MiB: no\. Not enough memory: .* are needed on cuda:0, .*; --ignore-memory", verdict(stated, "1MiB")
     )
     for wrong in ("24", "much", "0x24GB"):
         with pytest.raises(AdaPrunerError, match="such as 24GB or 4x80GB"):

@@ -382,7 +382,9 @@ class SizeLimit(_Options):
     size: Size | None = Field(
         default=None, description="Maximum size of the weights of the pruned model, as 400MB or 1.5GiB."
     )
-    memory: Size | None = Field(default=None, description="Maximum memory of its weights and KV cache, as 12GB.")
+    memory: Size | None = Field(
+        default=None, description="Maximum memory to serve it in: weights and KV cache, as 12GB."
+    )
     context: Count = Field(default=2048, description="Tokens of each sequence in that cache.")
     batch: Count = Field(default=1, description="Sequences in that cache.")
 

@@ -159,7 +159,7 @@ def inspect(
     /,
     *,
     cost: Flag = False,
-    memory: str | None = None,
+    gpu_memory: str | None = None,
     architecture: Flag = False,
     options: Annotated[PruneOptions | None, Parameter(name="*")] = None,
     json: Json = False,
@@ -170,7 +170,7 @@ def inspect(
 
     ```console
     adapruner inspect Qwen/Qwen3-0.6B
-    adapruner inspect Qwen/Qwen3-8B --cost --memory 24GB
+    adapruner inspect Qwen/Qwen3-8B --cost --gpu-memory 24GB
     adapruner inspect allenai/OLMo-1B-hf --architectures olmo.yaml
     ```
 
@@ -178,25 +178,25 @@ def inspect(
         architecture: Print how the family of the model is built, as YAML that --architectures reads.
         cost: Print the memory that adapruner prune needs with the options that follow: weights, the largest term
             beside them, and whether it fits.
-        memory: Memory of the GPUs instead of that of this machine, for --cost, as 24GB or 4x80GB.
+        gpu_memory: Memory of the GPUs instead of that of this machine, for --cost, as 24GB or 4x80GB.
     """
     pruning = given(options)
-    if memory and not cost:
-        raise AdaPrunerError("`memory` is used with `cost` only")
+    if gpu_memory and not cost:
+        raise AdaPrunerError("`gpu_memory` is used with `cost` only")
     if pruning.keys() - {"architectures"} and not cost:
         raise AdaPrunerError("pruning options other than `architectures` are used with `cost` only")
     if cost:
         with starting():
             from adapruner.cli import with_options
             from adapruner.run.prune import estimate
-        estimated = estimate(model, memory, **pruning)
+        estimated = estimate(model, gpu_memory, **pruning)
         place, needed = estimated.placement, estimated.memory
         content = {"model": model, "device": place.device, "layer_wise": place.layer_wise}
         content |= {"fits": estimated.fits, "refusal": estimated.refusal, "largest": needed.largest}
         content |= {f"{term}_bytes": getattr(needed, term) for term in ("weights", "term", "device", "host")}
-        room = memory or "this machine"
+        room = gpu_memory or "this machine"
         if estimated.fits is None:
-            verdict = "fits: unknown, as no GPU is here; state its memory, as --memory 24GB"
+            verdict = "fits: unknown, as no GPU is here; state its memory, as --gpu-memory 24GB"
         elif estimated.fits:
             verdict = f"fits {room}: yes, {where(place.device, place.layer_wise)}"
         else:

@@ -35,8 +35,8 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "size", "calibration", "effort", "for_", "heal", "evaluate", "device"),
-    "Memory instead of a ratio": ("memory", "context", "batch"),
+    "Most used": ("ratio", "size", "memory", "calibration", "effort", "for_", "heal", "evaluate"),
+    "Cache in that memory": ("context", "batch"),
     "What is removed": (
         *("layout", "remove_attention"),
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
@@ -47,7 +47,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Read by a search alone": config.OF_A_SEARCH,
     "Compensation": ("compensation", "compensation_windows"),
     "Evaluation": ("evaluate_bos", "tasks", "limit"),
-    "Model and memory": ("dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
+    "Model and memory": ("device", "dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
 # Of `recover`, what most runs set.
 _MOST_USED_IN_TRAINING = ("train", "tokens", "learning_rate", "seq_len", "micro_batch_size", "gradient_checkpointing")

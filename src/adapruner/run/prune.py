@@ -218,25 +218,25 @@ class Estimate:
     refusal: str = ""
 
 
-def estimate(model: str | Path, memory: str | None = None, **options: object) -> Estimate:
+def estimate(model: str | Path, gpu_memory: str | None = None, **options: object) -> Estimate:
     """The memory that `prune` would need with these options, from shapes: no weights and no text are read.
 
     Args:
-        memory: of the GPUs that the run would have instead of this machine, as 24GB or 4x80GB.
+        gpu_memory: of the GPUs that the run would have instead of this machine, as 24GB or 4x80GB.
         options: the fields of `PruneOptions`; `device` may be `cuda` where there is none.
 
     Raises:
         AdaPrunerError: there is no such model, or an option will not do.
     """
-    stated, gpus = _gpus(memory) if memory else (None, (torch.device("cuda"),))
+    stated, gpus = _gpus(gpu_memory) if gpu_memory else (None, (torch.device("cuda"),))
     of_effort = EFFORTS.get(str(options.get("effort")), {})
     config = PruneConfig.from_options(given=sorted(options), **of_effort | {"model": str(model)} | options)
     register_extensions(config)
     config = with_defaults(config)
-    if memory and config.device not in ("auto", "cuda"):
-        raise AdaPrunerError("`memory` is that of GPUs: leave `device` out")
+    if gpu_memory and config.device not in ("auto", "cuda"):
+        raise AdaPrunerError("`gpu_memory` is that of GPUs: leave `device` out")
     known: dict[str, object] = {}
-    if memory or (config.device == "cuda" and not torch.cuda.is_available()):
+    if gpu_memory or (config.device == "cuda" and not torch.cuda.is_available()):
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
 
     def placed(config: PruneConfig) -> tuple[Memory, Placement]:
@@ -269,5 +269,5 @@ def _gpus(memory: str) -> tuple[int, tuple[torch.device, ...]]:
     except ValueError:
         stated = number = 0
     if stated < _MIB or number < 1:  # without a unit, bytes
-        raise AdaPrunerError(f"`memory` {memory!r} is not the memory of GPUs: expected one such as 24GB or 4x80GB")
+        raise AdaPrunerError(f"`gpu_memory` {memory!r} is not the memory of GPUs: expected one such as 24GB or 4x80GB")
     return stated, tuple(torch.device("cuda", n) for n in range(number))
