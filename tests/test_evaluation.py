@@ -356,6 +356,21 @@ def test_special_tokens_in_front_are_not_predicted(model):
     assert "3 windows of 12 tokens without overlap" in result.protocol
 
 
+@pytest.mark.parametrize("special", [0, 1])
+def test_the_loss_of_long_windows_is_told_by_position(special, model):
+    windows = torch.randint(3, 96, (2, 300), generator=torch.Generator().manual_seed(0))
+    result = measure_perplexity(model, windows, "text", special_tokens=special)
+    with torch.no_grad():
+        logits = model(windows).logits[:, :-1].log_softmax(-1)
+    losses = -logits.gather(-1, windows[:, 1:, None]).squeeze(-1)  # of the tokens at 1, 2, …
+    expected = {0: losses[:, :127], 128: losses[:, 127:255], 256: losses[:, 255:]}
+    assert result.by_position == pytest.approx(
+        {place: float(part.mean()) for place, part in expected.items()}, rel=1e-5
+    )
+    assert measure_perplexity(model, windows[:, :128], "text").by_position == {}
+    assert measure_perplexity(model, windows, "text", stride=100).by_position == {}
+
+
 @pytest.mark.parametrize("stride", [1, 5, 11])
 def test_overlapping_windows_predict_every_token_once(model, stride):
     tokens = torch.randint(3, 96, (12 + 6 * stride,), generator=torch.Generator().manual_seed(0))

@@ -19,9 +19,9 @@ from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.prune import preview
 from adapruner.run.recover import read_record
-from adapruner.text.windows import Text
+from adapruner.text.windows import Text, joined
 from adapruner.train import healing as _healing, loss as _loss
-from adapruner.train.healing import heal, healing_options, read_healing
+from adapruner.train.healing import heal, healing_options, length_of_windows, read_healing
 from adapruner.train.trainer import check_device, frozen, with_adapters
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
@@ -103,6 +103,19 @@ def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_p
     fitted, judged = ({*map(tuple, text.tolist())} for text in (seen["fitted"], seen["judged"].windows))
     assert judged
     assert not fitted & judged
+
+
+def test_windows_are_put_together_into_long_ones():
+    """Every token but the special ones once, in its order."""
+    windows = torch.cat([torch.tensor([[1]]).expand(10, 1), torch.arange(100, 250).view(10, 15)], 1)
+    long = joined(windows, 1, 64)
+    assert [len(window) for window in long] == [64, 64, 25]
+    assert [int(window[0]) for window in long] == [1, 1, 1]
+    assert torch.cat([window[1:] for window in long]).equal(torch.arange(100, 250))
+    assert length_of_windows(128, 384, 2048) == 1024
+    assert length_of_windows(128, 384, 512) == 512  # of the model
+    assert length_of_windows(128, 32, 2048) == 512  # of little text, so that there are several
+    assert length_of_windows(2048, 384, None) == 2048
 
 
 def test_nothing_is_trained_where_nothing_can_be_held_out(model_folder, text_file, tmp_path, capsys):

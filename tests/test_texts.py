@@ -16,7 +16,7 @@ from adapruner.run.inputs import drawn_to_report
 from adapruner.text.blends import DEFAULT_REPORT_WINDOWS, Texts, assign_texts, overlaps, record_of, sources_of
 from adapruner.text.reading import read_documents
 from adapruner.text.sources import parse_source
-from adapruner.text.windows import EvaluationText
+from adapruner.text.windows import EvaluationText, texts_to_report
 
 
 def assigned(**options: object) -> Texts:
@@ -220,12 +220,29 @@ def test_what_a_checkpoint_records(tmp_path):
 def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch):
     limits = []
 
-    def note_limit(*arguments: Any, bos: bool) -> EvaluationText:
+    def note_limit(*arguments: Any) -> dict[str, EvaluationText]:
         limits.append(arguments[3])
-        return EvaluationText(torch.zeros(1, 2, dtype=torch.int64), 2, {})
+        return {"ptb": EvaluationText(torch.zeros(1, 2, dtype=torch.int64), 2, {})}
 
-    monkeypatch.setattr("adapruner.run.inputs.evaluation_text", note_limit)
+    monkeypatch.setattr("adapruner.run.inputs.texts_to_report", note_limit)
     empty = SimpleNamespace(config=SimpleNamespace(vocab_size=1))
     for evaluate, limit in ((("ptb",), None), ((), None), ((), 7)):
         drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, limit, True)
     assert limits == [None, DEFAULT_REPORT_WINDOWS, 7]
+
+
+def test_long_windows_are_reported_on_too(tokenizer, tmp_path):
+    """As long as the model and the text allow, of as many tokens as the short ones."""
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(f"w{number % 90}" for number in range(1000)))
+
+    def shapes(seq_len: int, limit: int | None, positions: int | None) -> list[tuple[int, int]]:
+        texts = texts_to_report(parse_source(str(path)), tokenizer, seq_len, limit, positions, name="a")
+        assert [*texts] == ["a", *(f"a, {len(text.windows[0]):,} tokens" for text in [*texts.values()][1:])]
+        return [(*text.windows.shape,) for text in texts.values()]
+
+    assert shapes(10, None, None) == [(100, 10), (1, 1000)]
+    assert shapes(10, None, 256) == [(100, 10), (3, 256)]
+    assert shapes(10, 40, 100) == [(40, 10), (4, 100)]
+    assert shapes(10, 40, 10) == [(40, 10)]
+    assert shapes(500, 1, None) == [(1, 500)]

@@ -253,7 +253,7 @@ class Lost(NamedTuple):
 
 # Of code, the share of HumanEval: programs must be right to the last token. Of other kinds, the share of the accuracy
 # above chance in commonsense tasks (research/experiments/verdict.md).
-_LOST, _LOST_OF_CODE = Lost(0.5, 0.25), Lost(9.0, 2.0)
+_LOST, _LOST_OF_CODE = Lost(0.5, 0.25), Lost(5.5, 1.5)
 # The tasks that show whether the original has an ability at all.
 _SHOWN_BY = {_CODE: "programs", "mathematics": "sums", "questions": "facts"}
 
