@@ -53,14 +53,12 @@ def _check_tokens(value: object) -> str:
     """A number of tokens in digits, of one such as 300k or 2M."""
     text = str(value).strip()
     number = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
-    if number is None or not 1 <= (tokens := float(number[1]) * _THOUSANDS[number[2]]) <= _MOST_TOKENS:
+    if number is None or not 1 <= (tokens := float(number[1]) * _THOUSANDS[number[2]]) <= 1e12:
         raise ValueError("is not a number of tokens: expected one such as 300k, 2M or 1_000_000, at most 1000B")
     return str(round(tokens))
 
 
 _THOUSANDS = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-# More would be more steps of healing than `_LARGEST_NUMBER`.
-_MOST_TOKENS = 1e12
 
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[str, BeforeValidator(_check_tokens)]

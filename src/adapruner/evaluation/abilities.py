@@ -1,11 +1,9 @@
 """What a model can still do, and the verdict: how it reads what the original wrote, and greedy texts."""
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import resources
 from itertools import takewhile
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -34,20 +32,12 @@ class Choice(NamedTuple):
 
 @cache
 def built_in_tasks() -> dict[str, list[Choice]]:
-    """The items of every task by its name: `facts` that many know, `sums`, and Python expressions with their values
-    (`programs`). The same in every process."""
-    lines = (resources.files("adapruner.evaluation") / "facts.jsonl").read_text(encoding="utf-8").splitlines()
-    facts = [json.loads(line) for line in lines]
+    """The items of every task by its name: `sums`, and Python expressions with their values (`programs`). The same in
+    every process."""
     made = {"sums": _sums, "programs": _programs}
     return {
-        "facts": [
-            Choice(f"Question: {fact['question']}\nAnswer:", [f" {choice}" for choice in fact["choices"]])
-            for fact in facts
-        ],
-        **{
-            name: [make(number, random.Random(f"{name} {number}")) for number in range(_ITEMS[name])]
-            for name, make in made.items()
-        },
+        name: [make(number, random.Random(f"{name} {number}")) for number in range(_ITEMS[name])]
+        for name, make in made.items()
     }
 
 
@@ -239,23 +229,12 @@ _USABLE, _BROKEN = 0.9, 1.0
 _CODE = "code"
 
 
-class Lost(NamedTuple):
-    """A rise of the loss by r nats per token leaves about exp(-c r) of an ability.
-
-    Attributes:
-        per_nat: c.
-        error: its standard error: how much models differ.
-    """
-
-    per_nat: float
-    error: float
-
-
-# Of code, the share of HumanEval: programs must be right to the last token. Of other kinds, the share of the accuracy
-# above chance in commonsense tasks (research/experiments/verdict.md).
-_LOST, _LOST_OF_CODE = Lost(0.5, 0.25), Lost(5.5, 1.5)
+# A rise of the loss by r nats per token leaves about exp(-c r) of an ability: c, and its standard error. Of code it is
+# a share of HumanEval, because programs must be right to the last token; of other kinds it is how readers see it
+# (research/experiments/verdict.md).
+_LOST, _LOST_OF_CODE = (0.5, 0.25), (5.5, 1.5)
 # The tasks that show whether the original has an ability at all.
-_SHOWN_BY = {_CODE: "programs", "mathematics": "sums", "questions": "facts"}
+_SHOWN_BY = {_CODE: "programs", "mathematics": "sums"}
 
 
 class Estimate(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constants"):
@@ -291,10 +270,10 @@ def estimates(dense: Abilities, pruned: Abilities, chance: Mapping[str, str]) ->
 def _estimate(dense: Abilities, pruned: Abilities, kind: str, at_chance: str) -> Estimate:
     before, after = dense.reads[kind].losses, pruned.reads[kind].losses
     rises = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    rise, lost = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
+    rise, (per_nat, spread) = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
     of_rise = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-    error = 2 * math.hypot(lost.per_nat * of_rise, lost.error * rise)
-    least, left, most = (_share(-lost.per_nat * rise + apart) for apart in (-error, 0.0, error))
+    error = 2 * math.hypot(per_nat * of_rise, spread * rise)
+    least, left, most = (_share(-per_nat * rise + apart) for apart in (-error, 0.0, error))
     return Estimate(rise=rise, left=left, least=least, most=most, at_chance=at_chance)
 
 
