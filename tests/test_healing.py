@@ -112,9 +112,9 @@ def test_windows_are_put_together_into_long_ones():
     assert [len(window) for window in long] == [64, 64, 25]
     assert [int(window[0]) for window in long] == [1, 1, 1]
     assert torch.cat([window[1:] for window in long]).equal(torch.arange(100, 250))
-    assert length_of_windows(128, 384, 2048) == 1024
-    assert length_of_windows(128, 384, 512) == 512  # of the model
-    assert length_of_windows(128, 32, 2048) == 512  # of little text, so that there are several
+    assert length_of_windows(128, 384, 2048) == 512
+    assert length_of_windows(128, 384, 256) == 256  # of the model
+    assert length_of_windows(128, 16, 2048) == 256  # of little text, so that there are several
     assert length_of_windows(2048, 384, None) == 2048
 
 

@@ -31,7 +31,7 @@ _TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia
 _TOKENS_AT_ONCE = 512
 # Tokens of a window: what is learnt on short ones holds at the beginning of texts alone
 # (research/experiments/healing.md). There are at least so many windows.
-_LONGEST, _FEWEST_WINDOWS = 1024, 8
+_LONGEST, _FEWEST_WINDOWS = 512, 8
 # With 98,000 tokens, scales bring three quarters of what all weights bring, in half of the time
 # (research/experiments/scales.md). From where on all weights pay was not measured.
 TOKENS_FOR_ALL_WEIGHTS = 200_000
