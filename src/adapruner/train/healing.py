@@ -29,8 +29,8 @@ _TRIED, _FEWEST_STEPS = 0.1, 3
 # Of many weights, few tokens give a gradient that is mostly noise.
 _TOKENS_PER_STEP: dict[TrainedWeights, int] = {"layers": 2048, "lora": 1024, "ia3": 512}
 _TOKENS_AT_ONCE = 512
-# Tokens of a window: what is learnt on short ones holds at the beginning of texts alone
-# (research/experiments/healing.md). There are at least so many windows.
+# Tokens of a window: with longer ones the gain is the same at every position, and there are as many steps as with
+# short ones (research/experiments/healing.md). There are at least so many windows.
 _LONGEST, _FEWEST_WINDOWS = 512, 8
 # With 98,000 tokens, scales bring three quarters of what all weights bring, in half of the time
 # (research/experiments/scales.md). From where on all weights pay was not measured.
