@@ -11,7 +11,7 @@ for tokens in ("none", "4k" if given.small else "400k"):
     result = adapruner.prune(
         *(model, texts), tokenizer=tokenizer, output="runs/distil", overwrite=True, **options | {"heal": tokens}
     )
-    [measured] = result.result.final.perplexity.values()
+    measured, *_ = result.result.final.perplexity.values()
     print(f"heal {tokens}: perplexity {measured.perplexity:.2f} on {measured.protocol}")
     healing = result.result.healing
     if healing and healing.record:

@@ -62,6 +62,7 @@ def test_the_result_is_a_smaller_model_with_its_numbers(finished, model_folder, 
         "comparing removals",
         "measuring costs",
         "writing answers",
+        "solving built-in tasks",
         "comparing abilities",
         "searching",
         "cutting",
@@ -76,7 +77,7 @@ def test_the_run_folder_holds_what_the_design_says(finished):
     folders = {"keys", "moments", "model", "evaluation"}
     assert {path.name for path in finished.output.iterdir()} - {".lock"} == {*files.split()} | folders
     perplexities = {f"perplexity-{role}.json" for role in ("dense", "pruned")}
-    abilities = {f"abilities-{role}.json" for role in ("dense", "pruned")} | {"answers.safetensors"}
+    abilities = {f"abilities-{role}.json" for role in ("dense", "pruned")} | {"answers.safetensors", "chance.json"}
     assert {path.name for path in (finished.output / "evaluation").iterdir()} == perplexities | abilities | {
         "texts.safetensors"
     }

@@ -295,7 +295,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     stages = [line for line in completed.err.splitlines() if not line.startswith(("advice: ", "about "))]
     assert all("done in" in line for line in stages)
     named = dict.fromkeys(line.partition(":")[0].partition(" (")[0] for line in stages)
-    assert list(named) == ["loading", "writing answers", "evaluating", "comparing abilities"]
+    assert list(named) == ["loading", "writing answers", "solving built-in tasks", "evaluating", "comparing abilities"]
 
 
 def test_a_part_that_was_cut_off_is_measured_again(finished, model_folder, text_file, tmp_path):

@@ -152,8 +152,9 @@ def combined(*errors: float | None) -> float | None:
 
 
 def _standard_error(values: Sequence[Sequence[float]]) -> float | None:
-    """That of the mean over the parts of the means of their values; None where a part has less than two."""
-    if not values or min(map(len, values)) < 2:
+    """That of the mean over the parts of the means of their values; None where a part has less than two, or one of
+    them is not finite."""
+    if not values or min(map(len, values)) < 2 or not all(math.isfinite(value) for part in values for value in part):
         return None
     return math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in values)) / len(values)
 
