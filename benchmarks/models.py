@@ -45,7 +45,7 @@ from adapruner.run.prune import making_of
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.sources import parse_source
-from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, start_tokens, text_windows
+from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, start_of_windows, text_windows
 from adapruner.train.healing import heal, healing_options, length_of_windows
 from peers import PEERS, Setting
 
@@ -169,9 +169,9 @@ def trained(
     device = torch.device("cpu")
     length = length_of_windows(text.windows.shape[1], len(text), None)
     options = healing_options("ia3", TOKENS, length, 0, device, False)
-    read, special = partial(load_model, find_model(str(folder / "cut"))), len(start_tokens(tokenizer))
+    read, start = partial(load_model, find_model(str(folder / "cut"))), start_of_windows(tokenizer, length)
     teacher, training = in_fastest_dtype(dense), folder / "training"
-    healed, record = heal(read, learnt, held_out, teacher, options, training, special_tokens=special)
+    healed, record = heal(read, learnt, held_out, teacher, options, training, start=start)
     assert healed is not None, record.reason
     return healed
 

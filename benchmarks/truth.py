@@ -9,9 +9,6 @@ once for each original, with the same output. Every number is saved when it is k
 """
 
 import json
-import math
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,19 +31,11 @@ from adapruner.model.places import find_model
 
 # Programs that an original solves by chance, or hardly: what is left of them cannot be measured.
 _FEWEST_SOLVED = 5
+# Of the accuracy in the tasks of the paper.
 CHANCE = {
     **{"boolq": 0.5, "piqa": 0.5, "winogrande": 0.5, "hellaswag": 0.25},
     **{"arc_easy": 0.25, "arc_challenge": 0.25, "openbookqa": 0.25},
 }
-
-
-def share(before: Sequence[int], after: Sequence[int], chance: float = 0.0) -> tuple[float, float]:
-    """What is left above chance, and its standard error from the differences item by item."""
-    count, able = len(before), sum(before) - chance * len(before)
-    left = (sum(after) - chance * count) / able
-    # Of the ratio, to first order: of what an item has, and of what it has of the original times the ratio.
-    parts = [now - chance - left * (then - chance) for then, now in zip(before, after, strict=True)]
-    return left, statistics.stdev(parts) * math.sqrt(count) / able
 
 
 def main(
@@ -80,10 +69,9 @@ def main(
     for name in models:
         entry = known.setdefault(name, {"original": original})
         of_original = known[original]
-        can_program = sum(of_original.get("programs", {}).get("solved", [1] * len(asked))) >= _FEWEST_SOLVED
-        wanted = [part for part in parts if part not in entry]
-        if not can_program and "programs" in wanted:
-            wanted.remove("programs")
+        solved = of_original["programs"]["solved"] if "programs" in of_original else None
+        cannot_program = solved is not None and sum(solved) < _FEWEST_SOLVED
+        wanted = [part for part in parts if part not in entry and not (part == "programs" and cannot_program)]
         if not wanted:
             continue
         location = find_model(name)
@@ -101,8 +89,8 @@ def main(
             save()
         if "programs" in wanted:
             answers = humaneval.write_answers(model, tokenizer, asked, new_tokens)
-            solved = [humaneval.is_solved(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
-            entry["programs"] = {"solved": [*map(int, solved)], "answers": answers}
+            passed = [humaneval.is_solved(problem, answer) for problem, answer in zip(asked, answers, strict=True)]
+            entry["programs"] = {"solved": [*map(int, passed)], "answers": answers}
             save()
         if "tasks" in wanted:
             scores = measure_tasks(model, tokenizer, load_tasks(["commonsense"], limit))

@@ -381,7 +381,7 @@ def test_printed_rows_are_those_of_the_code():
     source += "".join(f'"{kind}"' for kind in kinds())
     stages = re.findall(r"^([a-z ]+): done in", text, re.MULTILINE)
     rows = [row.strip("│┃").split("│") for row in text.splitlines() if row.startswith("│")]
-    cells = [row[0].strip() for row in rows if "".join(row[1:]).strip()]  # a long name goes on in the next row
+    cells = [row[0].strip() for row in rows if "".join(row[1:]).strip()]  # a long name continues in the next row
     signs = [cell for cell in cells if cell and cell != "…" and not cell.endswith("compensated") and "(" not in cell]
     assert len(stages) > 5
     assert len(signs) > 5

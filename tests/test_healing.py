@@ -108,10 +108,13 @@ def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_p
 def test_windows_are_put_together_into_long_ones():
     """Every token but the special ones once, in its order."""
     windows = torch.cat([torch.tensor([[1]]).expand(10, 1), torch.arange(100, 250).view(10, 15)], 1)
-    long = joined(windows, 1, 64)
+    long = joined(windows, torch.tensor([1]), 64)
     assert [len(window) for window in long] == [64, 64, 25]
     assert [int(window[0]) for window in long] == [1, 1, 1]
     assert torch.cat([window[1:] for window in long]).equal(torch.arange(100, 250))
+    # Windows of a user may begin otherwise.
+    given = joined(windows[:, 1:], torch.tensor([1]), 64)
+    assert torch.cat(given).equal(torch.arange(100, 250))
     assert length_of_windows(128, 384, 2048) == 512
     assert length_of_windows(128, 384, 256) == 256  # of the model
     assert length_of_windows(128, 16, 2048) == 256  # of little text, so that there are several

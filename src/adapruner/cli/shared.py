@@ -158,7 +158,7 @@ def _finite(content: object) -> object:
 
 
 def where(device: str, layer_wise: bool) -> str:
-    """Which layers are in memory at a time, and what a run does without for that."""
+    """Which layers are in memory at a time, and what a run leaves out for that."""
     if layer_wise:
         return "one layer at a time in memory, which leaves out the text that the original writes for the verdict"
     if count := device.count(","):

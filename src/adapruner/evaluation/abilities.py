@@ -227,8 +227,6 @@ Verdict = Literal["usable", "recover first", "broken"]
 # What must be left of every ability of a usable model; and the rise of a loss, in nats per token, of a broken one.
 _USABLE, _BROKEN = 0.9, 1.0
 _CODE = "code"
-
-
 # A rise of the loss by r nats per token leaves about exp(-c r) of an ability: c, and its standard error. Of code it is
 # a share of HumanEval, because programs must be right to the last token; of other kinds it is how readers see it
 # (research/experiments/verdict.md).
@@ -308,8 +306,8 @@ def judge(left: Mapping[str, Estimate]) -> Verdict:
 
 
 def damaged(left: Mapping[str, Estimate]) -> list[str]:
-    """The abilities because of which a model is not usable, with what is left of them, the worst first."""
-    worst = sorted((estimate.left, kind) for kind, estimate in left.items() if not estimate.least >= _USABLE)
+    """The abilities because of which a model is not usable, with what is left of them, least first."""
+    worst = sorted((estimate.least, kind) for kind, estimate in left.items() if not estimate.least >= _USABLE)
     return [f"{kind}, {left[kind]}" for _, kind in worst if not left[kind].at_chance]
 
 

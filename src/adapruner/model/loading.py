@@ -28,7 +28,7 @@ from adapruner.model.config import (
     NO_REMOTE_CODE,
     check_config,
     clear_gguf_marks,
-    computes_bfloat16_natively as computes_bfloat16_natively,
+    computes_bfloat16_natively,
     drop_negative_tokens,
     find_wrapper,
     load_config,

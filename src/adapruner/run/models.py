@@ -44,7 +44,7 @@ from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
 from adapruner.text.blends import Texts
-from adapruner.text.windows import EvaluationText, Text, start_tokens
+from adapruner.text.windows import EvaluationText, Text, start_of_windows
 from adapruner.train.healing import HEALING, Healing, heal, read_healing, steps_of_healing
 from adapruner.train.trainer import check_adapters, check_device
 
@@ -115,8 +115,8 @@ def pruned(
     elif healing:
         read = partial(load_model, find_model(compensated), "auto", placement.device, placement.layer_wise)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
-            special, training = len(start_tokens(tokenizer)), work / "training"
-            model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, training, advance, special)
+            start, training = start_of_windows(tokenizer, healing.seq_len), work / "training"
+            model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, training, advance, start)
         if model is None:
             reporter.note(f"The weights are left as they were: {outcome.reason}")
     if model is None:

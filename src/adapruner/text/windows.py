@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ def tokens_of(tokenizer: Tokenizer, text: str, special: bool = False) -> Tensor:
     return torch.cat([tokens for tokens, _ in _encodings(tokenizer, text, special, with_ends=False)])
 
 
-def begun(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text that goes on: with the special ones in front of it, without those behind it."""
+def tokens_to_continue(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text that a model is to continue: with the special tokens that begin a text, and without those
+    that end it."""
     return [*start_tokens(tokenizer), *tokens_of(tokenizer, text).tolist()]
 
 
@@ -112,7 +113,8 @@ def draw_windows(
         if len(tokens) >= seq_len - len(start):
             by_document.append(cut_into_windows(tokens, start, seq_len))
     # The first window of every document, then the second of those that have one.
-    windows = [window for nth in zip_longest(*by_document) for window in nth if window is not None]
+    in_turn = (window for nth in zip_longest(*by_document) for window in nth if window is not None)
+    windows = [*islice(in_turn, count)]
     if len(windows) < needed:
         name = text if isinstance(text, Source) else "`documents`"
         raise AdaPrunerError(
@@ -120,7 +122,7 @@ def draw_windows(
             f" tokens and give {len(windows)} windows, {needed} are needed; give more text, or lower `seq_len` or the"
             " number of windows (`pool`, `objective_windows`)"
         )
-    return torch.stack(windows[:count])
+    return torch.stack(windows)
 
 
 def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int | None = None) -> Tensor:
@@ -141,7 +143,8 @@ def text_windows(source: Source, tokenizer: Tokenizer, seq_len: int, limit: int 
     tokens = tokens_of(tokenizer, "\n\n".join(chosen))
     if limit is not None and len(tokens) < limit * size and len(chosen) < len(documents):
         tokens = tokens_of(tokenizer, "\n\n".join(documents))
-    return cut_into_windows(_enough(tokens, size, str(source)), start, seq_len)
+    _check_length(tokens, size, str(source))
+    return cut_into_windows(tokens, start, seq_len)
 
 
 def _pieces(documents: list[str], characters: int) -> list[str]:
@@ -189,11 +192,22 @@ def cut_into_windows(tokens: Tensor, start: Tensor, seq_len: int, stride: int | 
     return torch.cat([start.expand(len(windows), -1), windows], 1)
 
 
-def joined(windows: Tensor, special_tokens: int, length: int) -> list[Tensor]:
-    """Consecutive windows of running text, [windows, tokens], as windows of `length` tokens, each of which begins as
-    they do, and a last one that may be shorter."""
-    start, running = windows[0, :special_tokens], windows[:, special_tokens:].flatten()
-    return [torch.cat([start, part]) for part in running.split(length - special_tokens)]
+def joined(windows: Tensor, start: Tensor, length: int) -> list[Tensor]:
+    """The text of windows, one after the other, in longer windows. What a model wrote is running text again; windows
+    from different places of a dataset are packed into one.
+
+    Args:
+        windows: [windows, tokens], int64. Those of a user may begin with other tokens than `start`.
+        start: [special tokens], int64, see `start_of_windows`.
+        length: tokens of a window.
+
+    Returns:
+        [length] each, int64, and a last one that may be shorter. They begin with `start` if the given ones do.
+    """
+    if not (windows[:, : len(start)] == start).all():
+        start = start[:0]
+    running = windows[:, len(start) :].flatten()
+    return [torch.cat([start, part]) for part in running.split(length - len(start))]
 
 
 def start_of_windows(tokenizer: Tokenizer, seq_len: int) -> Tensor:
@@ -206,11 +220,10 @@ def start_of_windows(tokenizer: Tokenizer, seq_len: int) -> Tensor:
     return torch.tensor(start, dtype=torch.int64)
 
 
-def _enough(tokens: Tensor, size: int, name: str) -> Tensor:
-    """The tokens of a text; refuses fewer than a window holds."""
+def _check_length(tokens: Tensor, size: int, name: str) -> None:
+    """Refuses a text with fewer tokens than a window holds."""
     if len(tokens) < size:
         raise AdaPrunerError(f"{name} has {len(tokens)} tokens, less than one window of {size}")
-    return tokens
 
 
 def evenly_spaced(windows: Tensor, limit: int | None) -> Tensor:
@@ -309,7 +322,7 @@ def evaluation_text(
         tokens, ends = map(torch.cat, zip(*_encodings(tokenizer, text, not bos, with_ends=True), strict=True))
     else:
         tokens, ends = tokens_of(tokenizer, text, special=not bos), None
-    tokens = _enough(tokens, size, name or "the text")
+    _check_length(tokens, size, name or "the text")
     windows = evenly_spaced(cut_into_windows(tokens, start, seq_len, stride), limit)
     predicted_bytes = None
     if ends is not None:

@@ -30,7 +30,14 @@ from adapruner.base.files import parse_yaml
 from adapruner.model.generation import NO_TOKEN, continue_texts
 from adapruner.text.reading import is_of_part
 from adapruner.text.sources import Part
-from adapruner.text.windows import EvaluationText, begun, cut_into_windows, evaluation_text, start_of_windows, tokenize
+from adapruner.text.windows import (
+    EvaluationText,
+    cut_into_windows,
+    evaluation_text,
+    start_of_windows,
+    tokenize,
+    tokens_to_continue,
+)
 
 # The most tokens of a text, after its prompt, and how many it has in the mean, for the number of texts; the most of a
 # prompt where positions have no end.
@@ -217,7 +224,7 @@ def _beginnings(tokenizer: Tokenizer, kind: Kind, seed: str) -> Iterator[list[in
         for *prompts, opening in zip(*sources, strict=False):
             for chat in filter(None, (as_chat(tokenizer, prompt) for prompt in prompts)):
                 yield list(tokenize(tokenizer, chat, add_special_tokens=False).input_ids)
-            yield begun(tokenizer, opening)
+            yield tokens_to_continue(tokenizer, opening)
 
 
 # Of the prompts whose answers are shown.
@@ -244,7 +251,7 @@ def prompts_to_show(tokenizer: Tokenizer) -> dict[str, list[int]]:
     has a chat template that takes a single question; else openings to continue."""
     asked = {question: as_chat(tokenizer, question) for question in _QUESTIONS}
     if not all(asked.values()):
-        return {opening: begun(tokenizer, opening) for opening in _OPENINGS}
+        return {opening: tokens_to_continue(tokenizer, opening) for opening in _OPENINGS}
     encoded = tokenize(tokenizer, list(asked.values()), add_special_tokens=False).input_ids
     return dict(zip(asked, encoded, strict=True))
 

@@ -112,7 +112,7 @@ def heal(
     options: RecoveryOptions,
     folder: Path,
     progress: Callable[[int], None] = lambda steps: None,
-    special_tokens: int = 0,
+    start: Tensor | None = None,
 ) -> tuple[PreTrainedModel | None, Healing]:
     """Trains a model to predict as another one does. A tenth of the steps at each of several learning rates is tried
     first, from the lowest until one is worse; then the model is trained at the best of them, from the beginning.
@@ -124,16 +124,17 @@ def heal(
         teacher: the dense model.
         folder: for the checkpoints of a training that resumes.
         progress: called with the number of steps done, those of the trials included; see `steps_of_healing`.
-        special_tokens: the number of special tokens at the beginning of every window.
+        start: [special tokens], int64, with which the tokenizer begins a text; none by default.
 
     Returns:
         The trained model and the record; None if it comes no nearer to the dense model.
     """
-    # The windows of every kind that has held-out ones, in their shares.
 
     def as_text(windows: Tensor) -> list[Example]:
-        return examples_of_windows(joined(windows, special_tokens, options.seq_len), label_weight=0.0)
+        special = torch.empty(0, dtype=torch.int64) if start is None else start
+        return examples_of_windows(joined(windows, special, options.seq_len), label_weight=0.0)
 
+    # The windows of every kind that has held-out ones, in their shares.
     by_kind, validation, tried = text.by_kind, held_out.by_kind, folder / "rates.json"
     count = sum(len(by_kind[kind]) for kind in validation)
     blend = [

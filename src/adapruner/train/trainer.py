@@ -32,8 +32,9 @@ from transformers.trainer import FSDP_MODEL_NAME
 from adapruner.base.errors import AdaPrunerError, reason
 from adapruner.base.processes import random_state_kept, this_process
 from adapruner.model.architecture import architecture_of
+from adapruner.model.config import computes_bfloat16_natively
 from adapruner.model.layers import change_weight, decoder_layers, is_streamed
-from adapruner.model.loading import computes_bfloat16_natively, copy_in_dtype, in_fastest_dtype
+from adapruner.model.loading import copy_in_dtype, in_fastest_dtype
 from adapruner.model.places import quiet_transformers
 from adapruner.model.stored import deferred_by_module, read_parts
 from adapruner.options import RecoveryOptions, TrainedWeights
