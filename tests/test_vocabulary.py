@@ -528,7 +528,8 @@ def test_the_command_says_what_was_removed(folders, tmp_path, capsys):
 def test_text_with_all_tokens_is_refused(folders, tmp_path):
     everything = tmp_path / "all.txt"
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    everything.write_text("\n\n".join(TEXTS + tokenizer.batch_decode([[token] for token in range(len(tokenizer))])))
+    tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    everything.write_text("\n\n".join(TEXTS + tokens).replace("\0", ""))
     with pytest.raises(AdaPrunerError, match=r"no token can be removed: \d+ of the \d+ tokens occur"):
         adapruner.vocabulary(folders[0], str(everything), tmp_path / "small", vocabulary_multiple=1024)
 
