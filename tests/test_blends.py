@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -234,6 +235,20 @@ def test_the_teacher_answers_prompts(tokenizer, model, instructions, monkeypatch
     )
     assert isinstance(chat, Unwritten)
     assert all(re.fullmatch(r"w50 w\d+ w2 w51", tokenizer.decode(prompt)) for prompt in chat.prompts)
+
+
+def test_prompts_beyond_the_positions_are_refused_before_the_teacher_is_loaded(
+    model_folder, instructions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("adapruner.run.recover._load_teacher", None)
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3}))
+    with pytest.raises(AdaPrunerError, match=r"a prompt of \d+ tokens does not fit the 3 positions of this llama"):
+        adapruner.recover(
+            model_folder, f"answers:{instructions}", tmp_path / "a", teacher=str(teacher), **SHORT | {"seq_len": 96}
+        )
 
 
 def test_a_blend_is_learnt(model_folder, text_file, instructions, tmp_path):

@@ -45,6 +45,16 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     return sorted(end for end in ends if end is not None and 0 <= end < model.config.vocab_size)
 
 
+def check_prompts(config: PreTrainedConfig, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuses a prompt longer than `max_position_embeddings`."""
+    longest, positions = max(map(len, prompts), default=0), getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise AdaPrunerError(
+            f"a prompt of {longest:,} tokens does not fit the {positions:,} positions of this {config.model_type}:"
+            " shorten it, or lower `seq_len`"
+        )
+
+
 def continue_texts(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -71,12 +81,8 @@ def continue_texts(
         each prompt, padded on the left, and its continuation up to and including a token that ends it; `NO_TOKEN`
         before and after. Logits that are not finite give any tokens.
     """
+    check_prompts(model.config, prompts)
     longest, positions = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None) or math.inf
-    if longest > positions:
-        raise AdaPrunerError(
-            f"a prompt of {longest:,} tokens does not fit the {positions:,} positions of this"
-            f" {model.config.model_type}: shorten it, or lower `seq_len`"
-        )
     padded = torch.full((len(prompts), longest + new_tokens), NO_TOKEN)
     for row, prompt in zip(padded, prompts, strict=True):
         row[longest - len(prompt) : longest] = torch.tensor(prompt)

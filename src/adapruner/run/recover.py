@@ -20,6 +20,7 @@ from adapruner.graph.folder import Folder
 from adapruner.graph.making import Making
 from adapruner.graph.nodes import Form, Graph
 from adapruner.model.architecture import check_length, check_tokens
+from adapruner.model.generation import check_prompts
 from adapruner.model.loading import (
     empty_model,
     in_fastest_dtype,
@@ -232,6 +233,8 @@ def parts(
     examples = read_examples(blend, tokenizer, training, training.label_weight if dense else 1.0)
     for part in examples:
         check_tokens(model_config, part.largest_token)
+        if isinstance(part, Unwritten) and dense:
+            check_prompts(dense_config, part.prompts)
     reporter.note("\n".join(filter(None, dict.fromkeys(warnings))))
     return examples
 
