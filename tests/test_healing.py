@@ -63,11 +63,16 @@ def test_every_input_of_a_linear_layer_is_scaled(healed, compensated, model_fold
     assert divergence(after, dense, rows) < divergence(before, dense, rows)
 
 
+STORED: Any = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+
+
+@STORED
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of PEFT
-def test_small_scales_are_seen_where_bfloat16_is_native(model_folder, monkeypatch):
+def test_small_scales_are_seen_where_bfloat16_is_native(dtype, model_folder, monkeypatch):
     """Of a number in bfloat16, a thousandth more is the same number."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    adapted: Any = with_adapters(frozen(adapruner.load(model_folder), "ia3"), RecoveryOptions(train="ia3", steps=1))
+    below = frozen(adapruner.load(model_folder, dtype), "ia3")
+    adapted: Any = with_adapters(below, RecoveryOptions(train="ia3", steps=1))
     rows = torch.randint(4, 60, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = adapted(rows).logits
@@ -77,18 +82,23 @@ def test_small_scales_are_seen_where_bfloat16_is_native(model_folder, monkeypatc
         assert not adapted(rows).logits.equal(before)
 
 
-def test_weights_of_linear_layers_alone_are_rounded_below_scales(model_folder, monkeypatch):
+@STORED
+def test_weights_of_linear_layers_alone_are_rounded_below_scales(dtype, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    loaded = adapruner.load(model_folder)
+    loaded = adapruner.load(model_folder, dtype)
     below = frozen(loaded, "ia3")
     rounded = {name for name, weight in below.named_parameters() if weight.dtype == torch.bfloat16}
     linear = {f"{name}.weight" for name, module in loaded.named_modules() if isinstance(module, nn.Linear)}
-    assert rounded == linear - ({"lm_head.weight"} if loaded.config.tie_word_embeddings else set())
-    assert loaded.dtype == below.get_input_embeddings().weight.dtype == torch.float32
+    tied = {"lm_head.weight"} if loaded.config.tie_word_embeddings else set()
+    embedding = set() if dtype == "float32" else {"model.embed_tokens.weight"}
+    assert rounded == linear - tied | embedding
+    assert below.get_input_embeddings()(torch.tensor([5])).dtype == torch.float32
+    assert {weight.dtype for name, weight in below.named_parameters() if name not in rounded} == {torch.float32}
+    assert str(loaded.dtype) == f"torch.{dtype}"
     # FSDP rounds what it gathers.
     monkeypatch.setattr("adapruner.train.trainer.this_process", lambda: Process(count=2))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert frozen(loaded, "ia3") is loaded
+    assert (frozen(loaded, "ia3") is loaded) == (dtype != "float16")
 
 
 def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_path, monkeypatch):

@@ -152,8 +152,7 @@ def estimate_memory(
     phases = [(dense, measuring), (dense + pruned, pruning)]
     healing = healing_within(config, model, left, devices, by_layer, stated)
     if healing:
-        # At most, below scales: `frozen` holds some weights in bfloat16.
-        computed = max(dtype, trial, key=lambda of: of.itemsize) if healing.train == "ia3" else trial
+        computed = torch.float32 if healing.train == "ia3" and not by_layer else trial  # see `frozen`
         training = {"training after the cut": _training(model, healing, computed, left, by_layer)}
         phases.append((dense + held(left) * size, training))
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]

@@ -50,16 +50,25 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 
 
 def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
-    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. Of a model
-    in float32 whose scales are trained, the weights of linear layers alone are in bfloat16."""
-    if train == "ia3" and model.dtype == torch.float32:  # times 1.001, a number in bfloat16 is the same number
-        if not multiplies_in_bfloat16(train, model.device) or is_streamed(model) or deferred_by_module(model):
-            return model
-        linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
-        return copy_in_dtype(model, torch.bfloat16, linear - {id(model.get_input_embeddings().weight)})
+    """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. Where
+    scales are trained, the weights of linear layers alone are in bfloat16."""
     if model.dtype == torch.float16:
-        return copy_in_dtype(model, torch.bfloat16 if computes_bfloat16_natively(model.device) else torch.float32)
-    return in_fastest_dtype(model)
+        model = copy_in_dtype(model, torch.bfloat16 if computes_bfloat16_natively(model.device) else torch.float32)
+    if train != "ia3":
+        return in_fastest_dtype(model)
+    is_float32 = model.dtype == torch.float32
+    if not multiplies_in_bfloat16(train, model.device) or is_streamed(model) or deferred_by_module(model):
+        return model if is_float32 else in_fastest_dtype(model)
+    # Times 1.001, a number in bfloat16 is the same number.
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}
+    embedding = id(model.get_input_embeddings().weight)
+    if is_float32:
+        return copy_in_dtype(model, torch.bfloat16, linear - {embedding})
+    others = {id(weight) for weight in model.parameters()} - linear - {embedding}
+    copied = copy_in_dtype(model, torch.float32, others)
+    # Its weight is large, and not scaled: what it gives is enough.
+    copied.get_input_embeddings().register_forward_hook(lambda _, __, states: states.float())
+    return copied
 
 
 def multiplies_in_bfloat16(train: TrainedWeights, device: torch.device) -> bool:
