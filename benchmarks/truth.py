@@ -28,6 +28,7 @@ from adapruner.evaluation.abilities import (
 from adapruner.evaluation.tasks import load_tasks, measure_tasks
 from adapruner.model.loading import in_fastest_dtype, load_model, load_tokenizer
 from adapruner.model.places import find_model
+from adapruner.tokens.tokenizer import spelling_of, tokens_of_both
 
 # Programs that an original solves by chance, or hardly: what is left of them cannot be measured.
 _FEWEST_SOLVED = 5
@@ -80,10 +81,16 @@ def main(
         if "abilities" in wanted:
             if not written.is_file():
                 save_file(write_answers(model, tokenizer), written)
-            known_tokenizer = load_tokenizer(find_model(original))
-            is_same = tokenizer.get_vocab() == known_tokenizer.get_vocab()
-            abilities = measure_abilities(model, tokenizer, load_file(written), None if is_same else known_tokenizer)
+            to_read, known_tokenizer = load_file(written), load_tokenizer(find_model(original))
+            spelling = spelling_of(known_tokenizer, tokenizer)
+            counted = tokens_of_both(known_tokenizer, tokenizer) if spelling else None
+            abilities = measure_abilities(model, tokenizer, to_read, None, spelling, counted)
             entry["abilities"] = abilities.model_dump(mode="json")
+            if spelling:  # the original, by the tokens that both have
+                dense = in_fastest_dtype(load_model(find_model(original), "auto", "cpu"))
+                abilities = measure_abilities(dense, known_tokenizer, to_read, counted=counted)
+                entry["abilities of the original"] = abilities.model_dump(mode="json")
+                del dense
             if name == original:
                 entry["chance"] = at_chance(model, tokenizer)
             save()
@@ -115,7 +122,8 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         measured["tasks"] = tasks | {"above chance": round(accuracies[1] / accuracies[0], 3)}
     if "abilities" not in after:
         return measured
-    dense, pruned = (Abilities.model_validate(of["abilities"]) for of in (before, after))
+    of_dense = after.get("abilities of the original", before["abilities"])
+    dense, pruned = map(Abilities.model_validate, (of_dense, after["abilities"]))
     left = estimates(dense, pruned, before["chance"])
     measured["estimated"] = {kind: str(estimate) for kind, estimate in left.items()}
     return measured | {"verdict": judge(left), "because": damaged(left)}

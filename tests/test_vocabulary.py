@@ -28,12 +28,13 @@ from transformers import (
 
 import adapruner
 from adapruner.base.errors import AdaPrunerError
+from adapruner.evaluation.losses import token_losses_spelt
 from adapruner.model.loading import load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.text.reading import read_documents
 from adapruner.text.sources import parse_source, source_names
 from adapruner.tokens.model import Vocabulary, choose_tokens, count_tokens, cut_vocabulary, named_tokens
-from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
+from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer, spelling_of, tokens_of_both
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import exit_code
 
@@ -581,3 +582,95 @@ def test_a_model_that_is_no_causal_one_is_refused_before_text_is_read(tokenizer,
     tokenizer.save_pretrained(tmp_path / "t5")
     with pytest.raises(AdaPrunerError, match="'t5' is an encoder-decoder, only causal language models can be pruned"):
         adapruner.vocabulary(tmp_path / "t5", str(text_file), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_spelt_token_by_token_a_text_has_the_tokens_of_the_smaller_tokenizer(kind):
+    before, after, vocabulary = tokenizer_and_cut(kind)
+    spelling = spelling_of(before, after)
+    assert spelling_of(before, before) is spelling_of(after, before) is None
+    assert tokens_of_both(before, after) == {token for token in vocabulary.kept if token in spelling}
+    same = 0
+    for text in OTHERS:
+        spelt = [piece for token in before(text).input_ids for piece in spelling[token]]
+        assert after.decode(spelt) == before.decode(before(text).input_ids)
+        same += spelt == after(text).input_ids
+    # Between tokens, the smaller tokenizer may merge otherwise, and Unigram find another path.
+    assert same >= (0 if "unigram" in kind else 0.5 * len(OTHERS))
+
+
+def test_the_losses_of_spelt_tokens_are_those_of_what_spells_them(folders, tmp_path):
+    folder, text, _ = folders
+    small = adapruner.vocabulary(folder, str(text), tmp_path / "small").path
+    before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(small)
+    model, spelling = adapruner.load(small), spelling_of(before, after)
+    windows = before([*OTHERS[:6], *ENGLISH[:2]], padding="max_length", max_length=150, truncation=True)
+    windows = torch.tensor(windows.input_ids)
+    losses = torch.cat([*token_losses_spelt(model, windows, spelling)])
+    for window, own in zip(windows.tolist(), losses, strict=True):
+        row = torch.tensor([[piece for token in window for piece in spelling[token]]])
+        with torch.no_grad():
+            of_pieces = iter(torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none"))
+        expected = [sum(next(of_pieces) for _ in spelling[token]) for token in window[1:]]
+        torch.testing.assert_close(own, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def with_fewer_tokens(folders):
+    """A run that removes tokens and then channels."""
+    folder, text, other = folders
+    options = {"vocabulary": str(text), "evaluate": [f"{other}@report"], "calibration": str(other), "effort": "quick"}
+    sizes = {"ratio": 0.48, "round_to": 1, "seq_len": 32, "limit": 8}
+    return adapruner.prune(folder, output=text.parent / "run", **sizes, **options)
+
+
+def test_tokens_and_channels_meet_a_ratio_together(folders, with_fewer_tokens):
+    small = with_fewer_tokens.result.vocabulary
+    assert small.removed_parameters > 0.1 * small.parameters_before
+    removed_by_plan = sum(
+        (block.groups - len(planned.kept)) * block.parameters_per_group
+        for block, planned in zip(adapruner.inspect(folders[0]).blocks, with_fewer_tokens.plan.blocks, strict=True)
+    )
+    model = adapruner.load(with_fewer_tokens.model_folder)
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert left == small.parameters_before - small.removed_parameters - removed_by_plan
+    assert 1 - left / small.parameters_before == pytest.approx(0.48, abs=0.005)
+    assert model.config.vocab_size == small.after == len(AutoTokenizer.from_pretrained(with_fewer_tokens.model_folder))
+    card = (with_fewer_tokens.model_folder / "README.md").read_text()
+    assert "OTHER LANGUAGES" in card
+    assert "channels, tokens." in card
+    assert "--vocabulary" in with_fewer_tokens.report.read_text()
+
+
+def test_both_models_are_measured_on_the_same_text(folders, with_fewer_tokens):
+    """Whose tokens are all kept: what the smaller model reads by itself is what the run says."""
+    _, _, other = folders
+    measured, *_ = with_fewer_tokens.result.final.perplexity.values()
+    [alone] = adapruner.evaluate(with_fewer_tokens.model_folder, [f"{other}@report"], seq_len=32, limit=8).perplexity
+    assert measured.perplexity == pytest.approx(alone.perplexity, rel=1e-4)
+    dense, final = with_fewer_tokens.result.model("dense"), with_fewer_tokens.result.final
+    # The model also writes tokens that are gone.
+    spelt = {kind: reading.spelt for kind, reading in final.abilities.reads.items()}
+    assert spelt == {kind: reading.spelt for kind, reading in dense.abilities.reads.items()}
+    assert 0.05 < max(spelt.values()) < 0.9
+    assert all(estimate.most <= 1 - spelt[kind] for kind, estimate in final.left.items())
+
+
+def test_what_tokens_alone_remove_is_refused_with_a_lower_ratio(folders, tmp_path):
+    folder, text, _ = folders
+    with pytest.raises(AdaPrunerError, match=r"`ratio` 0.01: fewer tokens alone remove 0\.\d+ of all parameters"):
+        adapruner.prune(folder, output=tmp_path / "run", ratio=0.01, vocabulary=str(text))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(AdaPrunerError, match="`vocabulary_size` needs text in which tokens are counted"):
+        adapruner.prune(folder, vocabulary_size=500)
+
+
+def test_a_size_is_met_with_fewer_tokens(folders, tmp_path):
+    folder, text, other = folders
+    options = {"calibration": str(other), "evaluate": [f"{other}@report"], "effort": "quick", "round_to": 1}
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * 0.58
+    result = adapruner.prune(
+        folder, output=tmp_path / "run", size=f"{size:.0f}", vocabulary=str(text), seq_len=32, **options
+    )
+    made = sum(file.stat().st_size for file in result.model_folder.glob("*.safetensors"))
+    assert 0.9 * size < made <= size

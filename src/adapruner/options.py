@@ -98,6 +98,8 @@ OF_A_SEARCH = ("objective", "pool", "samples", "objective_windows", "alignment",
 BUDGETS = ("ratio", "size", "memory")
 # The options for the length of a training; it has at most one of them.
 TRAINING_BUDGETS = ("steps", "epochs", "tokens")
+# The number of kept tokens is a multiple of this, as kernels of GPUs like it.
+TOKENS_MULTIPLE = 64
 # The fewest windows that judge trials, unless fewer are asked for: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
 FEWEST_JUDGING_WINDOWS = 64
@@ -213,6 +215,14 @@ class PruneOptions(_Options):
         default="standard",
         description="Amount of text and training: quick corrects in closed form alone; standard also trains, and"
         " reads more text; thorough does more of both. Explicit options win.",
+    )
+    vocabulary: Names = Field(
+        default=(),
+        description="Datasets whose tokens are kept: the others are removed, and what they do not give to the ratio is"
+        " removed from the layers; comma-separated or repeated.",
+    )
+    vocabulary_size: int | None = Field(
+        default=None, ge=1, description="Maximum number of tokens to keep, the most frequent ones of vocabulary."
     )
     ratio_of: RatioOf = Field(
         default="parameters",
@@ -358,6 +368,10 @@ class PruneOptions(_Options):
             yield "`alignment` paper only supports the Taylor terms: set `space` paper"
         if self.ratio_of == "groups" and is_extended:
             yield "`ratio_of` groups leaves no allocation to search: set `space` paper"
+        if self.vocabulary_size and not self.vocabulary:
+            yield "`vocabulary_size` needs text in which tokens are counted: add `vocabulary`"
+        if self.vocabulary and self.ratio_of == "groups":
+            yield "`ratio_of` groups counts no tokens: leave `vocabulary` or `ratio_of` out"
         if self.samples > self.pool:
             yield f"`samples` {self.samples} is more than the {self.pool} of `pool`: lower one or raise the other"
 

@@ -35,9 +35,10 @@ Names = Annotated[tuple[str, ...], Parameter(negative="")]
 
 # Groups of the fields of `PruneOptions` in the command line and the documentation; most runs set the first group only.
 OPTION_GROUPS: dict[str, tuple[str, ...]] = {
-    "Most used": ("ratio", "size", "memory", "calibration", "effort", "for_", "heal", "evaluate"),
+    "Most used": ("ratio", "size", "memory", "calibration", "effort", "for_", "vocabulary", "heal"),
     "Cache in that memory": ("context", "batch"),
     "What is removed": (
+        "vocabulary_size",
         *("layout", "remove_attention"),
         *("ratio_of", "protect_first", "protect_last", "head_share", "head_granularity"),
         *("expert_granularity", "round_to", "tensor_parallel"),
@@ -46,7 +47,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Search": ("trials", "search", "space", "seed"),
     "Read by a search alone": config.OF_A_SEARCH,
     "Compensation": ("compensation", "compensation_windows"),
-    "Evaluation": ("evaluate_bos", "tasks", "limit"),
+    "Evaluation": ("evaluate", "evaluate_bos", "tasks", "limit"),
     "Model and memory": ("device", "dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
 # Of `recover`, what most runs set.

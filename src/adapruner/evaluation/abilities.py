@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
 from statistics import fmean
@@ -13,7 +13,7 @@ from pydantic import BaseModel, computed_field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-from adapruner.evaluation.losses import Text, read, window_losses
+from adapruner.evaluation.losses import Spelling, Text, read, token_losses, token_losses_spelt
 from adapruner.model.generation import NO_TOKEN, continue_texts, end_tokens
 from adapruner.model.layers import is_streamed
 from adapruner.text.windows import tokenize
@@ -106,12 +106,15 @@ class Reading(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """How a model reads text of a kind that the original wrote.
 
     Attributes:
-        losses: the mean negative log-likelihood of each window, in nats per token of the original.
+        losses: the mean negative log-likelihood of each window, in nats per token of the original, of those that both
+            models have.
+        spelt: the fraction of tokens that the pruned model does not have, and spells by others.
         agreement: the fraction of tokens at which the model and the original predict the same; 1 for the original;
             None layer by layer, or if their tokens differ.
     """
 
     losses: tuple[float, ...]
+    spelt: float = 0.0
     agreement: float | None
 
     @computed_field
@@ -179,6 +182,8 @@ def measure_abilities(
     tokenizer: Tokenizer,
     answers: Answers,
     tokenizer_of_answers: Tokenizer | None = None,
+    spelling: Spelling | None = None,
+    counted: Container[int] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Abilities:
     """Measures what a model can do.
@@ -186,6 +191,8 @@ def measure_abilities(
     Args:
         answers: of the original, see `write_answers`.
         tokenizer_of_answers: of the original, if its tokens are others.
+        spelling: of the tokens of the original, if the model has some of them alone.
+        counted: the tokens whose losses count, of both models the same; by default all.
         advance: called with the number of windows done.
     """
     reads = {}
@@ -195,14 +202,20 @@ def measure_abilities(
             texts = tokenizer_of_answers.batch_decode(windows)
             own = [tokenize(tokenizer, text, add_special_tokens=False).input_ids for text in texts]
             summed = [losses.double().sum() for losses, _ in read(model, [Text(row[:1], row[1:]) for row in own])]
-            of_windows, agreed = torch.stack(summed) / (windows.shape[1] - 1), None
+            losses, agreed = torch.stack(summed)[:, None] / (windows.shape[1] - 1), None
+        elif spelling:
+            losses, agreed = torch.cat([*token_losses_spelt(model, windows, spelling)]), None
         elif is_streamed(model):
-            of_windows, agreed = window_losses(model, windows), None
+            losses, agreed = torch.cat([*token_losses(model, windows)]), None
         else:
             losses, chosen = (torch.stack(both) for both in zip(*read(model, _texts(windows)), strict=True))
-            of_windows = losses.double().mean(1)
             agreed = None if predicted is None else float((chosen == predicted).double().mean())
-        reads[kind] = Reading(losses=tuple(of_windows.tolist()), agreement=agreed)
+        is_counted = torch.ones_like(losses, dtype=torch.float64)
+        if counted is not None:
+            is_counted = torch.tensor([[token in counted for token in window[1:]] for window in windows.tolist()])
+        of_windows = (losses.double() * is_counted).sum(1) / is_counted.sum(1).clamp(min=1)
+        spelt = 1 - float(is_counted.double().mean())
+        reads[kind] = Reading(losses=tuple(of_windows.tolist()), spelt=spelt, agreement=agreed)
         if advance:
             advance(len(windows))
     return Abilities(reads=reads, writes={} if is_streamed(model) else write(model, tokenizer))
@@ -271,7 +284,9 @@ def _estimate(dense: Abilities, pruned: Abilities, kind: str, at_chance: str) ->
     rise, (per_nat, spread) = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
     of_rise = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
     error = 2 * math.hypot(per_nat * of_rise, spread * rise)
-    least, left, most = (_share(-per_nat * rise + apart) for apart in (-error, 0.0, error))
+    # A token that is spelt by others counts as lost.
+    whole = 1 - pruned.reads[kind].spelt
+    least, left, most = (whole * _share(-per_nat * rise + apart) for apart in (-error, 0.0, error))
     return Estimate(rise=rise, left=left, least=least, most=most, at_chance=at_chance)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from pydantic import BaseModel, computed_field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
@@ -23,6 +24,10 @@ _TOKENS_PER_BATCH_ON_CPU, _TOKENS_PER_BATCH = 512, 4096
 _TOKENS_PER_READING = 32768
 # Predictions in float32 at once, of the vocabulary each.
 _ROWS_AT_ONCE = 256
+
+
+# By token of another model, the tokens of this one that spell it.
+Spelling = Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,23 @@ def token_losses(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
         with torch.inference_mode():
             losses = _losses_of_batch(model, batch)
         yield losses
+
+
+def token_losses_spelt(model: PreTrainedModel, windows: Tensor, spelling: Spelling) -> Iterator[Tensor]:
+    """The losses of `token_losses` for a model that spells some of the tokens by others: of every token, the sum over
+    those that spell it."""
+    rows, places = list[Tensor](), list[Tensor]()
+    for window in windows.tolist():
+        spelt = [(place, piece) for place, token in enumerate(window) for piece in spelling.get(token, ())]
+        place_of_piece, row = torch.tensor(spelt).unbind(1)
+        rows.append(row)
+        places.append(place_of_piece)
+    tokens = windows.shape[1]
+    # Nothing that is read sees the padding behind it.
+    place_of = iter(pad_sequence(places, batch_first=True, padding_value=tokens)[:, 1:].split(1))
+    for losses in token_losses(model, pad_sequence(rows, batch_first=True)):
+        of_batch = torch.cat([next(place_of) for _ in losses])
+        yield losses.new_zeros(len(losses), tokens + 1).scatter_add_(1, of_batch, losses)[:, 1:tokens]
 
 
 def losses_by_batch(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
@@ -318,6 +340,7 @@ def measure_perplexity(
     provenance: dict[str, str] | None = None,
     predicted_bytes: int | None = None,
     special_tokens: int = 0,
+    spelling: Spelling | None = None,
 ) -> Perplexity:
     """The perplexity over windows.
 
@@ -327,11 +350,12 @@ def measure_perplexity(
         progress: called with the number of windows done after each batch.
         stride: tokens between the beginnings of windows; by default they do not overlap.
         provenance, predicted_bytes, special_tokens: see `Perplexity`.
+        spelling: of a model with fewer tokens, whose perplexity is that of the tokens of the windows all the same.
     """
     seq_len, first = windows.shape[1], max(1, special_tokens)
     stride = stride or seq_len
     read = list[Tensor]()
-    for batch in token_losses(model, windows):
+    for batch in token_losses(model, windows) if spelling is None else token_losses_spelt(model, windows, spelling):
         read.append(batch.double()[:, first - 1 :])
         if progress:
             progress(len(batch))

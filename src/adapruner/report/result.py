@@ -20,6 +20,7 @@ from adapruner.evaluation.tasks import TaskScore, mean_accuracies
 from adapruner.options import PruneConfig
 from adapruner.search.judging import Costs
 from adapruner.search.study import SearchResult
+from adapruner.tokens.model import VocabularySummary
 from adapruner.train.healing import Healing
 
 Kind = Literal["cost", "text", "ability", "task", "mean"]
@@ -271,8 +272,8 @@ def _protocols(shown: Numbers) -> list[str]:
     return list(dict.fromkeys(number.protocol for number in shown.values() if number.protocol))
 
 
-# Limits of advice: the growth of a perplexity, the number of windows.
-_MUCH_WORSE, _FEW_WINDOWS = 2.0, 256
+# Limits of advice: the growth of a perplexity, the number of windows, the share of parameters that tokens have.
+_MUCH_WORSE, _FEW_WINDOWS, _MANY_TOKENS = 2.0, 256, 0.1
 
 Role = Literal["dense", "pruned"]
 
@@ -322,6 +323,8 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         costs: of cutting each block; None if options decided how much each loses.
         search: the chosen candidate and all trials; None without a search.
         healing: the record of the training after the cut, if there was any.
+        vocabulary: the tokens that were kept; None for all.
+        embedding_share: the fraction of the parameters of the decoder that its tokens have.
         models: the dense and the pruned model.
         windows: the number of windows, by use and kind of text.
         stages: seconds and peak memory of every stage.
@@ -329,13 +332,15 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[11] = 11
+    schema_version: Literal[12] = 12
     config: PruneConfig
     plan_hash: str
     share_of_decoder: float = 1.0
     costs: Costs | None = None
     search: SearchResult | None = None
     healing: Healing | None = None
+    vocabulary: VocabularySummary | None = None
+    embedding_share: float = 0.0
     models: tuple[ModelNumbers, ...]
     windows: dict[str, dict[str, int]]
     stages: dict[str, StageCost]
@@ -366,6 +371,11 @@ def advice_on(result: RunResult) -> list[str]:
     """Problems of the outcome and remedies, a line each."""
     if lines := [*_damage(result)]:
         lines.append("more tokens of `heal`, or a lower `ratio`, helps")
+        if result.embedding_share > _MANY_TOKENS and not result.vocabulary:
+            lines.append(
+                f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary` with text in the"
+                " languages that you need removes the others first, which costs that text next to nothing"
+            )
     lines += [f"{kind} {estimate}" for kind, estimate in result.final.left.items() if estimate.at_chance]
     count = sum(result.windows.get("compensation", {}).values())
     if 0 < count < _FEW_WINDOWS:

@@ -41,6 +41,7 @@ from adapruner.run.memory import Placement, place_weights
 from adapruner.text.blends import overlaps
 from adapruner.text.sources import Source, parse_source
 from adapruner.text.windows import evaluation_text, texts_to_report
+from adapruner.tokens.tokenizer import spelling_of, tokens_of_both
 
 # Tokens per window, if nothing else is said.
 _SHORT = 128
@@ -200,10 +201,12 @@ def _compare(
     """What two models with their tokenizers can do, and what the first one shows no more than by chance."""
     (original, vocabulary), (model, tokenizer) = ((in_fastest_dtype(model), own) for model, own in (dense, pruned))
     answers = write_answers(original, vocabulary, positions=getattr(model.config, "max_position_embeddings", None))
-    other = None if tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
+    spelling = spelling_of(vocabulary, tokenizer)
+    counted = tokens_of_both(vocabulary, tokenizer) if spelling else None
+    other = None if spelling or tokenizer.get_vocab() == vocabulary.get_vocab() else vocabulary
     return (
-        measure_abilities(original, vocabulary, answers),
-        measure_abilities(model, tokenizer, answers, tokenizer_of_answers=other),
+        measure_abilities(original, vocabulary, answers, counted=counted),
+        measure_abilities(model, tokenizer, answers, other, spelling, counted),
         at_chance(original, vocabulary),
     )
 

@@ -18,13 +18,12 @@ from adapruner.model.architecture import architecture_of, has_causal_model
 from adapruner.model.loading import empty_model, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.model.wrapper import wrapper_of
-from adapruner.options import Dtype, GgufType
+from adapruner.options import TOKENS_MULTIPLE, Dtype, GgufType
 from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
 from adapruner.text.blends import record_of
 from adapruner.text.sources import parse_source, source_names
-from adapruner.tokens.model import VocabularySummary, configs_with_tokens, cut_vocabulary, select_vocabulary
-from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
+from adapruner.tokens.model import VocabularySummary, cut_vocabulary, fewer_tokens
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def vocabulary(
     vocabulary: str | Sequence[str],
     output: str | Path,
     vocabulary_size: int | None = None,
-    vocabulary_multiple: int = 64,
+    vocabulary_multiple: int = TOKENS_MULTIPLE,
     overwrite: bool = False,
     dtype: Dtype = "auto",
 ) -> PrunedVocabulary:
@@ -151,11 +150,9 @@ def vocabulary(
     if not has_causal_model(config.model_type):
         architecture_of(config)  # refuses it
     with reporter.stage("counting tokens", None) as advance:
-        naming = configs_with_tokens(location, config)
-        chosen, summary = select_vocabulary(
-            tokenizer, config, naming, sources, vocabulary_size, vocabulary_multiple, advance
+        chosen, summary, cut = fewer_tokens(
+            location, config, tokenizer, sources, vocabulary_size, vocabulary_multiple, advance
         )
-    cut = cut_tokenizer(tokenizer, TokenizerParts.of(tokenizer), chosen.new_ids)
     with reporter.stage("loading"):
         loaded = open_model(location, dtype, "cpu")
     cut_vocabulary(loaded, chosen)

@@ -4,6 +4,7 @@ The nodes are declared here, in `choice` and in `models`, in this order: each ta
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from adapruner.model.loading import (
 from adapruner.model.places import ModelLocation, find_model, fingerprint as fingerprint_of_model
 from adapruner.options import (
     FEWEST_JUDGING_WINDOWS,
+    TOKENS_MULTIPLE,
     Dtype,
     ExpertGranularity,
     HeadGranularity,
@@ -51,7 +53,7 @@ from adapruner.structure.blocks import Structure, count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import DEFAULT_REPORT_WINDOWS, BlendPart, Texts, assign_texts, counts_of, sources_of
 from adapruner.text.reading import fingerprint
-from adapruner.text.sources import Part, Source
+from adapruner.text.sources import Part, Source, parse_source, source_names
 from adapruner.text.windows import (
     EvaluationText,
     Text,
@@ -65,6 +67,7 @@ from adapruner.text.windows import (
     texts_to_report,
 )
 from adapruner.text.written import kinds, write_kinds
+from adapruner.tokens.model import FewerTokens, fewer_tokens
 
 Windows = dict[str, Tensor]
 TENSORS: Form[Windows] = Form(save_file, load_file)
@@ -167,7 +170,38 @@ def evaluated_texts(texts: Texts) -> dict[str, Source]:
     return texts.report
 
 
+@GRAPH.leaf(lambda sources: {str(source): content_of_text(source) for source in sources}, title="vocabulary")
+def vocabulary_texts(vocabulary: tuple[str, ...]) -> tuple[Source, ...]:
+    """The text whose tokens are kept."""
+    return tuple(map(parse_source, source_names(vocabulary)))
+
+
 # How much is removed
+
+
+@GRAPH.in_memory
+def tokens_left(
+    vocabulary_texts: tuple[Source, ...],
+    vocabulary_size: int | None,
+    location: ModelLocation,
+    model_config: PreTrainedConfig,
+    tokenizer_later: Callable[[], Tokenizer],
+    reporter: Reporter,
+) -> FewerTokens | None:
+    """The tokens that are kept; None for all of them. They are counted again in every process: what is removed from the
+    layers depends on their number."""
+    if not vocabulary_texts:
+        return None
+    with reporter.stage("counting tokens", None) as advance:
+        return fewer_tokens(
+            location, model_config, tokenizer_later(), vocabulary_texts, vocabulary_size, TOKENS_MULTIPLE, advance
+        )
+
+
+@GRAPH.in_memory
+def tokenizer_left(tokenizer: Tokenizer, tokens_left: FewerTokens | None) -> Tokenizer:
+    """The tokenizer of the pruned model."""
+    return tokens_left.tokenizer if tokens_left else tokenizer
 
 
 @GRAPH.in_memory
@@ -180,15 +214,22 @@ def share_of_decoder(location: ModelLocation, model_config: PreTrainedConfig) ->
 
 
 @GRAPH.in_memory
-def ratio_of_decoder(share_of_decoder: float, ratio: float, ratio_of: RatioOf) -> float:
-    """The share of the parameters of the decoder, or of its groups, that is removed."""
-    if ratio_of != "parameters":
-        return ratio
-    if ratio >= share_of_decoder:
+def ratio_of_decoder(
+    share_of_decoder: float, ratio: float, ratio_of: RatioOf, tokens_left: FewerTokens | None
+) -> float:
+    """The share of the parameters of the decoder, or of its groups, that is removed from its layers."""
+    share = share_of_decoder if ratio_of == "parameters" else 1.0
+    if ratio >= share:
         raise UnreachableRatioError(
             f"`ratio` {ratio} is not reachable: the decoder, all that is pruned, has {share_of_decoder:.3f} of all"
         )
-    return ratio / share_of_decoder
+    of_tokens = tokens_left.summary.removed_share if tokens_left else 0.0
+    if ratio / share <= of_tokens:
+        raise AdaPrunerError(
+            f"`ratio` {ratio}: fewer tokens alone remove {of_tokens * share:.3f} of all parameters. Raise `ratio`, keep"
+            " more tokens by more text, or remove nothing else by adapruner vocabulary"
+        )
+    return ratio / share - of_tokens
 
 
 @GRAPH.in_memory
@@ -397,10 +438,13 @@ def drawn_to_report(
     evaluate: tuple[str, ...],
     limit: int | None,
     evaluate_bos: bool,
+    vocabulary: tuple[str, ...],
 ) -> dict[str, EvaluationText]:
     """The windows that are reported on, by the name of their text."""
     count = limit or (None if evaluate else DEFAULT_REPORT_WINDOWS)
     positions, texts = getattr(empty.config, "max_position_embeddings", None), dict[str, EvaluationText]()
+    if positions and vocabulary:  # spelt by fewer tokens, windows are longer
+        positions //= 2
     for name, source in evaluated_texts.items():
         texts |= texts_to_report(source, tokenizer, seq_len, count, positions, evaluate_bos, name)
     for text in texts.values():

@@ -24,7 +24,7 @@ from adapruner.evaluation.abilities import (
     windows_of,
     write_answers,
 )
-from adapruner.evaluation.losses import Perplexity, measure_perplexity
+from adapruner.evaluation.losses import Perplexity, Spelling, measure_perplexity
 from adapruner.evaluation.tasks import Tasks, TaskScore, load_tasks, measure_tasks
 from adapruner.graph.nodes import Form
 from adapruner.measurement.moments import StoredMoments
@@ -43,8 +43,11 @@ from adapruner.search.study import SearchResult
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
-from adapruner.text.blends import Texts
+from adapruner.text.blends import Texts, record_of
+from adapruner.text.sources import Source
 from adapruner.text.windows import EvaluationText, Text, start_of_windows
+from adapruner.tokens.model import FewerTokens, cut_vocabulary
+from adapruner.tokens.tokenizer import spelling_of, tokens_of_both
 from adapruner.train.healing import HEALING, Healing, heal, read_healing, steps_of_healing
 from adapruner.train.trainer import check_adapters, check_device
 
@@ -78,13 +81,16 @@ def healing(
 
 
 @GRAPH.leaf()
-def origin(model: str, location: ModelLocation, texts: Texts) -> dict[str, object]:
+def origin(
+    model: str, location: ModelLocation, texts: Texts, vocabulary_texts: tuple[Source, ...]
+) -> dict[str, object]:
     """The record in a checkpoint of its base model and the texts that it was made with, or the base model was."""
     earlier = read_origin(location) or {"texts": []}
-    return {"base_model": shown_name(model), "texts": earlier["texts"] + texts.as_records()}
+    counted = [{"use": "vocabulary"} | record_of(source) for source in vocabulary_texts]
+    return {"base_model": shown_name(model), "texts": earlier["texts"] + counted + texts.as_records()}
 
 
-@GRAPH.kept("model", FOLDER, version=16, is_result=True)
+@GRAPH.kept("model", FOLDER, version=17, is_result=True)
 def pruned(
     dense_later: Callable[[], PreTrainedModel],
     dense_fast_later: Callable[[], PreTrainedModel],
@@ -93,6 +99,7 @@ def pruned(
     moments_to_correct: StoredMoments | None,
     healing: RecoveryOptions | None,
     tokenizer: Tokenizer,
+    tokens_left: FewerTokens | None,
     origin: dict[str, object],
     text_to_learn: tuple[Text, Text],
     placement: Placement,
@@ -101,7 +108,7 @@ def pruned(
 ) -> Path:
     """The saved model: cut by the plan and compensated, then trained to predict as the dense model does, with the
     record of that; as it was compensated if training it brings it no nearer to the dense model on windows that are held
-    out."""
+    out. Tokens are removed last, so that both models read the same ones until then."""
     record, compensated, model = origin | {"plan": plan.hash}, work / "compensated", None
     if not compensated.exists():
         with reporter.stage("cutting"):
@@ -119,11 +126,14 @@ def pruned(
             model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, training, advance, start)
         if model is None:
             reporter.note(f"The weights are left as they were: {outcome.reason}")
+    if tokens_left:
+        model = model or load_model(find_model(compensated), "auto", placement.device, placement.layer_wise)
+        cut_vocabulary(model, tokens_left.vocabulary)
     if model is None:
         copy_folder(compensated, work / "model")
     else:
         with reporter.stage("saving"):
-            save_checkpoint(model, tokenizer, work / "model", record=record)
+            save_checkpoint(model, tokens_left.tokenizer if tokens_left else tokenizer, work / "model", record=record)
     if outcome:
         write_text(work / "model" / HEALING, outcome.model_dump_json(indent=2) + "\n")
     return work / "model"
@@ -150,13 +160,31 @@ def pruned_fast(pruned_model: PreTrainedModel) -> PreTrainedModel:
     return in_fastest_dtype(pruned_model)
 
 
+@GRAPH.in_memory
+def spelling(tokenizer: Tokenizer, tokenizer_left: Tokenizer) -> Spelling | None:
+    """How the pruned model spells tokens that it does not have; None if it has all."""
+    return spelling_of(tokenizer, tokenizer_left)
+
+
+@GRAPH.in_memory
+def no_spelling() -> None:
+    """That of the dense model, which has all tokens."""
+
+
+@GRAPH.in_memory
+def counted(tokenizer: Tokenizer, tokenizer_left: Tokenizer) -> frozenset[int]:
+    """The tokens by which abilities are compared."""
+    return tokens_of_both(tokenizer, tokenizer_left)
+
+
 def measured_perplexity(
-    model: PreTrainedModel, texts: dict[str, EvaluationText], reporter: Reporter
+    model: PreTrainedModel, texts: dict[str, EvaluationText], spelling: Spelling | None, reporter: Reporter
 ) -> dict[str, Perplexity]:
     """The perplexity of a model on every text of the report, by name."""
     with reporter.stage("evaluating", sum(len(text.windows) for text in texts.values())) as advance:
         return {
-            name: measure_perplexity(model, text.windows, name, advance, **text.about) for name, text in texts.items()
+            name: measure_perplexity(model, text.windows, name, advance, **text.about, spelling=spelling)
+            for name, text in texts.items()
         }
 
 
@@ -175,11 +203,16 @@ def chance(dense_fast: PreTrainedModel, tokenizer: Tokenizer, reporter: Reporter
 
 
 def measured_abilities(
-    model: PreTrainedModel, tokenizer: Tokenizer, answers: dict[str, torch.Tensor], reporter: Reporter
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    answers: dict[str, torch.Tensor],
+    spelling: Spelling | None,
+    counted: frozenset[int],
+    reporter: Reporter,
 ) -> Abilities:
     """What a model can do."""
     with reporter.stage("comparing abilities", sum(map(len, windows_of(answers).values()))) as advance:
-        return measure_abilities(model, tokenizer, answers, advance=advance)
+        return measure_abilities(model, tokenizer, answers, None, spelling, counted, advance)
 
 
 @GRAPH.leaf()
@@ -209,20 +242,23 @@ def measured_tasks(
         return {score.task: score for score in scores}
 
 
-# By role, the model in its own dtype, in which perplexity is measured, and in that of trials for all else.
-for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "pruned_model", "pruned_fast")):
+# By role, the model in its own dtype, in which perplexity is measured, and in that of trials for all else; its tokens.
+for _role, _model, _fast, _tokenizer, _spelling in (
+    ("dense", "dense", "dense_fast", "tokenizer", "no_spelling"),
+    ("pruned", "pruned_model", "pruned_fast", "tokenizer_left", "spelling"),
+):
     GRAPH.kept(
         f"evaluation/perplexity-{_role}.json",
         json_form(dict[str, Perplexity]),
         name=f"perplexity_{_role}",
-        needs={"model": _model, "texts": "report_texts"},
-        version=3,
+        needs={"model": _model, "texts": "report_texts", "spelling": _spelling},
+        version=4,
     )(measured_perplexity)
     GRAPH.kept(
         f"evaluation/tasks-{_role}.json",
         json_form(dict[str, TaskScore]),
         name=f"tasks_{_role}",
-        needs={"model": _fast},
+        needs={"model": _fast, "tokenizer": _tokenizer},
         version=2,
         is_wanted=lambda tasks: tasks,
     )(measured_tasks)
@@ -230,12 +266,14 @@ for _role, _model, _fast in (("dense", "dense", "dense_fast"), ("pruned", "prune
         f"evaluation/abilities-{_role}.json",
         json_form(Abilities),
         name=f"abilities_{_role}",
-        needs={"model": _fast},
-        version=2,
+        needs={"model": _fast, "tokenizer": _tokenizer, "spelling": _spelling},
+        version=3,
     )(measured_abilities)
 
 
-@GRAPH.kept("result.json", json_form(RunResult), version=9, is_result=True, is_record=True, beside=("model/README.md",))
+@GRAPH.kept(
+    "result.json", json_form(RunResult), version=10, is_result=True, is_record=True, beside=("model/README.md",)
+)
 def result(
     config: PruneConfig,
     location: ModelLocation,
@@ -255,6 +293,8 @@ def result(
     abilities_pruned: Abilities,
     chance: dict[str, str],
     main_device: torch.device,
+    tokens_left: FewerTokens | None,
+    structure: Structure,
     stage_costs: Callable[[], dict[str, StageCost]],
 ) -> RunResult:
     """All numbers of a run; the model card is written too, which shows them."""
@@ -284,6 +324,8 @@ def result(
         costs=costs if counts_by_cost else None,
         search=search_result,
         healing=healed,
+        vocabulary=tokens_left and tokens_left.summary,
+        embedding_share=structure.parts["embedding"] / structure.total_parameters,
         models=(dense, final),
         windows={use: {kind: len(own) for kind, own in text.by_kind.items()} for use, text in windows.items()},
         stages=stage_costs(),

@@ -23,12 +23,13 @@ from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
 from adapruner.model.loading import empty_model, load_tokenizer
-from adapruner.model.places import find_model
+from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import (
     BUDGETS,
     EFFORTS,
     EXPERT_TRIALS,
     OF_A_SEARCH,
+    TOKENS_MULTIPLE,
     Layout,
     PruneConfig,
     PruneOptions,
@@ -43,7 +44,8 @@ from adapruner.run.memory import dtype_of_weights
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
-from adapruner.text.sources import absolute_source, register_sources
+from adapruner.text.sources import absolute_source, parse_source, register_sources, source_names
+from adapruner.tokens.model import fewer_tokens
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
 Loads = Mapping[Layout, bool]
@@ -291,7 +293,8 @@ def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     }
     if (path := given_path(config.model)).exists():
         absolute["model"] = str(path.absolute())
-    return config.model_copy(update=absolute | {"evaluate": tuple(map(absolute_source, config.evaluate))})
+    texts = {"evaluate": config.evaluate, "vocabulary": source_names(config.vocabulary)}
+    return config.model_copy(update=absolute | {name: tuple(map(absolute_source, own)) for name, own in texts.items()})
 
 
 # PyTorch cannot count the entries of much longer masks; from half of it on, caches grow evenly, if at all.
@@ -337,19 +340,34 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     if excess <= 0:
         held = "the weights" if limit.memory is None else "the weights and the KV cache"
         raise AdaPrunerError(f"`{option}` {asked}: {held} of the dense model fit already, in {_shown(dense)}")
-    ratio = excess / dtype.itemsize / structure.total_parameters + RATIO_TOLERANCE
+    of_tokens = _share_of_tokens(config, location, given_config)
+    ratio = excess / dtype.itemsize / structure.total_parameters + RATIO_TOLERANCE - of_tokens
+    if ratio <= 0:
+        raise AdaPrunerError(
+            f"`{option}` {asked}: fewer tokens alone remove {of_tokens:.1%}, which is enough: use adapruner vocabulary"
+        )
     try:
         while not has_plan(ratio):
             ratio += RATIO_TOLERANCE / 2
     except UnreachableRatioError:
         best = _highest(has_plan, min(ratio, 1.0))
-        removed = max(0.0, best - RATIO_TOLERANCE) * structure.total_parameters
+        removed = (of_tokens + max(0.0, best - RATIO_TOLERANCE)) * structure.total_parameters
         raise AdaPrunerError(
-            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * dtype.itemsize)}, with {best:.1%} of"
+            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * dtype.itemsize)}, with"
+            f" {of_tokens + best:.1%} of"
             f" the parameters removed; the dense model has {_shown(dense)}"
         ) from None
     share = structure.total_parameters / count_parameters(whole) if config.ratio_of == "parameters" else 1.0
-    return math.ceil(1e5 * ratio * share) / 1e5
+    return math.ceil(1e5 * (ratio + of_tokens) * share) / 1e5
+
+
+def _share_of_tokens(config: PruneConfig, location: ModelLocation, model_config: PreTrainedConfig) -> float:
+    """The share of the parameters of the decoder that fewer tokens remove."""
+    if not config.vocabulary:
+        return 0.0
+    sources, tokenizer = [*map(parse_source, config.vocabulary)], load_tokenizer(location)
+    chosen = fewer_tokens(location, model_config, tokenizer, sources, config.vocabulary_size, TOKENS_MULTIPLE)
+    return chosen.summary.removed_share
 
 
 def _highest(has_plan: Callable[[float], bool], too_high: float) -> float:

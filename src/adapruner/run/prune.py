@@ -188,6 +188,8 @@ def preview(
     missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
     counts = kept_counts(structure, making.value(inputs.starting_budget))
     after = structure.total_parameters - structure.removed_parameters(counts)
+    if tokens_left := making.value(inputs.tokens_left):
+        after -= tokens_left.summary.removed_parameters
     read = [structure.blocks[number] for number in making.value(choice.blocks_to_read)]
     moments = sum(block.inputs * block.inputs_of_one for block in read)
     return Preview(
@@ -219,7 +221,8 @@ class Estimate:
 
 
 def estimate(model: str | Path, gpu_memory: str | None = None, **options: object) -> Estimate:
-    """The memory that `prune` would need with these options, from shapes: no weights and no text are read.
+    """The memory that `prune` would need with these options, from shapes: no weights are read, and no text
+    but that of `vocabulary`.
 
     Args:
         gpu_memory: of the GPUs that the run would have instead of this machine, as 24GB or 4x80GB.

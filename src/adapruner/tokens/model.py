@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -24,7 +24,7 @@ from adapruner.structure.blocks import count_parameters
 from adapruner.text.reading import stream_documents
 from adapruner.text.sources import Source
 from adapruner.text.windows import tokens_of
-from adapruner.tokens.tokenizer import TokenizerParts
+from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
 
 # Fields of configs that hold a token, or lists of them.
 _TOKENS = re.compile(
@@ -192,6 +192,10 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
         return self.parameters_before - self.parameters_after
 
     @property
+    def removed_share(self) -> float:
+        return self.removed_parameters / self.parameters_before
+
+    @property
     def sentence(self) -> str:
         """The outcome in one sentence."""
         return (
@@ -200,24 +204,31 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
         )
 
 
-def select_vocabulary(
-    tokenizer: Tokenizer,
+class FewerTokens(NamedTuple):
+    """The tokens that a model keeps, and the tokenizer that has no others."""
+
+    vocabulary: Vocabulary
+    summary: VocabularySummary
+    tokenizer: Tokenizer
+
+
+def fewer_tokens(
+    location: ModelLocation,
     config: PreTrainedConfig,
-    naming: Iterable[PreTrainedConfig | GenerationConfig],
+    tokenizer: Tokenizer,
     sources: Sequence[Source],
     size: int | None,
     multiple: int,
-    progress: Callable[[int], None],
-) -> tuple[Vocabulary, VocabularySummary]:
+    progress: Callable[[int], None] | None = None,
+) -> FewerTokens:
     """Counts the tokens of texts and chooses the tokens that a model keeps; reads no weights.
 
     Args:
-        naming: the configs whose tokens are kept.
         size, multiple: see `choose_tokens`.
         progress: called with the number of documents read.
     """
     parts, rows = TokenizerParts.of(tokenizer), config.get_text_config().vocab_size
-    named = set[int]().union(*map(named_tokens, naming))
+    named = set[int]().union(*map(named_tokens, configs_with_tokens(location, config)))
     documents = itertools.chain.from_iterable(map(stream_documents, sources))
     counts, read = count_tokens(tokenizer, documents, rows, progress)
     kept = choose_tokens(parts, counts, {token for token in named if token < rows}, size, multiple)
@@ -246,7 +257,7 @@ def select_vocabulary(
         parameters_before=parameters[0],
         parameters_after=parameters[1],
     )
-    return vocabulary, summary
+    return FewerTokens(vocabulary, summary, cut_tokenizer(tokenizer, parts, vocabulary.new_ids))
 
 
 def count_tokens(

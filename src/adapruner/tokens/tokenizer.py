@@ -182,6 +182,24 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
     return cut
 
 
+def spelling_of(tokenizer: Tokenizer, cut: Tokenizer) -> dict[int, tuple[int, ...]] | None:
+    """By token of a tokenizer, those by which one with fewer of its tokens spells it; None if that has other tokens."""
+    known, texts = tokenizer.get_vocab(), cut.get_vocab()
+    if texts == known or not texts.keys() <= known.keys() or not cut.is_fast:
+        return None
+    model = cut.backend_tokenizer.model
+    return {
+        token: (texts[text],) if text in texts else tuple(piece.id for piece in model.tokenize(text))
+        for text, token in known.items()
+    }
+
+
+def tokens_of_both(tokenizer: Tokenizer, cut: Tokenizer) -> frozenset[int]:
+    """The tokens of a tokenizer that one with fewer of its tokens has too."""
+    known = tokenizer.get_vocab()
+    return frozenset(known[text] for text in cut.get_vocab())
+
+
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
