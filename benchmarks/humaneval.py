@@ -45,7 +45,8 @@ def write_answers(
     model: PreTrainedModel, tokenizer: Tokenizer, problems: list[dict[str, str]], new_tokens: int
 ) -> list[str]:
     """The bodies of the functions that a model writes."""
-    prompts = [tokenizer(problem["prompt"].rstrip("\n")).input_ids for problem in problems]
+    # As published: without the last newline, some models take the file for ended.
+    prompts = [tokenizer(problem["prompt"]).input_ids for problem in problems]
     # Prompts of like length together; few at a time, whose cache stays small.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = dict[int, str]()
@@ -69,8 +70,7 @@ def _limit() -> None:
 
 def is_solved(problem: dict[str, str], answer: str) -> bool:
     """True if the tests of a problem pass."""
-    prompt = problem["prompt"].rstrip("\n")
-    program = f"{prompt}{answer}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    program = f"{problem['prompt']}{answer}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(

@@ -639,7 +639,9 @@ def test_tokens_and_channels_meet_a_ratio_together(folders, with_fewer_tokens):
     card = (with_fewer_tokens.model_folder / "README.md").read_text()
     assert "OTHER LANGUAGES" in card
     assert "channels, tokens." in card
-    assert "--vocabulary" in with_fewer_tokens.report.read_text()
+    page = with_fewer_tokens.report.read_text()
+    assert f"Besides, {small.removed_parameters:,} of tokens" in page
+    assert "--vocabulary" in page
 
 
 def test_both_models_are_measured_on_the_same_text(folders, with_fewer_tokens):
