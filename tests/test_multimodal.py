@@ -204,12 +204,12 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(tokenizer, tmp_path, monk
 
 
 def test_a_ratio_is_of_all_parameters_or_of_the_decoder():
-    assert ratio_of_decoder.make(0.8, 0.2, "parameters") == 0.25
-    assert ratio_of_decoder.make(0.8, 0.2, "decoder") == 0.2
+    assert ratio_of_decoder.make(0.8, 0.2, "parameters", None) == 0.25
+    assert ratio_of_decoder.make(0.8, 0.2, "decoder", None) == 0.2
     with pytest.raises(
         AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, all that is pruned")
     ):
-        ratio_of_decoder.make(0.8, 0.8, "parameters")
+        ratio_of_decoder.make(0.8, 0.8, "parameters", None)
 
 
 def test_tokens_of_the_processor_are_kept(tokenizer, tmp_path):

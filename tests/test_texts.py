@@ -227,7 +227,7 @@ def test_a_text_that_nobody_named_is_reported_on_in_part(monkeypatch):
     monkeypatch.setattr("adapruner.run.inputs.texts_to_report", note_limit)
     empty = SimpleNamespace(config=SimpleNamespace(vocab_size=1))
     for evaluate, limit in ((("ptb",), None), ((), None), ((), 7)):
-        drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, limit, True)
+        drawn_to_report.make({"ptb": parse_source("ptb")}, None, empty, 128, evaluate, limit, True, ())
     assert limits == [None, DEFAULT_REPORT_WINDOWS, 7]
 
 
