@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +207,9 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(tokenizer, tmp_path, monk
 def test_a_ratio_is_of_all_parameters_or_of_the_decoder():
     assert ratio_of_decoder.make(0.8, 0.2, "parameters", None) == 0.25
     assert ratio_of_decoder.make(0.8, 0.2, "decoder", None) == 0.2
+    fewer_tokens = SimpleNamespace(summary=SimpleNamespace(removed_share=0.125))
+    assert ratio_of_decoder.make(0.8, 0.2, "parameters", fewer_tokens) == 0.125
+    assert ratio_of_decoder.make(0.8, 0.2, "decoder", fewer_tokens) == pytest.approx(0.075)
     with pytest.raises(
         AdaPrunerError, match=re.escape("`ratio` 0.8 is not reachable: the decoder, all that is pruned")
     ):

@@ -645,7 +645,7 @@ def test_tokens_and_channels_meet_a_ratio_together(folders, with_fewer_tokens):
 
 
 def test_both_models_are_measured_on_the_same_text(folders, with_fewer_tokens):
-    """Whose tokens are all kept: what the smaller model reads by itself is what the run says."""
+    """All tokens of the text are kept: `evaluate`, which reads the smaller model alone, gives the same perplexity."""
     _, _, other = folders
     measured, *_ = with_fewer_tokens.result.final.perplexity.values()
     [alone] = adapruner.evaluate(with_fewer_tokens.model_folder, [f"{other}@report"], seq_len=32, limit=8).perplexity

@@ -193,6 +193,7 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
 
     @property
     def removed_share(self) -> float:
+        """The fraction of the parameters that the removed tokens had."""
         return self.removed_parameters / self.parameters_before
 
     @property

@@ -183,7 +183,8 @@ def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[
 
 
 def spelling_of(tokenizer: Tokenizer, cut: Tokenizer) -> dict[int, tuple[int, ...]] | None:
-    """By token of a tokenizer, those by which one with fewer of its tokens spells it; None if that has other tokens."""
+    """How a tokenizer with fewer tokens spells each token of the whole one, by their numbers; None if it has the same
+    tokens, or some that the whole one has not."""
     known, texts = tokenizer.get_vocab(), cut.get_vocab()
     if texts == known or not texts.keys() <= known.keys() or not cut.is_fast:
         return None

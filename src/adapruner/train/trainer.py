@@ -51,7 +51,8 @@ def check_adapters(empty: PreTrainedModel, options: RecoveryOptions) -> None:
 
 def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
     """The model, or a copy of it in a dtype to train adapters in: not float16, and bfloat16 if that is fast. Where
-    scales are trained, the weights of linear layers alone are in bfloat16."""
+    scales are trained, weights of linear layers (and the embedding of a model in bfloat16) are in bfloat16, all else
+    and what passes between layers in float32."""
     if model.dtype == torch.float16:
         model = copy_in_dtype(model, torch.bfloat16 if computes_bfloat16_natively(model.device) else torch.float32)
     if train != "ia3":
@@ -66,7 +67,7 @@ def frozen(model: PreTrainedModel, train: TrainedWeights) -> PreTrainedModel:
         return copy_in_dtype(model, torch.bfloat16, linear - {embedding})
     others = {id(weight) for weight in model.parameters()} - linear - {embedding}
     copied = copy_in_dtype(model, torch.float32, others)
-    # Its weight is large, and not scaled: what it gives is enough.
+    # The embedding is large, and has no scale: its output alone becomes float32.
     copied.get_input_embeddings().register_forward_hook(lambda _, __, states: states.float())
     return copied
 
