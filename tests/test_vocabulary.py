@@ -32,8 +32,17 @@ from adapruner.evaluation.losses import token_losses_spelt
 from adapruner.model.loading import load_tokenizer
 from adapruner.model.places import find_model
 from adapruner.text.reading import read_documents
-from adapruner.text.sources import parse_source, source_names
-from adapruner.tokens.model import Vocabulary, choose_tokens, count_tokens, cut_vocabulary, named_tokens
+from adapruner.text.sources import CODE_AND_ENGLISH, parse_source, source_names
+from adapruner.text.written import built_in_texts
+from adapruner.tokens.model import (
+    Vocabulary,
+    choose_tokens,
+    count_tokens,
+    cut_vocabulary,
+    fewer_tokens,
+    likely_tokens,
+    named_tokens,
+)
 from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer, spelling_of, tokens_of_both
 from conftest import FAMILY_FIELDS, tiny_model
 from run_helpers import exit_code
@@ -301,7 +310,7 @@ def test_every_kept_token_is_still_made(kind):
     before, after, vocabulary = tokenizer_and_cut(kind)
     backends = [one.backend_tokenizer.model for one in (before, after)]
     texts = TokenizerParts.of(before).texts
-    for old in vocabulary.kept[:20_000]:
+    for old in vocabulary.kept[:8_000]:
         ids = [[token.id for token in backend.tokenize(texts[old])] for backend in backends]
         if ids[0] == [old]:
             assert ids[1] == [vocabulary.new_ids[old]], texts[old]
@@ -479,6 +488,55 @@ def folders(tmp_path_factory):
         paragraphs = [" ".join(generator.choices(WORDS, k=25)) + "." for _ in range(200)]
         (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
     return folder / "model", folder / "text.txt", folder / "other.txt"
+
+
+def test_likely_tokens_are_written_in_the_characters_of_the_text():
+    texts = {0: "ab", 1: "c", 2: "b", 3: "a", 4: "\ufffd", 6: "ba"}
+    counted = torch.tensor([0, 0, 0.5, 0.25, 0.25, 0, 0], dtype=torch.float64)
+    likely = likely_tokens(counted, texts)
+    assert likely.sum() == pytest.approx(1)
+    assert likely.argsort(descending=True).tolist()[:5] == [2, 3, 4, 0, 6]
+    assert (likely > 0).tolist() == [True, False, True, True, True, False, True]
+
+
+def test_what_is_likely_spells_other_text_in_fewer_tokens():
+    tokenizer = tokenizer_and_cut("smollm2")[0]
+    parts, rows = TokenizerParts.of(tokenizer), len(tokenizer)
+    counts, _ = count_tokens(tokenizer, read_documents(parse_source("python-docs")), rows)
+    frequencies = counts.double() / counts.sum()
+    texts = dict(enumerate(tokenizer.batch_decode([[token] for token in range(rows)])))
+    spelt = []
+    for chosen in (frequencies + 1e-12, likely_tokens(frequencies, texts)):
+        kept = choose_tokens(parts, chosen, (), 8_000, 1)
+        assert len(kept) == 8_000
+        smaller = cut_tokenizer(tokenizer, parts, {old: new for new, old in enumerate(kept)})
+        spelt.append([len(smaller(text).input_ids) for text in (built_in_texts()["prose"], ENGLISH[0], ENGLISH[2])])
+    assert sum(spelt[1]) < 0.99 * sum(spelt[0])
+    assert spelt[1][2] <= spelt[0][2]
+
+
+def test_every_dataset_counts_as_much_as_any_other(folders, tmp_path):
+    folder, *_ = folders
+    texts = {"long": " ".join(WORDS) * 300, "short": "river town"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    location, tokenizer = find_model(str(folder)), load_tokenizer(find_model(str(folder)))
+    sources = [parse_source(str(tmp_path / f"{name}.txt")) for name in texts]
+    config = AutoConfig.from_pretrained(folder)
+    alone = fewer_tokens(location, config, tokenizer, sources[1:], None, 1)
+    chosen = fewer_tokens(location, config, tokenizer, sources, alone.summary.after + 1, 1)
+    assert len(set(alone.vocabulary.kept) - set(chosen.vocabulary.kept)) <= 1
+    assert chosen.summary.counted_bytes == sum(len(text.encode()) for text in texts.values())
+
+
+def test_a_number_of_tokens_alone_keeps_code_and_english(folders, tmp_path):
+    folder, *_ = folders
+    size = 64 * (len(AutoTokenizer.from_pretrained(folder)) // 96)
+    small = adapruner.vocabulary(folder, (), tmp_path / "small", vocabulary_size=size)
+    assert small.vocabulary.after == size
+    assert all(name in (small.path / "README.md").read_text() for name in CODE_AND_ENGLISH)
+    with pytest.raises(AdaPrunerError, match="nothing says which tokens to keep"):
+        adapruner.vocabulary(folder, (), tmp_path / "other")
 
 
 def test_the_verb_writes_a_model_that_computes_the_same(folders, tmp_path):
@@ -663,8 +721,8 @@ def test_what_tokens_alone_remove_is_refused_with_a_lower_ratio(folders, tmp_pat
     with pytest.raises(AdaPrunerError, match=r"`ratio` 0.01: fewer tokens alone remove 0\.\d+ of all parameters"):
         adapruner.prune(folder, output=tmp_path / "run", ratio=0.01, vocabulary=str(text))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(AdaPrunerError, match="`vocabulary_size` needs text in which tokens are counted"):
-        adapruner.prune(folder, vocabulary_size=500)
+    with pytest.raises(AdaPrunerError, match="`ratio_of` groups counts no tokens"):
+        adapruner.prune(folder, vocabulary_size=500, ratio_of="groups", space="paper")
 
 
 def test_a_size_is_met_with_fewer_tokens(folders, tmp_path):

@@ -222,7 +222,9 @@ class PruneOptions(_Options):
         " removed from the layers; comma-separated or repeated.",
     )
     vocabulary_size: int | None = Field(
-        default=None, ge=1, description="Maximum number of tokens to keep, the most frequent ones of vocabulary."
+        default=None,
+        ge=1,
+        description="Number of tokens to keep: the most likely in text like vocabulary, by default code and English.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",
@@ -368,10 +370,8 @@ class PruneOptions(_Options):
             yield "`alignment` paper only supports the Taylor terms: set `space` paper"
         if self.ratio_of == "groups" and is_extended:
             yield "`ratio_of` groups leaves no allocation to search: set `space` paper"
-        if self.vocabulary_size and not self.vocabulary:
-            yield "`vocabulary_size` needs text in which tokens are counted: add `vocabulary`"
-        if self.vocabulary and self.ratio_of == "groups":
-            yield "`ratio_of` groups counts no tokens: leave `vocabulary` or `ratio_of` out"
+        if (self.vocabulary or self.vocabulary_size) and self.ratio_of == "groups":
+            yield "`ratio_of` groups counts no tokens: leave `vocabulary` and `vocabulary_size`, or `ratio_of`, out"
         if self.samples > self.pool:
             yield f"`samples` {self.samples} is more than the {self.pool} of `pool`: lower one or raise the other"
 

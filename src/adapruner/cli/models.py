@@ -225,26 +225,26 @@ def vocabulary(
     model: Model,
     /,
     *,
-    vocabulary: Names,
     output: Output,
+    vocabulary: Names = (),
     vocabulary_size: WholeNumber | None = None,
     vocabulary_multiple: WholeNumber = 64,
     overwrite: Flag = False,
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
-    """Remove from a model the tokens that do not occur in the given datasets, and nothing else.
+    """Remove from a model the tokens that its text needs least, and nothing else.
 
     ```console
-    adapruner vocabulary Qwen/Qwen3-0.6B --vocabulary c4 -o runs/a
+    adapruner vocabulary Qwen/Qwen3-0.6B --vocabulary-size 49152 -o runs/a
     adapruner vocabulary Qwen/Qwen3-0.6B --vocabulary c4,my-text.txt -o runs/b
     adapruner vocabulary smollm2 --vocabulary c4 --vocabulary-size 40960 -o runs/c
     ```
 
     Args:
-        vocabulary: Datasets whose tokens are kept, comma-separated or repeated.
         output: Folder of the smaller model.
-        vocabulary_size: Maximum number of tokens to keep, the most frequent ones.
+        vocabulary: Datasets whose tokens are kept, comma-separated or repeated.
+        vocabulary_size: Number of tokens to keep: the most likely in text like vocabulary, by default code and English.
         vocabulary_multiple: The number of kept tokens is rounded up to a multiple of this.
         overwrite: Replace a folder that adapruner wrote.
     """

@@ -22,7 +22,7 @@ from adapruner.options import TOKENS_MULTIPLE, Dtype, GgufType
 from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
 from adapruner.text.blends import record_of
-from adapruner.text.sources import parse_source, source_names
+from adapruner.text.sources import CODE_AND_ENGLISH, parse_source, source_names
 from adapruner.tokens.model import VocabularySummary, cut_vocabulary, fewer_tokens
 
 
@@ -128,9 +128,9 @@ def vocabulary(
 
     Args:
         model: as for `load`.
-        vocabulary: the datasets whose tokens are kept.
+        vocabulary: the datasets whose tokens are kept; with `vocabulary_size`, none are code and English.
         output: the folder of the smaller model.
-        vocabulary_size: maximum number of tokens to keep, the most frequent ones.
+        vocabulary_size: number of tokens to keep, the most likely in text like these; by default, all that occur.
         vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
         overwrite: replace a folder that this package wrote.
 
@@ -140,9 +140,14 @@ def vocabulary(
     """
     if vocabulary_multiple < 1 or (vocabulary_size is not None and vocabulary_size < 1):
         raise AdaPrunerError("`vocabulary_size` and `vocabulary_multiple` must be at least 1")
-    names = source_names([vocabulary] if isinstance(vocabulary, str) else vocabulary)
+    names = source_names([vocabulary] if isinstance(vocabulary, str) else vocabulary) or (
+        [*CODE_AND_ENGLISH] if vocabulary_size else []
+    )
     if not names:
-        raise AdaPrunerError("`vocabulary` names no text: give datasets or files in the languages to keep")
+        raise AdaPrunerError(
+            "nothing says which tokens to keep: give `vocabulary`, text in the languages to keep, or `vocabulary_size`"
+            " for those of code and English"
+        )
     sources = [parse_source(name) for name in names]
     path, location = output_path(output), find_model(model)
     check_output(path, location, overwrite)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapruner.base.errors import AdaPrunerError, reason
+from adapruner.text.installed import INSTALLED
 from adapruner.text.sources import Lines, Part, Source, known_sources, split_name
 
 # Tenths of the documents, by hash, that belong to each part.
@@ -30,6 +32,8 @@ _USUAL_COLUMNS = (("text",), ("instruction", "input", "output"), ("instruction",
 
 # The tensor in a file of windows.
 WINDOWS = "windows"
+
+_PYTHON = f"Python {platform.python_version()}"
 
 # Text by column.
 Row = dict[str, str | None]
@@ -97,13 +101,16 @@ def fingerprint(source: Source) -> str | None:
     known = known_sources().get(split_name(source.name)[0])
     if known is None or content is None:
         return content
-    return _hash(known.model_dump_json(exclude={"local"}), content)
+    return _hash(known.model_dump_json(exclude={"local", "installed"}), content)
 
 
 def content_hash(source: Source) -> str | None:
     """The SHA-256 of a local file. Of a saved folder, a hash of the state that `datasets` saved and the sizes of its
-    files; for a Hub dataset, a hash of the arguments it is loaded with. None if a local file is missing."""
+    files; for a Hub dataset, a hash of the arguments it is loaded with; for what Python has, a hash of its
+    version. None if a local file is missing."""
     path = source.path
+    if source.installed:
+        return _hash(source.installed, _PYTHON)
     if path is None:
         assert source.hub is not None
         return _hash(source.hub.model_dump_json(), source.split, *_sizes(Path(source.hub.path)))
@@ -142,8 +149,8 @@ def _files_in(path: Path) -> list[Path]:
 def _held(source: Source) -> tuple[list[Row], str]:
     """All rows of all parts, and their revision; read again only if the local files changed."""
     with _reading(source):
-        local = source.path or Path(source.hub.path if source.hub else "")
-        stamps = [(str(file.absolute()), file.stat()) for file in _files_in(local)]
+        local = source.path or (Path(source.hub.path) if source.hub else None)
+        stamps = [(str(file.absolute()), file.stat()) for file in (_files_in(local) if local else ())]
         stamp = tuple((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in stamps)
         return _read(replace(source, part="all"), stamp)
 
@@ -181,6 +188,8 @@ def _open(source: Source, streamed: bool = False) -> tuple[Iterator[Row], str]:
     """The rows of a source, read one after the other, and their revision; the revision of a file is empty. Streamed, no
     more of a Hub dataset is downloaded than is read, and nothing of it kept."""
     path = source.path
+    if source.installed:
+        return iter([{"text": document} for document in INSTALLED[source.installed]()]), _PYTHON
     if path is not None and path.is_file():
         return _rows_of_file(source, path), ""
     if path is not None:

@@ -21,11 +21,15 @@ from adapruner.base.files import find_local_data, given_path, parse_yaml
 Part = Literal["all", "calibration", "objective", "report"]
 Purpose = Literal["train", "report"]
 Lines = Literal["keep", "strip", "paragraphs"]
+Installed = Literal["functions", "docs"]
 
 # Text of several kinds that the model writes.
 MIX = "mix"
 # Before the name of a dataset of instructions: the model answers them.
 ANSWERS = "answers:"
+
+# Read of the installed Python, in which the tokens to keep are counted if no text is named.
+CODE_AND_ENGLISH = ("python-code", "python-docs")
 
 # Windows of tokens instead of text.
 _OF_WINDOWS = ".safetensors"
@@ -48,11 +52,12 @@ class Source:
     Attributes:
         name: without the part, for example `wikitext2:train`, `notes.txt` or `hf:owner/name::train:text`.
         dataset: the known name, the name of the file, or the name on the Hub.
-        path: the local file or folder; None if the dataset is read from the Hub.
+        path: the local file or folder; None if the dataset is read from the Hub or the installed Python.
         hub: None for a dataset that is only local.
         named_columns: the columns with the text; empty for the usual columns.
         lines: the documents of a plain text file: lines with or without their ends, or paragraphs between empty lines.
         limit: the largest number of rows that are read.
+        installed: what is read of the installed Python.
         part: `all`, or one of three disjoint parts, into which documents are put by the hash of their text.
     """
 
@@ -64,6 +69,7 @@ class Source:
     named_columns: tuple[str, ...] = ()
     lines: Lines = "paragraphs"
     limit: int | None = None
+    installed: Installed | None = None
     part: Part = "all"
 
     @property
@@ -72,6 +78,8 @@ class Source:
         if self.hub is not None:
             path = given_path(self.hub.path).resolve() if _is_folder(self.hub.path) else self.hub.path
             return f"hf:{path}:{self.hub.name or ''}:{self.split}"
+        if self.installed is not None:
+            return self.dataset
         return str(self.path and self.path.resolve())
 
     @property
@@ -106,8 +114,9 @@ class KnownSource(BaseModel, extra="forbid", frozen=True):
     """An entry of sources.yaml, where its fields are explained."""
 
     hub: HubData | None = None
-    split: str | _Splits
-    columns: tuple[str, ...]
+    installed: Installed | None = None
+    split: str | _Splits = ""
+    columns: tuple[str, ...] = ("text",)
     local: dict[str, str] = {}
     lines: Lines = "strip"
     limit: int | None = None
@@ -140,12 +149,14 @@ def _named(name: str, purpose: Purpose) -> Source:
     if dataset == "hf":
         return _on_hub(name, option)
     if known := known_sources().get(dataset):
+        if known.installed and option:
+            raise AdaPrunerError(f"{name!r}: {dataset} has no splits and no columns; a share is a number such as 0.5")
         split = option or (known.split if isinstance(known.split, str) else known.split[purpose])
         path = find_local_data(known.local[split]) if split in known.local else None
-        if path is None and known.hub is None:
+        if path is None and known.hub is None and known.installed is None:
             path = Path(known.local.get(split, f"{dataset}:{split}"))
         name = name if isinstance(known.split, str) else f"{dataset}:{split}"
-        return Source(name, dataset, path, known.hub, split, known.columns, known.lines, known.limit)
+        return Source(name, dataset, path, known.hub, split, known.columns, known.lines, known.limit, known.installed)
     path = given_path(dataset)
     if path.suffix in _FILES:
         if option and path.suffix in (".txt", _OF_WINDOWS):

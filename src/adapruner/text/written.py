@@ -3,7 +3,6 @@
 A model answers prompts and continues openings; half of the code is functions of the standard library of Python, and
 half of the mathematics is sums that are right."""
 
-import ast
 import contextlib
 import hashlib
 import json
@@ -11,13 +10,10 @@ import math
 import random
 import re
 import sys
-import sysconfig
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import product
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -28,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.files import parse_yaml
 from adapruner.model.generation import NO_TOKEN, continue_texts
+from adapruner.text.installed import python_functions
 from adapruner.text.reading import is_of_part
 from adapruner.text.sources import Part
 from adapruner.text.windows import (
@@ -43,7 +40,7 @@ from adapruner.text.windows import (
 # prompt where positions have no end.
 _NEW_TOKENS, _MEAN_TOKENS, _LONGEST_BEGINNING = 192, 150, 512
 _TEMPERATURE = 0.8
-_CHARACTERS_OF_A_FUNCTION, _SUMS = range(200, 3000), 12
+_SUMS = 12
 # A language that a tokenizer serves has at least so many bytes per token.
 _BYTES_PER_TOKEN = 1.7
 
@@ -95,26 +92,6 @@ def served_kinds(tokenizer: Tokenizer) -> dict[str, Kind]:
 
     found = {name: Kind(served(kind.prompts), served(kind.openings)) for name, kind in kinds().items()}
     return {name: kind for name, kind in found.items() if kind.openings}
-
-
-@cache
-def python_functions() -> list[str]:
-    """The functions of the standard library of Python that have a docstring and are neither short nor long, in the
-    order of their files. The files are read, and nothing is run."""
-    functions = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        try:
-            source = path.read_text(encoding="utf-8")
-            nodes = [*ast.walk(ast.parse(source))]
-        except (OSError, ValueError, SyntaxError):
-            continue
-        lines = source.splitlines()
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
-                text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-                if len(text) in _CHARACTERS_OF_A_FUNCTION:
-                    functions.append(text)
-    return functions
 
 
 def _sums(order: random.Random) -> Iterator[str]:

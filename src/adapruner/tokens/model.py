@@ -1,11 +1,10 @@
 """From texts to the tokens that a model keeps, and cutting its embeddings and configs."""
 
 import copy
-import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -200,8 +199,9 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
     def sentence(self) -> str:
         """The outcome in one sentence."""
         return (
-            f"{self.after:,} of {self.before:,} tokens were kept: the most frequent of the {self.occurring:,} in"
-            f" {self.counted_bytes / 1e6:,.1f} MB of text, what they are merged from, bytes, and special tokens."
+            f"{self.after:,} of {self.before:,} tokens were kept: the most likely by"
+            f" {self.counted_bytes / 1e6:,.1f} MB of text, in which {self.occurring:,} occur, what they are merged"
+            " from, bytes, and special tokens."
         )
 
 
@@ -230,21 +230,23 @@ def fewer_tokens(
     """
     parts, rows = TokenizerParts.of(tokenizer), config.get_text_config().vocab_size
     named = set[int]().union(*map(named_tokens, configs_with_tokens(location, config)))
-    documents = itertools.chain.from_iterable(map(stream_documents, sources))
-    counts, read = count_tokens(tokenizer, documents, rows, progress)
-    kept = choose_tokens(parts, counts, {token for token in named if token < rows}, size, multiple)
-    occurring = int(counts.count_nonzero())
+    counted = [count_tokens(tokenizer, stream_documents(source), rows, progress) for source in sources]
+    # Every dataset counts as much as any other.
+    frequencies = torch.stack([counts.double() / counts.sum() for counts, _ in counted]).mean(0)
+    known = [token for token in parts.texts if token < rows]
+    texts = dict(zip(known, tokenizer.batch_decode([[token] for token in known]), strict=True))
+    likely = frequencies if size is None else likely_tokens(frequencies, texts)
+    kept = choose_tokens(parts, likely, {token for token in named if token < rows}, size, multiple)
+    occurring = int(frequencies.count_nonzero())
     if len(kept) == rows:
         raise AdaPrunerError(
             f"no token can be removed: {occurring:,} of the {rows:,} tokens occur in the text; choose a smaller"
             " `vocabulary_size`, or a text in fewer languages"
         )
-    known = [token for token in parts.texts if token < rows]
-    texts = tokenizer.batch_decode([[token] for token in known])
     # The script of a token is that of its first letter; parts of characters have none.
-    letters = ([unicodedata.name(sign, "") for sign in text if sign.isalpha()] for text in texts)
+    letters = ([unicodedata.name(sign, "") for sign in text if sign.isalpha()] for text in texts.values())
     of_texts = [next(filter(None, own), "OTHER").partition(" ")[0] for own in letters]
-    scripts = dict(zip(known, of_texts, strict=True))
+    scripts = dict(zip(texts, of_texts, strict=True))
     before, after = Counter(scripts.values()), Counter(scripts[token] for token in kept if token in scripts)
     vocabulary = Vocabulary(kept=kept, beyond=tuple(sorted(token for token in parts.texts if token >= rows)))
     with torch.device("meta"):
@@ -253,7 +255,7 @@ def fewer_tokens(
         before=rows,
         after=len(kept),
         occurring=occurring,
-        counted_bytes=read,
+        counted_bytes=sum(read for _, read in counted),
         scripts={script: (count, after[script]) for script, count in before.most_common()},
         parameters_before=parameters[0],
         parameters_after=parameters[1],
@@ -297,20 +299,48 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
         yield "\n\n".join(joined), len(joined)
 
 
+# Of what is expected of text like the counted one, the share of what is expected before counting; and the ids that are
+# about as frequent as the first. Both by the length of text that was not counted, on two tokenizers.
+_UNSEEN, _ALIKE = 0.25, 1000
+# The least frequency of a token whose characters the text is written in.
+_LEAST_FREQUENCY = 1e-6
+
+
+def likely_tokens(frequencies: Tensor, texts: Mapping[int, str]) -> Tensor:
+    """The frequency of each token that is to be expected in other text like the counted one: training a tokenizer finds
+    frequent tokens first, so those of the same characters become rarer with their ids, as the words of a language with
+    their rank (Zipf).
+
+    Args:
+        frequencies: [rows of the embedding], float64: in the counted text; they add up to 1.
+        texts: what each token writes.
+
+    Returns:
+        [rows of the embedding], float64; they add up to 1.
+    """
+    frequent = (frequencies >= _LEAST_FREQUENCY).nonzero().flatten().tolist()
+    characters = set("".join(texts.get(token, "") for token in frequent)) - {"\N{REPLACEMENT CHARACTER}"}
+    unseen = torch.tensor(
+        [token in texts and characters.issuperset(texts[token]) for token in range(len(frequencies))],
+        dtype=torch.float64,
+    ) / torch.arange(_ALIKE, _ALIKE + len(frequencies))
+    return (1 - _UNSEEN) * frequencies + _UNSEEN * unseen / unseen.sum()
+
+
 def choose_tokens(
-    parts: TokenizerParts, counts: Tensor, named: Iterable[int], size: int | None = None, multiple: int = 64
+    parts: TokenizerParts, frequencies: Tensor, named: Iterable[int], size: int | None = None, multiple: int = 64
 ) -> tuple[int, ...]:
-    """The tokens of a text, the tokens that they are merged from, and the tokens that every text needs; ascending.
+    """The most frequent tokens, the tokens that they are merged from, and the tokens that every text needs; ascending.
 
     Rounding up adds tokens that the text does not have, smallest ids first: training the tokenizer found these first.
 
     Args:
-        counts: [rows of the embedding], int64, see `count_tokens`.
+        frequencies: [rows of the embedding]: of each token, see `count_tokens` and `likely_tokens`.
         named: tokens that configs name.
-        size: the largest number of kept tokens, rounded up; the most frequent ones are kept.
+        size: the largest number of kept tokens, rounded up; by default, all that are not without frequency.
         multiple: the number of kept tokens is rounded up to a multiple of this, if there are enough tokens.
     """
-    rows = len(counts)
+    rows = len(frequencies)
     chosen: set[int] = set()
     for token in parts.required | set(named):
         chosen |= {ancestor for ancestor in parts.with_ancestors(token) if ancestor < rows}
@@ -320,8 +350,8 @@ def choose_tokens(
             " tokens, bytes or characters, and what these are merged from): choose at least that"
         )
     most = rows if size is None else _rounded_up(size, multiple)
-    occurring = counts.nonzero().flatten()
-    by_frequency = occurring[counts[occurring].argsort(descending=True, stable=True)].tolist()
+    occurring = frequencies.nonzero().flatten()
+    by_frequency = occurring[frequencies[occurring].argsort(descending=True, stable=True)].tolist()
     _take(chosen, by_frequency, parts, most)
     _take(chosen, sorted(index for index in parts.texts if index < rows), parts, _rounded_up(len(chosen), multiple))
     unused = [row for row in range(max(parts.texts) + 1, rows) if row not in chosen]
