@@ -186,7 +186,8 @@ def run_commands(content: str) -> None:
 
 def run_command(arguments: list[str]) -> None:
     # Tiny models do not end their answers before such a length.
-    arguments = ["256" if word == "2048" else word for word in arguments]
+    smaller = {"2048": "256"} | dict.fromkeys(("32768", "40960", "49152"), "384")  # and have few tokens
+    arguments = [smaller.get(word, word) for word in arguments]
     verb = "prune" if "--cost" in arguments else arguments[0]
     options = dict(SMALL.get(verb, {}))
     if "--recipe" in arguments:

@@ -263,9 +263,11 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
         f"At most {structure.removable_parameters / total:.1%} of the parameters can be removed while every layer keeps"
         " some groups of each kind and all tokens are kept."
     )
+    of_tokens = structure.parts["embedding"] / total
     yield (
-        f"Of the parameters, {structure.parts['embedding'] / total:.1%} are rows of tokens: --vocabulary TEXT removes"
-        " those of tokens that the text does not have, and costs it next to nothing."
+        f"Of the parameters, {of_tokens:.1%} are rows of tokens: half of the tokens are {of_tokens / 2:.1%} of all."
+        " --vocabulary-size N keeps the N that code and English need most, --vocabulary TEXT those of a text, and what"
+        " is written in these costs next to nothing."
     )
 
 

@@ -373,8 +373,8 @@ def advice_on(result: RunResult) -> list[str]:
         lines.append("more tokens of `heal`, or a lower `ratio`, helps")
         if result.embedding_share > _MANY_TOKENS and not result.vocabulary:
             lines.append(
-                f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary` with text in the"
-                " languages that you need removes the others first, which costs that text next to nothing"
+                f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary_size` first removes those"
+                " that code and English need least, or text like `vocabulary`, which costs that text next to nothing"
             )
     lines += [f"{kind} {estimate}" for kind, estimate in result.final.left.items() if estimate.at_chance]
     count = sum(result.windows.get("compensation", {}).values())
