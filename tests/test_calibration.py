@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from adapruner.options import PruneConfig
 from adapruner.text import reading as _reading, sources as _sources, windows as _tokenizing
 from adapruner.text.blends import assign_texts, parse_blend
 from adapruner.text.reading import fingerprint, provenance, read_documents, read_records, stream_documents
-from adapruner.text.sources import Source, parse_source, register_sources
+from adapruner.text.sources import CODE_AND_ENGLISH, Source, parse_source, register_sources
 from adapruner.text.windows import draw_windows, evaluation_text, text_windows, tokens_of
 from adapruner.tokens.model import count_tokens
 from machine import memory, reset_peak
@@ -119,6 +120,27 @@ def test_data_sets_of_the_hub_are_read_from_saved_folders_first(tmp_path, monkey
     record = {"instruction": "w1", "input": "", "output": "w2"}
     Dataset.from_list([record]).save_to_disk(tmp_path / "alpaca/train")
     assert read_records(parse_source("alpaca")) == [record]
+
+
+@pytest.mark.parametrize("name", CODE_AND_ENGLISH)
+def test_what_python_has_is_a_dataset_in_parts(name):
+    source = parse_source(name)
+    documents = read_documents(source)
+    assert len(documents) == len(set(documents)) > 100
+    assert documents == list(stream_documents(source))
+    parts = [read_documents(parse_source(f"{name}@{part}")) for part in ("calibration", "objective", "report")]
+    assert sorted(itertools.chain(*parts)) == sorted(documents)
+    assert provenance(source)["revision"] == f"Python {platform.python_version()}"
+    assert fingerprint(source) != fingerprint(parse_source(next(iter({*CODE_AND_ENGLISH} - {name}))))
+    assert str(parse_blend(f"mix,{name}:0.25")[-1].source) == name
+    with pytest.raises(AdaPrunerError, match="has no splits and no columns"):
+        parse_source(f"{name}:train")
+
+
+def test_the_documentation_of_python_is_prose():
+    for document in read_documents(parse_source("python-docs")):
+        assert ">>>" not in document
+        assert all(len(paragraph) >= 150 and "\n" not in paragraph for paragraph in document.split("\n\n"))
 
 
 def test_parts_are_disjoint_and_complete(text_file):

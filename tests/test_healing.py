@@ -344,7 +344,7 @@ def test_with_many_tokens_the_layers_learn_and_the_embeddings_do_not(
 ):
     monkeypatch.setattr("adapruner.run.memory.TOKENS_FOR_ALL_WEIGHTS", 1)
     run = Path(shutil.copytree(healed.output, tmp_path / "run"))
-    options = OPTIONS | {"heal": "80k", "overwrite": True}
+    options = OPTIONS | {"heal": "20k", "overwrite": True}
     result = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options)
     assert result.result.healing.trained == "layers"
     before, after = (adapruner.load(folder) for folder in (compensated, run / "model"))

@@ -576,7 +576,7 @@ def test_the_command_says_what_was_removed(folders, tmp_path, capsys):
     assert printed["vocabulary"]["counted_bytes"] > 1.9 * text.stat().st_size
     for arguments, message in (
         (["--vocabulary", str(text)], "exists: choose another output"),
-        (["--vocabulary", ","], "--vocabulary names no text"),
+        (["--vocabulary", ","], "nothing says which tokens to keep: give --vocabulary"),
         (["--vocabulary", "mix"], "is for calibration and training alone"),
         (["--vocabulary", str(text), "--vocabulary-size", "50", "--overwrite"], "--vocabulary-size 50 is less than"),
     ):

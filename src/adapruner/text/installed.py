@@ -8,8 +8,8 @@ import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
+from pydoc_data.topics import topics
 
 _CHARACTERS_OF_A_FUNCTION = range(200, 3000)
 # Of a paragraph of prose: the fewest characters, the share of letters and spaces, and what stands only in examples.
@@ -37,7 +37,7 @@ def python_functions() -> list[str]:
 def python_docs() -> list[str]:
     """The prose of the reference of Python, by topic, and of the docstrings of its standard library, by module, without
     examples and markup."""
-    pages = [*import_module("pydoc_data.topics").topics.values()]
+    pages = [*topics.values()]
     for _, module in _modules():
         nodes = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)]
         pages.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))

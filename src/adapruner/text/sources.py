@@ -115,8 +115,8 @@ class KnownSource(BaseModel, extra="forbid", frozen=True):
 
     hub: HubData | None = None
     installed: Installed | None = None
-    split: str | _Splits = ""
-    columns: tuple[str, ...] = ("text",)
+    split: str | _Splits
+    columns: tuple[str, ...]
     local: dict[str, str] = {}
     lines: Lines = "strip"
     limit: int | None = None
