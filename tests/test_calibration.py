@@ -126,7 +126,7 @@ def test_data_sets_of_the_hub_are_read_from_saved_folders_first(tmp_path, monkey
 def test_what_python_has_is_a_dataset_in_parts(name):
     source = parse_source(name)
     documents = read_documents(source)
-    assert len(documents) == len(set(documents)) > 100
+    assert len(set(documents)) > 100
     assert documents == list(stream_documents(source))
     parts = [read_documents(parse_source(f"{name}@{part}")) for part in ("calibration", "objective", "report")]
     assert sorted(itertools.chain(*parts)) == sorted(documents)
