@@ -699,6 +699,10 @@ def test_tokens_and_channels_meet_a_ratio_together(folders, with_fewer_tokens):
     assert "channels, tokens." in card
     page = with_fewer_tokens.report.read_text()
     assert f"Besides, {small.removed_parameters:,} of tokens" in page
+    before, after = small.scripts["LATIN"]
+    assert f"latin {after:,} of {before:,}" in page
+    spelt = with_fewer_tokens.result.final.abilities.reads["languages"].spelt
+    assert f"languages {100 * spelt:.1f}&nbsp;%" in page
     assert "--vocabulary" in page
 
 
