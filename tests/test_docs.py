@@ -471,10 +471,13 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers():
         assert f"| {size} | {bits:.4f} | {' | '.join(map(str, speeds))} |" in page
 
 
-def test_the_picture_of_prices_is_that_of_the_results():
-    rows = json.loads((ROOT / "research" / "results" / "models.json").read_text())["tables"]["one-shot"]["rows"]
-    draw = runpy.run_path(str(ROOT / "docs" / "prices.py"))["draw"]
-    assert (ROOT / "docs" / "images" / "prices.svg").read_text(encoding="utf-8") == draw(rows)
+@pytest.mark.parametrize(
+    ("picture", "results", "table"), [("prices", "models", "one-shot"), ("tokens", "tokens", "models")]
+)
+def test_a_picture_is_that_of_the_results(picture, results, table):
+    rows = json.loads((ROOT / "research" / "results" / f"{results}.json").read_text())["tables"][table]["rows"]
+    draw = runpy.run_path(str(ROOT / "docs" / f"{picture}.py"))["draw"]
+    assert (ROOT / "docs" / "images" / f"{picture}.svg").read_text(encoding="utf-8") == draw(rows)
 
 
 def test_messages_that_are_explained_are_those_of_the_code():

@@ -311,7 +311,8 @@ def test_advice_names_what_should_not_go_unseen(finished, text_file, tmp_path):
         return " | ".join(adapruner.PruneResult(tmp_path, finished.plan, result).advice())
 
     assert "lost" not in damaged(1.0, "usable")
-    said, lost, remedy, *_ = damaged(0.5, "recover first").split(" | ")
+    said, lost, remedy, _, text, *_ = damaged(0.5, "recover first").split(" | ")
+    assert text == "code lost most: half python-code as `calibration` (mix,python-code:0.5) keeps nearly half of that"
     assert said == "the model should be trained further before use"
     assert lost == "what it lost most: code, 50% left (50% to 50%)"
     assert remedy == "more tokens of `heal`, or a lower `ratio`, helps"

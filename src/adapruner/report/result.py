@@ -20,6 +20,7 @@ from adapruner.evaluation.tasks import TaskScore, mean_accuracies
 from adapruner.options import PruneConfig
 from adapruner.search.judging import Costs
 from adapruner.search.study import SearchResult
+from adapruner.text.sources import FUNCTIONS
 from adapruner.tokens.model import VocabularySummary
 from adapruner.train.healing import Healing
 
@@ -374,7 +375,12 @@ def advice_on(result: RunResult) -> list[str]:
         if result.embedding_share > _MANY_TOKENS and not result.vocabulary:
             lines.append(
                 f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary_size` first removes those"
-                " that code and English need least, or text like `vocabulary`, which costs that text next to nothing"
+                " that code and English need least, or text like `vocabulary`, which costs less than layers do"
+            )
+        judged = {kind: estimate.left for kind, estimate in result.final.left.items() if not estimate.at_chance}
+        if judged and min(judged, key=judged.__getitem__) == "code" and FUNCTIONS not in result.config.calibration:
+            lines.append(
+                f"code lost most: half {FUNCTIONS} as `calibration` (mix,{FUNCTIONS}:0.5) keeps nearly half of that"
             )
     lines += [f"{kind} {estimate}" for kind, estimate in result.final.left.items() if estimate.at_chance]
     count = sum(result.windows.get("compensation", {}).values())

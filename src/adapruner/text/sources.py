@@ -28,8 +28,9 @@ MIX = "mix"
 # Before the name of a dataset of instructions: the model answers them.
 ANSWERS = "answers:"
 
-# Read of the installed Python, in which the tokens to keep are counted if no text is named.
-CODE_AND_ENGLISH = ("python-code", "python-docs")
+# Read of the installed Python; where no text is named, the tokens to keep are counted in both.
+FUNCTIONS = "python-code"
+CODE_AND_ENGLISH = (FUNCTIONS, "python-docs")
 
 # Windows of tokens instead of text.
 _OF_WINDOWS = ".safetensors"
