@@ -12,7 +12,7 @@ from typing import Any
 PICTURE = Path(__file__).parent / "images" / "tokens.svg"
 RESULTS = Path(__file__).parents[1] / "research" / "results" / "tokens.json"
 _LEFT, _PANEL, _GAP, _TOP, _PLOT = 44, 190, 30, 64, 200
-_FEWEST, _MOST, _HIGHEST = 20_000, 80_000, 0.2
+_FEWEST, _MOST, _HIGHEST = 20_000, 80_000, 0.4
 _TEXTS = {"prose": ("wikitext2", "ptb", "boolq"), "code": ("humaneval", "packages")}
 _STYLE = (
     "text{font:12px sans-serif;fill:#1c2833}.middle{text-anchor:middle}.end{text-anchor:end}.grid{stroke:#d5dbe1}"
@@ -58,7 +58,7 @@ def _panel(left: int, model: str, own: list[Row]) -> list[str]:
     places = [left + _PANEL * math.log(row["tokens"] / _FEWEST) / math.log(_MOST / _FEWEST) for row in own]
     for row, x in zip(own, places, strict=True):
         lines.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 18}">{row["tokens"] / 1024:.0f}k</text>')
-        lines.append(f'<text class="middle removed" x="{x:.1f}" y="{bottom + 34}">−{row["removed"]:.0%}</text>')
+        lines.append(f'<text class="middle removed" x="{x:.1f}" y="{bottom + 34}">−{escape(row["removed"])}</text>')
     lines.append(f'<text class="middle" x="{left + _PANEL // 2}" y="{bottom + 54}">tokens kept</text>')
     for kind in _TEXTS:
         points = [(x, bottom - rise(row, kind) / _HIGHEST * _PLOT) for row, x in zip(own, places, strict=True)]

@@ -266,8 +266,8 @@ def _lines(structure: Structure, model: str, around: tuple[str, int] | None) -> 
     of_tokens = structure.parts["embedding"] / total
     yield (
         f"Of the parameters, {of_tokens:.1%} are rows of tokens: half of the tokens are {of_tokens / 2:.1%} of all."
-        " --vocabulary-size N keeps the N that code and English need most, --vocabulary TEXT those of a text: cheaper"
-        " than layers."
+        " --vocabulary-size N keeps the N that code and English need most, --vocabulary TEXT those of a text:"
+        " where no other token occurs, nothing is lost."
     )
 
 

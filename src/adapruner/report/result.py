@@ -375,7 +375,8 @@ def advice_on(result: RunResult) -> list[str]:
         if result.embedding_share > _MANY_TOKENS and not result.vocabulary:
             lines.append(
                 f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary_size` first removes those"
-                " that code and English need least, or text like `vocabulary`, which costs less than layers do"
+                " that code and English need least, or text like `vocabulary`: where none of them occurs, nothing is"
+                " lost"
             )
         judged = {kind: estimate.left for kind, estimate in result.final.left.items() if not estimate.at_chance}
         if judged and min(judged, key=judged.__getitem__) == "code" and FUNCTIONS not in result.config.calibration:

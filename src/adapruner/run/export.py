@@ -22,7 +22,7 @@ from adapruner.options import TOKENS_MULTIPLE, Dtype, GgufType
 from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
 from adapruner.text.blends import record_of
-from adapruner.text.sources import CODE_AND_ENGLISH, parse_source, source_names
+from adapruner.text.sources import parse_source, texts_to_count
 from adapruner.tokens.model import VocabularySummary, cut_vocabulary, fewer_tokens
 
 
@@ -128,7 +128,7 @@ def vocabulary(
 
     Args:
         model: as for `load`.
-        vocabulary: the datasets whose tokens are kept; with `vocabulary_size`, none are code and English.
+        vocabulary: the datasets whose tokens are kept; none stand for code and English if there is a `vocabulary_size`.
         output: the folder of the smaller model.
         vocabulary_size: number of tokens to keep, the most likely in text like these; by default, all that occur.
         vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
@@ -140,9 +140,7 @@ def vocabulary(
     """
     if vocabulary_multiple < 1 or (vocabulary_size is not None and vocabulary_size < 1):
         raise AdaPrunerError("`vocabulary_size` and `vocabulary_multiple` must be at least 1")
-    names = source_names([vocabulary] if isinstance(vocabulary, str) else vocabulary) or (
-        [*CODE_AND_ENGLISH] if vocabulary_size else []
-    )
+    names = texts_to_count([vocabulary] if isinstance(vocabulary, str) else vocabulary, vocabulary_size)
     if not names:
         raise AdaPrunerError(
             "nothing says which tokens to keep: give `vocabulary`, text in the languages to keep, or `vocabulary_size`"

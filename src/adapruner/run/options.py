@@ -44,7 +44,7 @@ from adapruner.run.memory import dtype_of_weights
 from adapruner.structure.blocks import count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
-from adapruner.text.sources import CODE_AND_ENGLISH, absolute_source, parse_source, register_sources, source_names
+from adapruner.text.sources import absolute_source, parse_source, register_sources, texts_to_count
 from adapruner.tokens.model import fewer_tokens
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
@@ -293,7 +293,7 @@ def _with_absolute_paths(config: PruneConfig) -> PruneConfig:
     }
     if (path := given_path(config.model)).exists():
         absolute["model"] = str(path.absolute())
-    counted = source_names(config.vocabulary) or (CODE_AND_ENGLISH if config.vocabulary_size else ())
+    counted = texts_to_count(config.vocabulary, config.vocabulary_size)
     texts = {"evaluate": config.evaluate, "vocabulary": counted}
     return config.model_copy(update=absolute | {name: tuple(map(absolute_source, own)) for name, own in texts.items()})
 

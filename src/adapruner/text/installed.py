@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from adapruner.text.sources import Installed
+
 _CHARACTERS_OF_A_FUNCTION = range(200, 3000)
 # Of a paragraph of prose: the fewest characters, the share of letters and spaces, and what stands only in examples.
 _SHORTEST, _LETTERS = 150, 0.9
@@ -45,7 +47,7 @@ def python_docs() -> list[str]:
 
 
 def _modules() -> Iterator[tuple[str, ast.Module]]:
-    """The modules of the standard library that are not in packages, with their source."""
+    """The modules of the standard library that are not in packages, parsed, each after its source."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         try:
             source = path.read_text(encoding="utf-8")
@@ -63,4 +65,4 @@ def _prose(page: str) -> Iterator[str]:
             yield text
 
 
-INSTALLED: dict[str, Callable[[], list[str]]] = {"functions": python_functions, "docs": python_docs}
+INSTALLED: dict[Installed, Callable[[], list[str]]] = {"functions": python_functions, "docs": python_docs}

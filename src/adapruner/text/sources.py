@@ -58,7 +58,7 @@ class Source:
         named_columns: the columns with the text; empty for the usual columns.
         lines: the documents of a plain text file: lines with or without their ends, or paragraphs between empty lines.
         limit: the largest number of rows that are read.
-        installed: what is read of the installed Python.
+        installed: what is read of the installed Python; None for all other datasets.
         part: `all`, or one of three disjoint parts, into which documents are put by the hash of their text.
     """
 
@@ -205,6 +205,16 @@ def source_names(texts: Sequence[str]) -> list[str]:
         is_single = given_path(path).is_file() and "," not in option
         names += [text] if is_single else [name.strip() for name in text.split(",")]
     return [name for name in names if name]
+
+
+def texts_to_count(names: Sequence[str], size: int | None) -> tuple[str, ...]:
+    """The names of the datasets in which the tokens to keep are counted.
+
+    Args:
+        names: as the user gave them, for `source_names`; none stand for code and English if there is a size.
+        size: the number of tokens to keep.
+    """
+    return tuple(source_names(names)) or (CODE_AND_ENGLISH if size else ())
 
 
 def split_name(text: str) -> tuple[str, str]:

@@ -299,17 +299,17 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, int]]:
         yield "\n\n".join(joined), len(joined)
 
 
-# Of what is expected of text like the counted one, the share of what is expected before counting; and the ids that are
-# about as frequent as the first. Both by the length of text that was not counted, on two tokenizers.
+# Additive smoothing: the weight of the prior, and the first ids, which are about equally frequent. Other text has the
+# fewest tokens with these, on two tokenizers (research/results.md).
 _UNSEEN, _ALIKE = 0.25, 1000
 # The least frequency of a token whose characters the text is written in.
 _LEAST_FREQUENCY = 1e-6
 
 
 def likely_tokens(frequencies: Tensor, texts: Mapping[int, str]) -> Tensor:
-    """The frequency of each token that is to be expected in other text like the counted one: training a tokenizer finds
-    frequent tokens first, so those of the same characters become rarer with their ids, as the words of a language with
-    their rank (Zipf).
+    """The frequency of each token that is to be expected in other text like the counted one: that in the counted text,
+    smoothed by a Zipf prior over the tokens of the same characters, ranked by id, since training a tokenizer finds
+    frequent tokens first.
 
     Args:
         frequencies: [rows of the embedding], float64: in the counted text; they add up to 1.
@@ -324,7 +324,7 @@ def likely_tokens(frequencies: Tensor, texts: Mapping[int, str]) -> Tensor:
         [token in texts and characters.issuperset(texts[token]) for token in range(len(frequencies))],
         dtype=torch.float64,
     ) / torch.arange(_ALIKE, _ALIKE + len(frequencies))
-    return (1 - _UNSEEN) * frequencies + _UNSEEN * unseen / unseen.sum()
+    return (1 - _UNSEEN) * frequencies + _UNSEEN * unseen / unseen.sum().clamp(min=1e-300)
 
 
 def choose_tokens(
@@ -337,7 +337,7 @@ def choose_tokens(
     Args:
         frequencies: [rows of the embedding]: of each token, see `count_tokens` and `likely_tokens`.
         named: tokens that configs name.
-        size: the largest number of kept tokens, rounded up; by default, all that are not without frequency.
+        size: the largest number of kept tokens, rounded up; by default, all with a frequency above zero.
         multiple: the number of kept tokens is rounded up to a multiple of this, if there are enough tokens.
     """
     rows = len(frequencies)
