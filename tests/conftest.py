@@ -173,9 +173,12 @@ def model_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """200 different paragraphs of 20 words."""
-    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    return write_paragraphs(tmp_path_factory.mktemp("texts") / "text.txt", 200)
+
+
+def write_paragraphs(path, count):
     generator = torch.Generator().manual_seed(2)
-    numbers = torch.randint(0, VOCABULARY - 4, (200, 20), generator=generator).tolist()
+    numbers = torch.randint(0, VOCABULARY - 4, (count, 20), generator=generator).tolist()
     path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
     return path
 

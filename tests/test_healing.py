@@ -19,15 +19,22 @@ from adapruner.run import choice as chosen, models as nodes
 from adapruner.run.memory import healing_within
 from adapruner.run.prune import preview
 from adapruner.run.recover import read_record
-from adapruner.text.windows import Text, joined
+from adapruner.text.windows import Text, joined, load_texts_by_use
 from adapruner.train import healing as _healing, loss as _loss
 from adapruner.train.healing import heal, healing_options, length_of_windows, read_healing
 from adapruner.train.trainer import check_device, frozen, with_adapters
+from conftest import write_paragraphs
 from run_helpers import QUICK, assert_same_artifacts, flags, run_killed, stages_done
 
 # Of a smaller cut, compensation leaves nothing to bring back. A step has 512 tokens.
 OPTIONS: dict[str, Any] = {name: value for name, value in QUICK.items() if name not in ("trials", *OF_A_SEARCH)}
 OPTIONS |= {"heal": "20k", "ratio": 0.3}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """Long enough that the training reads nothing more than twice."""
+    return write_paragraphs(tmp_path_factory.mktemp("texts") / "text.txt", 1600)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +116,27 @@ def test_what_training_is_judged_on_is_not_fitted(model_folder, text_file, tmp_p
     )
     monkeypatch.setattr(nodes, "heal", lambda *args: seen.update(learnt=args[1], judged=args[2]) or heal(*args))
     adapruner.prune(str(model_folder), output=tmp_path / "run", calibration=str(text_file), **OPTIONS)
-    assert seen["fitted"].equal(seen["learnt"].windows)
-    fitted, judged = ({*map(tuple, text.tolist())} for text in (seen["fitted"], seen["judged"].windows))
+    fitted, learnt, judged = (
+        {*map(tuple, text.tolist())} for text in (seen["fitted"], seen["learnt"].windows, seen["judged"].windows)
+    )
     assert judged
-    assert not fitted & judged
+    # Training reads further windows of the same text.
+    assert fitted < learnt
+    assert not learnt & judged
+
+
+def test_no_text_is_read_more_than_twice(healed, model_folder, text_file, tmp_path, capsys):
+    """Whatever is asked for: what is left of the text is drawn first; the run says what it left out."""
+    few = write_paragraphs(tmp_path / "few.txt", 100)
+    run = tmp_path / "run"
+    healing = adapruner.prune(str(model_folder), output=run, calibration=str(few), **OPTIONS).result.healing
+    (learnt,) = healing.record.parts.values()
+    further = load_texts_by_use(run / "windows-to-heal.safetensors")["healing"].windows
+    fitted = load_texts_by_use(run / "windows.safetensors")["compensation"].windows
+    assert len({*map(tuple, further.tolist())} - {*map(tuple, fitted.tolist())}) == len(further) > 0
+    assert 1 < learnt.passes <= 2
+    assert "2 times, and ends before the 19,968 of `heal`" in " ".join(capsys.readouterr().err.split())
+    assert healed.result.healing.record.parts[str(text_file)].passes < 2
 
 
 def test_windows_are_put_together_into_long_ones():

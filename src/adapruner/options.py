@@ -325,7 +325,8 @@ class PruneOptions(_Options):
     )
     heal: TokensOrNone = Field(
         default="50k",
-        description="Tokens on which the pruned model is trained to predict as the dense model does; or none.",
+        description="Tokens on which the pruned model is trained to predict as the dense model does, no text more than"
+        " twice; or none.",
     )
     tasks: Names = Field(
         default=(),

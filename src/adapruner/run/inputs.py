@@ -4,6 +4,7 @@ The nodes are declared here, in `choice` and in `models`, in this order: each ta
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -463,3 +464,44 @@ def text_to_learn(windows: dict[str, Text]) -> tuple[Text, Text]:
     """The text that the pruned model is fitted and trained on, and the text on which the training is judged, which is
     not fitted either."""
     return windows["compensation" if "compensation" in windows else "pool"].held_out(HELD_OUT_TO_HEAL)
+
+
+# How often healing reads a text at most (research/experiments/healing.md).
+MOST_READ = 2
+
+
+def reads_more(heal: str, compensation_windows: int, seq_len: int) -> bool:
+    """True if healing would read the text of the cut more often."""
+    return heal != "none" and int(heal) > MOST_READ * (compensation_windows - HELD_OUT_TO_HEAL) * seq_len
+
+
+@GRAPH.kept("windows-to-heal.safetensors", TEXTS, is_wanted=reads_more)
+def more_to_learn(
+    dense_fast: PreTrainedModel,
+    tokenizer: Tokenizer,
+    calibration_texts: tuple[BlendPart, ...],
+    text_to_learn: tuple[Text, Text],
+    heal: str,
+    seq_len: int,
+    seed: int,
+    reporter: Reporter,
+) -> dict[str, Text]:
+    """Further text to train on, with the kinds and shares of the first: what is left of datasets, and what the model
+    writes; empty if nothing is left."""
+    missing = math.ceil(int(heal) / (MOST_READ * seq_len)) - len(text_to_learn[0])
+    counts = counts_of(calibration_texts, max(missing, len(calibration_texts)))
+    read = {tuple(window) for text in text_to_learn for window in text.windows.tolist()}
+    further: Windows = {}
+    for kind, source in sources_of(calibration_texts):
+        windows = text_windows(source, tokenizer, seq_len)
+        unread = [number for number, window in enumerate(windows.tolist()) if tuple(window) not in read]
+        further[kind] = evenly_spaced(windows[unread], counts[kind])
+    written = {part.name: counts[part.name] for part in calibration_texts if part.is_written and counts[part.name]}
+    if written:
+        with reporter.stage("writing more text", sum(written.values())) as advance:
+            ends = end_tokens(dense_fast, tokenizer)
+            further |= write_kinds(dense_fast, tokenizer, written, seq_len, "calibration", seed + 1, ends, advance)
+    text = Text.mixed(further)
+    finite, note = finite_windows(dense_fast, {"healing": text.windows}, {"healing": 0})
+    reporter.note(note)
+    return {"healing": text.part(finite["healing"])}

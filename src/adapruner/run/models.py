@@ -36,7 +36,7 @@ from adapruner.report.card import model_card
 from adapruner.report.result import ModelNumbers, RunResult, shown_name
 from adapruner.run.choice import GRAPH as GRAPH
 from adapruner.run.folder import RunFolder, page_of
-from adapruner.run.inputs import TENSORS, json_form
+from adapruner.run.inputs import MOST_READ, TENSORS, json_form
 from adapruner.run.memory import Placement, healing_within
 from adapruner.search.judging import Costs
 from adapruner.search.study import SearchResult
@@ -48,7 +48,7 @@ from adapruner.text.sources import Source
 from adapruner.text.windows import EvaluationText, Text, start_of_windows
 from adapruner.tokens.model import FewerTokens, cut_vocabulary
 from adapruner.tokens.tokenizer import spelling_of, tokens_of_both
-from adapruner.train.healing import HEALING, Healing, heal, read_healing, steps_of_healing
+from adapruner.train.healing import HEALING, Healing, heal, read_healing, reading_at_most, steps_of_healing
 from adapruner.train.trainer import check_adapters, check_device
 
 # What made it has written the folder already.
@@ -102,6 +102,7 @@ def pruned(
     tokens_left: FewerTokens | None,
     origin: dict[str, object],
     text_to_learn: tuple[Text, Text],
+    more_to_learn: dict[str, Text] | None,
     placement: Placement,
     reporter: Reporter,
     work: Path,
@@ -121,6 +122,9 @@ def pruned(
         reporter.note("The weights are left as they were: no kind of text has three windows, one of which is held out")
     elif healing:
         read = partial(load_model, find_model(compensated), "auto", placement.device, placement.layer_wise)
+        learnt = Text.joined([learnt, *(more_to_learn or {}).values()])
+        healing, note = reading_at_most(MOST_READ, learnt, healing)
+        reporter.note(note)
         with reporter.stage("healing", steps_of_healing(healing)) as advance:
             start, training = start_of_windows(tokenizer, healing.seq_len), work / "training"
             model, outcome = heal(read, learnt, held_out, dense_fast_later(), healing, training, advance, start)

@@ -378,6 +378,13 @@ class Text:
         return len(self.windows)
 
     @classmethod
+    def joined(cls, texts: Sequence[Text]) -> Text:
+        """Several texts, evenly mixed again."""
+        by_kind = dict.fromkeys(kind for text in texts for kind in text.kinds)
+        own = {kind: [text.by_kind[kind] for text in texts if kind in text.kinds] for kind in by_kind}
+        return cls.mixed({kind: torch.cat(windows) for kind, windows in own.items()})
+
+    @classmethod
     def mixed(cls, by_kind: Mapping[str, Tensor]) -> Text:
         """The windows of all kinds, [windows, tokens] each; those of a kind keep their order."""
         parts = sorted(by_kind.items())

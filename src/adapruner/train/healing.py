@@ -104,6 +104,18 @@ def healing_options(
     )
 
 
+def reading_at_most(times: int, text: Text, options: RecoveryOptions) -> tuple[RecoveryOptions, str]:
+    """The options with no more steps than read a text so often, and what is left out."""
+    of_step, tokens = options.batch_size * options.seq_len, text.windows.numel()
+    steps = max(1, times * tokens // of_step)
+    if (options.steps or 0) <= steps:
+        return options, ""
+    return options.model_copy(update={"steps": steps}), (
+        f"The training after the cut reads its {tokens:,} tokens of text {times} times, and ends before the"
+        f" {(options.steps or 0) * of_step:,} of `heal`: more text of `calibration` makes it longer"
+    )
+
+
 def heal(
     load: Callable[[], PreTrainedModel],
     text: Text,
