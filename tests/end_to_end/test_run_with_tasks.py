@@ -76,7 +76,7 @@ def test_the_report_shows_all_models(finished):
             assert f"{one.perplexity:.2f}" in page, model.role
         for score in model.tasks.values():
             assert f'{score.metrics["acc"]:.4f} <span class="error">± {score.standard_errors["acc"]:.4f}' in page
-    assert f"39 steps, {finished.result.healing.record.tokens:,} tokens" in page
+    assert f"{finished.result.healing.record.steps} steps, {finished.result.healing.record.tokens:,} tokens" in page
     assert 'id="task-table"' in page
 
 
