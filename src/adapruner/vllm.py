@@ -98,7 +98,9 @@ def _layer_class(module: Any, family: _Family) -> type[nn.Module]:
     def build(self: nn.Module, *arguments: Any, **named: Any) -> None:
         given = signature.bind(self, *arguments, **named)
         whole = given.arguments.get("config") or given.arguments["vllm_config"].model_config.hf_config
-        config = layer_config(whole, int(given.arguments["prefix"].rsplit(".", 1)[1]), family.fields)
+        config = whole.per_layer_config[int(given.arguments["prefix"].rsplit(".", 1)[1])]
+        for name, value in family.fields.items():
+            setattr(config, name, value)
         given.arguments["config"] = config
         with contextlib.ExitStack() as stack:
             if "attention" in config.skip:
@@ -108,19 +110,6 @@ def _layer_class(module: Any, family: _Family) -> type[nn.Module]:
             stock.__init__(*given.args, **given.kwargs)
 
     return type(f"Pruned{family.layer}", (stock,), {"__module__": __name__, "__init__": build})
-
-
-def layer_config(config: Any, index: int, fields: Mapping[str, object]) -> Any:
-    """The config of a layer, of `transformers.PreTrainedConfig`.
-
-    Args:
-        config: of the model, with `per_layer_config`.
-        fields: set in addition.
-    """
-    own = config.per_layer_config[index]
-    for name, value in fields.items():
-        setattr(own, name, value)
-    return own
 
 
 def check_workers(config: Any, workers: int) -> None:

@@ -481,6 +481,7 @@ def more_to_learn(
     tokenizer: Tokenizer,
     calibration_texts: tuple[BlendPart, ...],
     text_to_learn: tuple[Text, Text],
+    empty: PreTrainedModel,
     heal: str,
     seq_len: int,
     seed: int,
@@ -490,18 +491,23 @@ def more_to_learn(
     writes; empty if nothing is left."""
     missing = math.ceil(int(heal) / (MOST_READ * seq_len)) - len(text_to_learn[0])
     counts = counts_of(calibration_texts, max(missing, len(calibration_texts)))
-    read = {tuple(window) for text in text_to_learn for window in text.windows.tolist()}
+    # As bytes, one at a time: datasets may have millions of tokens.
+    read = {window.numpy().tobytes() for text in text_to_learn for window in text.windows}
     further: Windows = {}
     for kind, source in sources_of(calibration_texts):
         windows = text_windows(source, tokenizer, seq_len)
-        unread = [number for number, window in enumerate(windows.tolist()) if tuple(window) not in read]
-        further[kind] = evenly_spaced(windows[unread], counts[kind])
+        is_unread = torch.tensor([window.numpy().tobytes() not in read for window in windows], dtype=torch.bool)
+        further[kind] = evenly_spaced(windows[is_unread], counts[kind])
+        if len(further[kind]):
+            check_tokens(empty.config, int(further[kind].max()))
     written = {part.name: counts[part.name] for part in calibration_texts if part.is_written and counts[part.name]}
     if written:
         with reporter.stage("writing more text", sum(written.values())) as advance:
             ends = end_tokens(dense_fast, tokenizer)
             further |= write_kinds(dense_fast, tokenizer, written, seq_len, "calibration", seed + 1, ends, advance)
     text = Text.mixed(further)
+    if not len(text):
+        return {"healing": text}
     finite, note = finite_windows(dense_fast, {"healing": text.windows}, {"healing": 0})
     reporter.note(note)
     return {"healing": text.part(finite["healing"])}
