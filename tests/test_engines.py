@@ -21,15 +21,19 @@ from tiny_families import tiny_config
 @pytest.mark.parametrize(
     ("model_type", "engines", "options"),
     [
-        ("llama", ("vllm",), {"layout": "uniform"}),
-        ("qwen2", ("vllm",), {"layout": "uniform", "head_share": 0.0}),
+        ("llama", ("vllm",), {"layout": "per-layer"}),
+        ("qwen2", ("vllm", "llama.cpp"), {"layout": "per-layer"}),
+        ("phi3", ("vllm",), {"layout": "uniform"}),
+        ("qwen2_moe", ("vllm",), {"layout": "uniform", "head_share": 0.0}),
+        ("llama", ("vllm", "sglang"), {"layout": "uniform"}),
         ("llama", ("any",), {"layout": "uniform", "head_share": 0.0}),
         ("llama", ("llama.cpp", "mlx"), {"layout": "per-layer"}),
         ("llama", ("mlx", "sglang"), {"layout": "uniform"}),
         ("qwen2", ("mlx", "llama.cpp", "transformers"), {"layout": "per-layer"}),
         ("qwen3", ("llama.cpp",), {"layout": "uniform"}),
         ("qwen3", ("llama.cpp", "mlx"), {"layout": "uniform"}),
-        ("gemma3_text", ("mlx", "vllm"), {"layout": "uniform", "head_share": 0.0}),
+        ("gemma3_text", ("mlx", "vllm"), {"layout": "per-layer"}),
+        ("gemma3_text", ("vllm", "any"), {"layout": "uniform", "head_share": 0.0}),
         ("gpt_neox", ("transformers",), {"layout": "per-layer"}),
     ],
 )
@@ -42,7 +46,8 @@ def test_several_engines_get_what_all_of_them_load(model_type, engines, options)
 @pytest.mark.parametrize(
     ("model_type", "options", "message"),
     [
-        ("llama", {"for_": "vllm", "layout": "per-layer"}, "layers of equal widths"),
+        ("llama", {"for_": "sglang", "layout": "per-layer"}, "layers of equal widths"),
+        ("qwen2", {"for_": "vllm", "layout": "uniform", "head_share": 0.5}, "all heads of a qwen2"),
         ("llama", {"for_": "any", "head_share": 0.5}, "any engine would need all heads of a llama"),
         ("gpt2", {"for_": "mlx"}, "mlx-lm does not load a pruned gpt2"),
         ("gpt2", {"for_": "llama.cpp"}, "not 'gpt2'"),
@@ -83,8 +88,8 @@ def test_a_tokenizer_that_an_engine_cannot_read_is_told_before_the_run(arguments
 
 
 def test_a_conflict_is_told_before_the_run(arguments, tmp_path, capsys):
-    assert exit_code([*arguments, "--for", "vllm", "--layout", "per-layer", "-o", str(tmp_path / "run")]) == 2
-    assert "--layout per-layer: vllm would need layers of equal widths; change it, or --for" in capsys.readouterr().err
+    assert exit_code([*arguments, "--for", "sglang", "--layout", "per-layer", "-o", str(tmp_path / "run")]) == 2
+    assert "--layout per-layer: sglang would need layers of equal widths; change it, or --for" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -92,10 +97,11 @@ def test_code_in_the_folder_is_named_in_the_command(make_model, tokenizer, tmp_p
     folder = tmp_path / "a model"
     folder.mkdir()
     (folder / "modeling_pruned.py").touch()
-    commands = serving_commands(("transformers", "mlx", "any"), folder)
+    commands = serving_commands(("transformers", "mlx", "vllm", "any"), folder)
     assert commands == [
         f"transformers serve '{folder}' --trust-remote-code",
         f"mlx_lm.server --model '{folder}' --trust-remote-code",
+        f"pip install --no-deps adapruner && vllm serve '{folder}'",
     ]
 
 

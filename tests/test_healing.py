@@ -139,6 +139,13 @@ def test_no_text_is_read_more_than_twice(healed, model_folder, text_file, tmp_pa
     assert healed.result.healing.record.parts[str(text_file)].passes < 2
 
 
+def test_a_run_without_further_text_ends_earlier(model_folder, tmp_path, capsys):
+    few, run = write_paragraphs(tmp_path / "few.txt", 100), tmp_path / "run"
+    adapruner.prune(str(model_folder), output=run, calibration=str(few), **OPTIONS | {"compensation_windows": 100})
+    assert not load_texts_by_use(run / "windows-to-heal.safetensors")
+    assert "reads its 720 tokens of text 2 times" in " ".join(capsys.readouterr().err.split())
+
+
 def test_windows_are_put_together_into_long_ones():
     """Every token but the special ones once, in its order."""
     windows = torch.cat([torch.tensor([[1]]).expand(10, 1), torch.arange(100, 250).view(10, 15)], 1)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 
 class _Family(NamedTuple):
@@ -48,6 +49,12 @@ FAMILIES = {
 }
 # Sizes that the workers of a model share.
 _SHARED = {"intermediate_size": "channels", "num_attention_heads": "heads", "num_key_value_heads": "KV heads"}
+
+
+def is_built(config: PreTrainedConfig) -> bool:
+    """True if vLLM runs pruned folders of this model in its own classes, by this plugin."""
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return stock is not None and f"Pruned{stock.__name__}" in FAMILIES
 
 
 def register() -> None:

@@ -176,7 +176,7 @@ class _Sums:
         return model.get_submodule(self._block.row_wise.module).register_forward_hook(add)
 
     def _add_input(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].flatten(0, -2).float()
+        x = inputs[0].flatten(0, -2)
         if not self._block.is_normalized:
             self.tokens += len(x)
             add_products(self.second[0], x)
@@ -234,12 +234,19 @@ def add_products(second: Tensor, x: Tensor) -> None:
 
     Args:
         second: [inputs, inputs], float32. A strip of the lower triangle next to the diagonal is written too.
-        x: [tokens, inputs], float32.
+        x: [tokens, inputs], any dtype.
     """
-    for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
-        if len(strip):
-            start, stop = int(strip[0]), int(strip[-1]) + 1
-            second[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+    # Products of numbers that fit into bfloat16 are exact in its units, and in TF32; sums are in float32.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if x.dtype == torch.bfloat16 else before)
+    x = x.float()
+    try:
+        for strip in torch.arange(x.shape[1]).tensor_split(_STRIPS):
+            if len(strip):
+                start, stop = int(strip[0]), int(strip[-1]) + 1
+                second[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def symmetric(upper: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
 from adapruner.text.sources import absolute_source, parse_source, register_sources, texts_to_count
 from adapruner.tokens.model import fewer_tokens
+from adapruner.vllm import is_built
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
 Loads = Mapping[Layout, bool]
@@ -107,18 +108,23 @@ def _loads(engine: ServingEngine, config: PreTrainedConfig) -> Loads:
         if family not in _MLX_READS_HEAD_WIDTH + _MLX_DIVIDES:
             raise AdaPrunerError(f"mlx-lm does not load a pruned {family}: choose another engine with `for_`")
         return {"per-layer": True, "uniform": family in _MLX_READS_HEAD_WIDTH}
+    reads_head_width = engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH
+    if engine == "vllm" and is_built(config):
+        return {"per-layer": True, "uniform": reads_head_width}
     if "uniform" not in architecture.layouts or architecture.fixed_channels:
         raise AdaPrunerError(f"{engine} would need a stock model, and no stock {family} has fewer channels")
-    return {"uniform": engine in ("vllm", "sglang") and family in _VLLM_READS_HEAD_WIDTH}
+    return {"uniform": reads_head_width}
 
 
 def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str]:
     """The command that serves the model of a folder, for each engine that has one."""
-    trust = " --trust-remote-code" if any(folder.glob("*.py")) else ""
+    has_code = any(folder.glob("*.py"))
+    trust = " --trust-remote-code" if has_code else ""
     path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
     commands = {
         "transformers": f"transformers serve {path}{trust}",
-        "vllm": f"vllm serve {path}",
+        # A plugin builds layers that differ: it needs nothing that vLLM does not have.
+        "vllm": f"{'pip install --no-deps adapruner && ' if has_code else ''}vllm serve {path}",
         "sglang": f"python -m sglang.launch_server --model-path {path}",
         "llama.cpp": f"adapruner export {path} --to gguf -o {file} && llama-server -m {file}",
         "mlx": f"mlx_lm.server --model {path}{trust}",
