@@ -161,11 +161,15 @@ def in_llama_cpp(path: Path, prompt: list[int]) -> list[int]:
 def in_vllm(path: Path, prompt: list[int]) -> list[int]:
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.plugins import load_general_plugins
 
+    load_general_plugins()  # with this package beside vLLM, its plugin knows some folders that have code
+    [architecture] = json.loads((path / "config.json").read_text(encoding="utf-8"))["architectures"]
+    needs_code = architecture not in vllm.ModelRegistry.get_supported_archs()
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128}
     sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     try:
-        engine = vllm.LLM(str(path), trust_remote_code=has_code(path), **options)
+        engine = vllm.LLM(str(path), trust_remote_code=needs_code, **options)
         [output] = engine.generate([{"prompt_token_ids": prompt}], sampling)
         return list(output.outputs[0].token_ids)
     finally:

@@ -26,6 +26,10 @@ PROMPTS = ("The capital of France is", "def largest(numbers):\n", "Water boils a
 NEW_TOKENS, WINDOW, WINDOWS, CALIBRATION = 24, 256, 32, 64
 
 
+def has_code(model: str) -> bool:
+    return any(Path(model).glob("*.py"))
+
+
 def quantized(model: str, folder: str, text: str) -> dict[str, Any]:
     """Rounds the weights to four bits in groups of 128 that share a scale; the errors are corrected on text (GPTQ)."""
     import torch
@@ -35,7 +39,8 @@ def quantized(model: str, folder: str, text: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # Embeddings and head stay in bfloat16. Layers that differ come with their code.
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, trust_remote_code=has_code(model))
     tokens = tokenizer(Path(text).read_text(encoding="utf-8")).input_ids
     # The first half is learnt, the second measured.
     rows = [tokens[first : first + WINDOW] for first in range(0, len(tokens) // 2 - WINDOW, WINDOW)][:CALIBRATION]
@@ -53,7 +58,9 @@ def read(model: str, text: str, dtype: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), trust_remote_code=has_code(model)
+    ).eval()
     tokens = tokenizer(Path(text).read_text(encoding="utf-8")).input_ids
     rows = torch.tensor(tokens[len(tokens) // 2 :][: WINDOW * WINDOWS]).unflatten(0, (-1, WINDOW))
     nats, bytes_read = 0.0, 0

@@ -76,7 +76,7 @@ MODELS = {
         "Gemma 3 270M was [measured](../choose.md#what-was-measured); tiny random models were run in vLLM [with an"
         " image](../reference/engines.md#vllm).",
         9,
-        "All heads are kept for vLLM, and [the parts that read images](../guides/multimodal.md) in any case. Four bits"
+        "Its layers are of equal width for vLLM, with all heads; [the parts that read images](../guides/multimodal.md) stay in any case. Four bits"
         " were not tried for multimodal models.",
         ratio=0.093,
     ),

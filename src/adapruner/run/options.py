@@ -123,8 +123,7 @@ def serving_commands(engines: Iterable[ServingEngine], folder: Path) -> list[str
     path, file = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
     commands = {
         "transformers": f"transformers serve {path}{trust}",
-        # A plugin builds layers that differ: it needs nothing that vLLM does not have.
-        "vllm": f"{'pip install --no-deps adapruner && ' if has_code else ''}vllm serve {path}",
+        "vllm": f"vllm serve {path}{'  # with adapruner in the environment of vLLM' if has_code else ''}",
         "sglang": f"python -m sglang.launch_server --model-path {path}",
         "llama.cpp": f"adapruner export {path} --to gguf -o {file} && llama-server -m {file}",
         "mlx": f"mlx_lm.server --model {path}{trust}",
