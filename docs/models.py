@@ -76,8 +76,8 @@ MODELS = {
         "Gemma 3 270M was [measured](../choose.md#what-was-measured); tiny random models were run in vLLM [with an"
         " image](../reference/engines.md#vllm).",
         9,
-        "Its layers are of equal width for vLLM, with all heads; [the parts that read images](../guides/multimodal.md) stay in any case. Four bits"
-        " were not tried for multimodal models.",
+        "Its layers are of equal width for vLLM, with all heads; [the parts that read images](../guides/multimodal.md)"
+        " stay in any case. Four bits were not tried for multimodal models.",
         ratio=0.093,
     ),
     "qwen3-30b-a3b": Model(
