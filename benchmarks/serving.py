@@ -28,7 +28,9 @@ def served(folder: str, batches: list[int], dtype: str) -> dict[str, Any]:
     import torch
     from vllm import LLM, SamplingParams
 
-    engine = LLM(folder, dtype=dtype, max_model_len=PROMPT + NEW_TOKENS + 1, enable_prefix_caching=False)
+    # Without torch.compile, which takes minutes for each folder.
+    options = {"max_model_len": PROMPT + NEW_TOKENS + 1, "enable_prefix_caching": False, "enforce_eager": True}
+    engine = LLM(folder, dtype=dtype, **options)
     draw = torch.Generator().manual_seed(0)
 
     def seconds(prompts: list[list[int]], tokens: int) -> float:
