@@ -5,11 +5,13 @@ import json
 import os
 import pkgutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from multiprocessing import current_process, get_context
 from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ _PRELOADED = [
     "optuna.samplers._tpe.sampler",
     "peft",
     "pytest",
+    "read_once",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
 ]
@@ -130,6 +133,9 @@ def fast_starts() -> BaseContext:
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    # The server finds modules of the tests by this alone; it runs until the tests end.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path])):
+        ensure_running()
     return context
 
 
