@@ -11,10 +11,12 @@ from adapruner.measurement.moments import (
     StoredMoments,
     _eliminate,
     _with_inverse,
+    add_products,
     factorize,
     measure_moments,
     removal_errors,
     solve_damped,
+    symmetric,
 )
 from adapruner.model.loading import in_fastest_dtype, load_model
 from adapruner.model.places import find_model
@@ -262,3 +264,11 @@ def test_inputs_that_repeat_each_other_are_ranked_in_float64():
     expected = _eliminate(weight.double(), torch.cholesky_inverse(factorize(second, own.damping)), 1)
     for found, exact in zip(_eliminate(*_with_inverse(weight, own), 1), expected, strict=True):
         assert found.argsort().equal(exact.argsort())
+
+
+def test_products_of_bfloat16_are_exact_and_leave_the_precision_as_it_was():
+    x = torch.randn(300, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    second, before = torch.zeros(100, 100), torch.get_float32_matmul_precision()
+    add_products(second, x)
+    assert torch.get_float32_matmul_precision() == before
+    torch.testing.assert_close(symmetric(second).double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
