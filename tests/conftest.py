@@ -1,5 +1,6 @@
 """Tiny random models of every family, and a tokenizer to go with them."""
 
+import gc
 import os
 import shutil
 import signal
@@ -125,6 +126,20 @@ def _few_abilities():
         for setting in FEW_ABILITIES:
             patch.setattr(*setting)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _thaws():
+    """What the tests of a module left in cycles is freed after the last of them."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _garbage_is_looked_for_in_a_test_alone():
+    """A training collects garbage again and again, and looks at every module and test that is known for it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
