@@ -86,8 +86,8 @@ MODELS = {
         "Tiny random models of its family were run, in [vLLM and mlx-lm](../reference/engines.md#engines) too; no"
         " released mixture was.",
         57,
-        "LoRA trains its attention alone. Its experts are stored one by one, so it cannot be pruned layer by layer."
-        " Four bits were not tried for mixtures.",
+        "LoRA trains its attention alone. Its experts are stored one by one, and put together when their layer is"
+        " read. Four bits were not tried for mixtures.",
         gpus=("24GB", "80GB", "2x80GB"),
     ),
 }

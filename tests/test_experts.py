@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
@@ -18,7 +19,9 @@ from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement.moments import InputMoments, measure_moments
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.model.architecture import Architecture, remember_family, using_architecture
-from adapruner.model.loading import copy_in_dtype
+from adapruner.model.loading import copy_in_dtype, load_model
+from adapruner.model.places import find_model
+from adapruner.model.stored import read_all
 from adapruner.options import EXPERT_TRIALS, OF_A_SEARCH
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
@@ -280,11 +283,40 @@ def test_a_mixture_is_pruned_from_end_to_end(mixtral, tokenizer, text_file, tmp_
     assert "experts kept" in (result.model_folder / "README.md").read_text()
     statistics = Statistics.load(tmp_path / "run" / "statistics.safetensors")
     assert statistics.routed_output is not None
-    # Experts lie in the files one by one.
-    with pytest.raises(AdaPrunerError, match="together from several tensors"):
-        adapruner.prune(
-            str(tmp_path / "dense"), output=tmp_path / "b", calibration=str(text_file), layer_wise=True, **options
-        )
+    # Experts lie in the files one by one, and are put together layer by layer.
+    streamed = adapruner.prune(
+        str(tmp_path / "dense"), output=tmp_path / "b", calibration=str(text_file), layer_wise=True, **options
+    )
+    assert streamed.plan == result.plan
+    first, second = (load_file(folder / "model.safetensors") for folder in (streamed.model_folder, result.model_folder))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", "deepseek_v3", "qwen3_moe", "olmoe", "phimoe", "ernie4_5_moe", "glm4_moe", "minimax"]
+)
+def test_experts_that_are_stored_one_by_one_are_read_by_layer(family, windows, tmp_path):
+    model = make_mixture(family)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")  # the experts of a layer lie in several files
+    stored = {name for path in tmp_path.glob("*.safetensors") for name in load_file(path)}
+    assert not stored >= model.state_dict().keys()
+    location = find_model(str(tmp_path))
+    with torch.no_grad():
+        logits = model(windows).logits
+        assert torch.equal(load_model(location, layer_wise=True)(windows).logits, logits)
+        deferred = load_model(location, deferred=True)
+        read_all(deferred)
+        assert torch.equal(deferred(windows).logits, logits)
+
+
+def test_an_expert_that_is_missing_in_the_files_is_told(mixtral, tmp_path):
+    mixtral.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    del tensors[name if name in tensors else name.replace("mlp.", "block_sparse_moe.").replace("down_proj", "w2")]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdaPrunerError, match=r"layers.1.mlp.experts.down_proj is \(3, .* in the files and \(4, "):
+        load_model(find_model(str(tmp_path)), layer_wise=True)
 
 
 def test_routing_that_chooses_groups_of_experts_first_is_proven():

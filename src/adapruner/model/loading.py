@@ -45,8 +45,9 @@ from adapruner.model.layers import (
 )
 from adapruner.model.places import ModelLocation, quiet_panics, reported, reported_as_unloadable
 from adapruner.model.stored import (
-    StoredTensor,
-    are_stored_apart,
+    Stored,
+    are_taken_apart,
+    assembled,
     defer,
     deferred_by_module,
     differences,
@@ -260,7 +261,8 @@ def load_model(
     Weights are read from the files into place, without a second copy of the model.
     """
     target, *others = devices = resolve_devices(device)
-    config, wrapper, files = load_config(location), find_wrapper(location), dict[str, StoredTensor]()
+    config, wrapper = load_config(location), find_wrapper(location)
+    files: Stored = {}
     model: Any
     with reported_as_unloadable(location):
         check_config(config, location)
@@ -268,8 +270,8 @@ def load_model(
             check_streamable(location, config)
         # Weights that do not match the config are refused before memory is allocated.
         if is_streamable(location, config):
-            files = wrapper.stored(config) if wrapper else stored_tensors(location.path, config)
             empty = empty_model(config)
+            files = wrapper.stored(config) if wrapper else assembled(empty, stored_tensors(location.path, config))
             _refuse_other_weights(location, config, differences(empty, names_in_files(empty, files), files))
         if not location.is_local:
             # These see the files once they are downloaded.
@@ -313,24 +315,25 @@ def load_model(
 
 
 def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """True if the layers of a model can be read one by one: its weights are in safetensors files, one tensor each,
-    under known names."""
+    """True if the layers of a model can be read one by one: its weights are in safetensors files, one tensor or, as of
+    experts, several for each, under known names."""
     is_quantized = getattr(config, "quantization_config", None) is not None
     if location.gguf_file or is_quantized or family_named(config.model_type) is None:
         return False
     wrapper = find_wrapper(location)
-    return not are_stored_apart(wrapper.around(config) if wrapper else empty_model(config))
+    model = wrapper.around(config) if wrapper else empty_model(config)
+    return not are_taken_apart(model, at_all=wrapper is not None)
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
-    """Refuses a model that has to be read as a whole: a GGUF file, or experts that are stored one by one."""
+    """Refuses a model that has to be read as a whole: a GGUF file, quantized weights, or a multimodal mixture."""
     architecture_of(config)
     if not is_streamable(location, config):
-        why = (
-            "a .gguf file is read as a whole"
-            if location.gguf_file
-            else "transformers puts those of this family together from several tensors in the files"
-        )
+        why = "transformers makes several tensors of this model out of one in the files"
+        if location.gguf_file:
+            why = "a .gguf file is read as a whole"
+        elif getattr(config, "quantization_config", None) is not None:
+            why = "quantized ones are read as a whole"
         raise AdaPrunerError(f"`layer_wise` reads layers out of safetensors files, and {why}: leave it out")
 
 

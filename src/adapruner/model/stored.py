@@ -1,11 +1,13 @@
 """Weights in safetensors files: a model whose layers are read while in use, or whose parts several processes read."""
 
+import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -14,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.base.errors import AdaPrunerError
@@ -38,7 +40,7 @@ class StoredWeight:
         return weight
 
 
-Source = StoredWeight | Tensor
+Source: TypeAlias = "StoredWeight | AssembledTensor | Tensor"
 
 
 def defer(model: nn.Module, sources: Mapping[str, Source], device: torch.device, dtype: torch.dtype | None) -> None:
@@ -119,6 +121,86 @@ class StoredTensor(StoredWeight):
     dtype: str
 
 
+@dataclass(frozen=True)
+class AssembledTensor:
+    """A tensor that transformers makes of several in the files, such as all experts of a layer of one for each.
+
+    Attributes:
+        name: in the model.
+        parts: the tensors in the files with the pattern of `converter` that each fits, in the order of transformers.
+    """
+
+    name: str
+    converter: WeightConverter
+    config: PreTrainedConfig
+    parts: tuple[tuple[str, StoredTensor], ...]
+
+    @property
+    def file(self) -> str:
+        """That of the first part."""
+        return self.parts[0][1].file
+
+    @property
+    def dtype(self) -> str:
+        """That of the parts, or another that cannot be read of one of them."""
+        return max((tensor.dtype for _, tensor in self.parts), key=lambda dtype: dtype not in _FLOATING_POINT)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._of([torch.empty(tensor.shape, device="meta") for _, tensor in self.parts]).shape)
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        with contextlib.ExitStack() as opened:
+            files = {tensor.file for _, tensor in self.parts}
+            handles = {file: opened.enter_context(safe_open(file, "pt")) for file in files}
+            return self._of([handles[tensor.file].get_tensor(tensor.name) for _, tensor in self.parts])
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        return self.read()[part]
+
+    def _of(self, values: list[Tensor]) -> Tensor:
+        converter: Any = copy.deepcopy(self.converter)
+        for (pattern, tensor), value in zip(self.parts, values, strict=True):
+            converter.add_tensor(self.name, tensor.name, pattern, value)
+        values.clear()  # the converter frees each as soon as it is copied
+        made: Mapping[str, Tensor] = converter.convert(self.name, config=self.config)
+        return made[self.name]
+
+
+Stored = Mapping[str, StoredTensor | AssembledTensor]
+
+
+def assembled(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Stored:
+    """The tensors in the files, with those of which transformers makes one tensor of a model as that one, under its
+    name in the model.
+
+    Args:
+        model: may be on the meta device.
+    """
+    renamings, converters = _conversions(model)
+    state, parts = model.state_dict(), dict[str, list[tuple[str, str]]]()
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None and name in state:
+            parts.setdefault(name, []).append((pattern, key))
+    made = dict[str, StoredTensor | AssembledTensor](stored)
+    for name, own in parts.items():
+        converter = next(entry for entry in converters if own[0][0] in entry.source_patterns)
+        tensors = tuple((pattern, stored[key]) for pattern, key in own)
+        for _, key in own:
+            del made[key]
+        made[name] = AssembledTensor(name, converter, model.config, tensors)
+    return made
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers does with the names and tensors of the files of a model."""
+    entries = get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in entries if isinstance(entry, WeightConverter)]
+
+
 def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a model by their names in the files.
 
@@ -166,19 +248,22 @@ def has_multi_token_head(location: ModelLocation, config: PreTrainedConfig) -> b
     return any(is_of_multi_token_head(name, config) for name in names)
 
 
-def dtype_in_files(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def dtype_in_files(stored: Stored) -> torch.dtype:
     """The dtype of the first floating-point tensor: `dtype="auto"` of transformers if the config has none."""
     dtypes = (_FLOATING_POINT.get(tensor.dtype) for tensor in stored.values())
     return next(filter(None, dtypes), torch.float32)
 
 
-def read_tensors(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the model, on the CPU, mapped from the files; for `names`, see `names_in_files`."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in {stored[key].file for key in names.values()}:
+def read_tensors(names: Mapping[str, str], stored: Stored) -> dict[str, torch.Tensor]:
+    """Tensors by their names in the model, on the CPU, mapped from the files but for those that are assembled; for
+    `names`, see `names_in_files`."""
+    wanted = {name: stored[key] for name, key in names.items()}
+    tensors = {name: tensor.read() for name, tensor in wanted.items() if isinstance(tensor, AssembledTensor)}
+    plain = {name: tensor for name, tensor in wanted.items() if isinstance(tensor, StoredTensor)}
+    for file in {tensor.file for tensor in plain.values()}:
         with safe_open(file, "pt") as opened:
-            here = {name: stored[key] for name, key in names.items() if stored[key].file == file}
-            tensors |= {name: opened.get_tensor(tensor.name) for name, tensor in here.items()}
+            here = {name: tensor.name for name, tensor in plain.items() if tensor.file == file}
+            tensors |= {name: opened.get_tensor(key) for name, key in here.items()}
     return tensors
 
 
@@ -189,24 +274,27 @@ def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:
             raise AdaPrunerError(f"{named_in} names a file that is not beside it, {name!r}: it is not read")
 
 
-def names_in_files(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+def names_in_files(model: PreTrainedModel, stored: Stored) -> dict[str, str]:
     """The names in the files by the names in the state of a model, for all tensors in both: families are stored under
     older names, or without the prefix of the model inside the causal language model."""
-    state = model.state_dict()
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return {
-        name: key
-        for key in stored
-        if (name := rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]) in state
-    }
+    state, (renamings, _) = model.state_dict(), _conversions(model)
+
+    def in_model(key: str) -> str:
+        if isinstance(stored[key], AssembledTensor):
+            return key
+        name: str = rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]
+        return name
+
+    return {name: key for key in stored if (name := in_model(key)) in state}
 
 
-def are_stored_apart(model: PreTrainedModel) -> bool:
-    """True if transformers builds tensors of the model from several tensors in the files, as for experts."""
-    return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
+def are_taken_apart(model: PreTrainedModel, at_all: bool) -> bool:
+    """True if transformers makes several tensors of a model out of one in the files; with `at_all`, also if it makes
+    one out of several, as for experts."""
+    return any(at_all or len(converter.target_patterns) > 1 for converter in _conversions(model)[1])
 
 
-def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> bool:
+def has_own_output(model: PreTrainedModel, stored: Stored) -> bool:
     """True if files hold an output matrix that differs from the embedding; transformers then does not tie the two,
     whatever the config says."""
     names = names_in_files(model, stored)
@@ -218,9 +306,7 @@ def has_own_output(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -
     return False
 
 
-def differences(
-    model: PreTrainedModel, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
-) -> dict[str, list[Any]]:
+def differences(model: PreTrainedModel, names: Mapping[str, str], stored: Stored) -> dict[str, list[Any]]:
     """The tensors that do not fit the model, in the format of the report of `from_pretrained`.
 
     Args:
@@ -249,7 +335,7 @@ def differences(
 
 
 def load_streamed(
-    path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    path: str, config: PreTrainedConfig, files: Stored, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model of a folder or hub id whose weights are in safetensors files, with only the weights outside the decoder
     layers in memory. On a CPU, weights are mapped from the files, without a copy, unless their `dtype` differs. The
@@ -273,7 +359,7 @@ def load_streamed(
 
 
 def load_deferred(
-    path: str, config: PreTrainedConfig, files: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    path: str, config: PreTrainedConfig, files: Stored, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model of a folder or hub id, with placeholders on a device for its weights, which are read later (see
     `defer`); otherwise as `load_streamed`."""
