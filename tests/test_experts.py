@@ -17,6 +17,7 @@ from adapruner.families.inference import infer_architecture, random_model
 from adapruner.families.proof import failed_checks
 from adapruner.importance import TERMS, MetricPoint, score_groups
 from adapruner.measurement.moments import InputMoments, measure_moments
+from adapruner.measurement.routing import measure_routing
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.model.architecture import Architecture, remember_family, using_architecture
 from adapruner.model.loading import copy_in_dtype, load_model
@@ -26,7 +27,8 @@ from adapruner.options import EXPERT_TRIALS, OF_A_SEARCH
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
-from run_helpers import QUICK
+from adapruner.text.windows import load_texts_by_use
+from run_helpers import QUICK, stages_done
 from tiny_families import random_plan, tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
@@ -349,8 +351,44 @@ def test_experts_are_searched_by_default(mixtral, tokenizer, text_file, tmp_path
     result = adapruner.prune(*arguments, output=tmp_path / "run", **options)
     assert result.result.config.trials == EXPERT_TRIALS == len(result.result.search.points)
     assert result.result.costs is None  # options decide how much each layer loses
-    with pytest.raises(AdaPrunerError, match="whole experts are ranked by a search alone"):
-        adapruner.prune(*arguments, output=tmp_path / "b", **options | {"trials": 0})
+
+
+def test_experts_are_ranked_in_one_forward_pass(mixtral, tokenizer, text_file, tmp_path, capsys, monkeypatch):
+    """By what they add to the hidden state, which is what the terms of a search say of the same text."""
+    monkeypatch.setattr("adapruner.run.choice.FEW_TOKENS", 9999)
+    save_checkpoint(mixtral, tokenizer, tmp_path / "dense")
+    options = {name: value for name, value in QUICK.items() if name not in OF_A_SEARCH} | {"ratio": 0.195, "trials": 0}
+    arguments = str(tmp_path / "dense"), str(text_file)
+    result = adapruner.prune(*arguments, output=tmp_path / "run", **options)
+    assert "experts were chosen for fewer than 9999 tokens" in capsys.readouterr().err
+    structure, removals = build_structure(mixtral), load_file(tmp_path / "run" / "removals.safetensors")
+    windows, _ = load_texts_by_use(tmp_path / "run" / "windows.safetensors")["compensation"].held_out(14)
+    statistics = measure(mixtral, structure, windows.windows)
+    experts = torch.tensor([block.kind == "experts" for block in structure.blocks])[structure.block_of_group]
+    scores = TERMS["expert_output"].function(statistics)
+    torch.testing.assert_close(
+        removals["tempered_error"][experts], scores[experts], rtol=0.02, atol=1e-6
+    )  # in bfloat16
+    share = statistics.routed_share
+    assert share is not None
+    torch.testing.assert_close(removals["expert_tokens"] / windows.windows.numel(), share.mean(0), rtol=0, atol=0.02)
+    for number, block in enumerate(result.plan.blocks):
+        if block.kind == "experts":
+            own = scores[structure.block_of_group == number]
+            assert int(own.argmin()) not in block.kept
+            assert len(block.kept) == 3
+    stages = stages_done(tmp_path / "run")
+    assert "reading experts" in stages
+    assert not {"measuring", "searching", "reading activations"} & {*stages}
+    # Another ratio takes over what was measured.
+    adapruner.prune(from_=tmp_path / "run", output=tmp_path / "b", ratio=0.2)
+    assert not {"reading experts", "comparing removals"} & {*stages_done(tmp_path / "b")}
+
+
+def test_experts_whose_router_is_not_seen_are_searched(windows):
+    model = make_mixture("jetmoe")
+    with pytest.raises(AdaPrunerError, match=r"the router of a jetmoe .* leave `trials` out"):
+        measure_routing(model, build_structure(model), windows)
 
 
 def test_experts_of_any_width_are_proven_and_computed_in_bfloat16():

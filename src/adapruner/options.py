@@ -103,7 +103,7 @@ TOKENS_MULTIPLE = 64
 # The fewest windows that judge trials, unless fewer are asked for: results on few do not carry over
 # (research/experiments/windows-and-trials.md).
 FEWEST_JUDGING_WINDOWS = 64
-# Trials of a search for comparison; of a model with experts, whose ranking has no closed form: its starting points.
+# Trials of a search for comparison; of a model with experts: its starting points.
 SEARCH_TRIALS, EXPERT_TRIALS = 48, 8
 # The largest seed of NumPy; numbers of tokens, windows and steps are smaller.
 _LARGEST_NUMBER = 2**32 - 1
@@ -261,8 +261,8 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Trials of the search over samples and metrics; by default none, as groups are ranked by the errors"
-        f" of their removal; {EXPERT_TRIALS} for a model with experts, and {SEARCH_TRIALS} where space is paper or"
-        " search is not joint.",
+        f" of their removal; {EXPERT_TRIALS} for a model with experts, which 0 ranks by what they add to the hidden"
+        f" state, in one forward pass; {SEARCH_TRIALS} where space is paper or search is not joint.",
     )
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."

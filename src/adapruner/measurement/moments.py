@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError, NonFiniteError
-from adapruner.measurement.reduction import expert_inputs, row_wise_weights
+from adapruner.measurement.reduction import row_wise_weights
+from adapruner.measurement.routing import expert_inputs
 from adapruner.model.layers import enter_layers, loaded_layer
 from adapruner.structure.blocks import Block, Structure
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapruner.measurement.routing import add_routing, expert_inputs, one_hot
 from adapruner.structure.blocks import Block, Structure, TensorSlice
 
 
@@ -127,70 +128,10 @@ def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tup
     squared.copy_(x.square().mean(1))
 
 
-def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[object, ...], _: object) -> None:
-    """Sums up router weight · ‖output‖ of every expert. The experts of each token are run again, one after the other,
-    because a module of experts returns only the sum of their outputs."""
-    with torch.no_grad():
-        for state, number, weight in _choices(inputs):
-            alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
-            sent = _one_hot(number.flatten(), len(output)) / len(state)
-            output += (sent.T @ (alone * weight.flatten()).float()).to(output.device)
-            share += sent.sum(0).to(share.device)
-
-
-def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """[tokens, hidden], [tokens, 1] and [tokens, 1]: the hidden states that experts are called with, an expert of each
-    token and its weight; once for every expert of a token. Nothing if the arguments are not hidden states, numbers of
-    experts and weights, the last two [tokens, experts per token]."""
-    if len(inputs) != 3 or inputs[1].is_floating_point() or inputs[1].shape != inputs[2].shape:
-        return
-    state, chosen, weights = (tensor.detach() for tensor in inputs)
-    for number, weight in zip(chosen.split(1, 1), weights.split(1, 1), strict=True):
-        yield state, number, weight
-
-
-def expert_inputs(block: Block, module: nn.Module, inputs: tuple[object, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The inputs of the down projections of experts, times the weight of the router: the outputs are linear in them.
-    The experts of each token are run again, one after the other, with identities as down projections.
-
-    Args:
-        block: of channels inside experts.
-        module: the experts.
-        inputs: the arguments of their call.
-
-    Yields:
-        [tokens], int64, an expert of each token, and [tokens, channels], float32.
-    """
-    computing = {matrix.parameter.rpartition(".")[2] for matrix in block.slices}
-    down = module.get_parameter(block.row_wise.parameter.rpartition(".")[2])
-    outputs, channels = block.row_wise.as_projections(down).shape[1:]
-    others = {
-        parameter: torch.zeros_like(parameter)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name not in computing
-    }
-    with torch.no_grad():
-        for state, number, weight in _choices(inputs):
-            read = []
-            for first in range(0, channels, outputs):
-                identity = torch.eye(outputs, channels - first, dtype=down.dtype, device=down.device)
-                identity = torch.nn.functional.pad(identity, (first, 0)).expand(block.experts, outputs, channels)
-                with _values({down: block.row_wise.as_stored(identity), **others}):
-                    read.append(module.forward(state, number, weight)[:, : channels - first])
-            yield number.flatten(), torch.cat(read, 1).float()
-
-
-@contextlib.contextmanager
-def _values(values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """While it lasts, parameters have other values."""
-    before = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in before.items():
-            parameter.data = value
+def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: object) -> None:
+    add_routing(output, share, module, inputs)
+    for sums in (output, share):
+        sums /= len(inputs[0])
 
 
 def _reduce_expert_inputs(
@@ -199,12 +140,7 @@ def _reduce_expert_inputs(
     for number, read in expert_inputs(block, module, inputs):
         for sums, values in ((mean, read), (squared, read.square())):
             added = sums.to(read.device).view(block.experts, -1)  # no copy on the same device
-            sums.copy_(added.addmm_(_one_hot(number, block.experts).T / len(read), values).flatten())
-
-
-def _one_hot(number: Tensor, experts: int) -> Tensor:
-    """[tokens, experts], float32, to sum by matrix products: `index_add_` is nondeterministic on GPUs."""
-    return torch.nn.functional.one_hot(number, experts).float()
+            sums.copy_(added.addmm_(one_hot(number, block.experts).T / len(read), values).flatten())
 
 
 _ForwardHook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]

@@ -28,6 +28,7 @@ from adapruner.evaluation.losses import window_losses
 from adapruner.graph.nodes import Form
 from adapruner.importance import TERMS, Term, needs_moments, needs_removal_errors
 from adapruner.measurement.moments import StoredMoments, measure_moments, projected_blocks, removal_errors
+from adapruner.measurement.routing import measure_routing
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, Statistics, measure_in_parts
 from adapruner.options import Alignment, Layout, RatioOf, Reduction, Searched, Space, allocates_by_cost
 from adapruner.run.folder import RunFolder
@@ -40,6 +41,8 @@ from adapruner.structure.blocks import Structure
 from adapruner.text.windows import Text
 
 MOMENTS: Form[StoredMoments] = Form(lambda moments, path: shutil.move(moments.folder, path), StoredMoments)
+# Chosen for fewer tokens, an expert is ranked by chance.
+FEW_TOKENS = 64
 STATISTICS: Form[Statistics] = Form(Statistics.save, Statistics.load)
 PLAN: Form[PruningPlan] = Form(PruningPlan.save, PruningPlan.load)
 
@@ -55,7 +58,6 @@ def allocation(
     ratio_of: RatioOf,
     head_share: float | None,
     remove_attention: bool | None,
-    is_searched: bool,
 ) -> ByCost | None:
     """What decides how much is removed from each block: its cost; None if options decide. Heads are removed where
     layers would lose more than half of their channels otherwise."""
@@ -63,8 +65,6 @@ def allocation(
         raise AdaPrunerError(
             f"`remove_attention`: models of the family {structure.model_type} cannot lose whole attention layers"
         )
-    if structure.has_experts and not is_searched:
-        raise AdaPrunerError("`trials` 0: whole experts are ranked by a search alone; leave `trials` out")
     profile, decides = starting_budget.allocation, allocates_by_cost(space, layout, ratio_of, head_share)
     if structure.cuts_experts or not decides or not isinstance(profile, Profile):
         return None
@@ -78,9 +78,15 @@ def allocation(
 
 
 @GRAPH.leaf(lambda numbers: numbers)
-def blocks_to_read(structure: Structure, allocation: ByCost | None, is_searched: bool) -> list[int]:
-    """The blocks whose second moments are of use: those that may be cut, or all where a search ranks them."""
+def blocks_to_read(
+    structure: Structure, starting_budget: Budget, allocation: ByCost | None, is_searched: bool
+) -> list[int]:
+    """The blocks whose second moments are of use: those that may be cut, or all where a search ranks them; beside
+    experts, those that are cut."""
     known = projected_blocks(structure)
+    if structure.has_experts and not is_searched:
+        counts = kept_counts(structure, starting_budget)
+        return [number for number in known if counts[number] < structure.blocks[number].groups]
     return known if is_searched or not allocation else sorted({*known} & allocation.cut_blocks(structure).keys())
 
 
@@ -106,11 +112,32 @@ def moments(
 
 @GRAPH.kept("removals.safetensors", TENSORS, version=2, is_wanted=needs_removal_errors)
 def removals(
-    dense: PreTrainedModel, structure: Structure, moments: StoredMoments, is_searched: bool, reporter: Reporter
+    dense: PreTrainedModel,
+    dense_fast: PreTrainedModel,
+    structure: Structure,
+    moments: StoredMoments,
+    text_to_learn: tuple[Text, Text],
+    is_searched: bool,
+    reporter: Reporter,
 ) -> dict[str, Tensor]:
-    """The errors that removing groups makes, by their name in `Statistics`."""
+    """The errors that removing groups makes, by their name in `Statistics`. Without a search, `tempered_error` of
+    experts is what they add to the hidden state, and the number of their tokens is kept beside it."""
     with reporter.stage("comparing removals", len(moments)) as advance:
-        return removal_errors(dense, structure, moments, advance, variance=is_searched)
+        errors = removal_errors(dense, structure, moments, advance, variance=is_searched)
+    if is_searched or not structure.has_experts:
+        return errors
+    text, _ = text_to_learn
+    with reporter.stage("reading experts", structure.layers) as advance:
+        tokens, added = measure_routing(dense_fast, structure, text.windows, advance)
+    is_expert = torch.tensor([block.kind == "experts" for block in structure.blocks])[structure.block_of_group]
+    seldom = int((tokens[is_expert] < FEW_TOKENS).sum())
+    if seldom:
+        reporter.note(
+            f"{seldom:,} of {int(is_expert.sum()):,} experts were chosen for fewer than {FEW_TOKENS} tokens, and are"
+            " ranked by these: more text of `calibration`, or of more kinds, makes the ranking surer"
+        )
+    errors["tempered_error"] = torch.where(is_expert, added, errors["tempered_error"])
+    return errors | {"expert_tokens": tokens}
 
 
 @GRAPH.kept("statistics.safetensors", STATISTICS, version=5, is_wanted=lambda trials: trials)

@@ -116,7 +116,7 @@ def estimate_memory(
     chosen = config.space, config.layout, config.ratio_of, config.head_share
     share = 1.0 if allocates_by_cost(*chosen) else max((share for share in shares if share < 1), default=0.0)
     is_written = any(part.is_written for part in parse_blend(config.calibration, missing_ok=True))
-    is_searched = structure.cuts_experts or config.default_trials > 0
+    is_searched = config.default_trials > 0
     pool = config.pool * is_searched
     written = max(pool, config.compensation_windows) * is_written
     has_moments = needs_moments(config.compensation, config.space)

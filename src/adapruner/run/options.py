@@ -182,7 +182,7 @@ def with_defaults(config: PruneConfig) -> PruneConfig:
         PruneConfig.from_options(**config.model_dump(exclude_unset=True) | updates)  # what they exclude
     if config.tensor_parallel > 1:
         updates |= options_when_split(config, model_config)
-    # Experts have no ranking without a search.
+    # Which ranking of experts is better, that of a search or in closed form, was not measured on a real mixture.
     has_experts = config.trials is None and architecture_of(model_config).experts
     updates["trials"] = trials = EXPERT_TRIALS if has_experts else config.default_trials
     changed = [name for name in OF_A_SEARCH if getattr(config, name) != PruneOptions.model_fields[name].default]
