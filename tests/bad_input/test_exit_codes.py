@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adapruner
 from adapruner.base.errors import AdaPrunerError
@@ -76,6 +77,14 @@ def test_what_is_said_in_one_line(error, code, said, run_cli, monkeypatch):
     ended, output, errors = run_cli(["inspect", "x"])
     assert (ended, output, errors.count("\n")) == (code, "", 1)
     assert errors.startswith(f"adapruner: {said}")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_disk_that_is_full_while_a_checkpoint_of_a_training_is_written(run_cli, monkeypatch):
+    with pytest.raises(RuntimeError) as failed:
+        torch.save({"exp_avg": torch.zeros(100_000)}, "/dev/full")
+    fail_with(failed.value, monkeypatch)
+    assert run_cli(["inspect", "x"]) == (2, "", "adapruner: no space left on the disk: free some\n")
 
 
 def test_help_and_nothing_are_no_failures(run_cli):

@@ -24,6 +24,8 @@ from typing import NoReturn
 _SAY_LITTLE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 # Signs in the plain RuntimeError that PyTorch raises if the memory of the CPU is exhausted; the last is from oneDNN.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
+# Of the one that it raises if it cannot write all of a checkpoint of a training.
+_NOT_WRITTEN = ("iostream error", "unexpected pos")
 # Signs in errors of gloo and NCCL if another process of the run has ended.
 _PROCESS_ENDED = ("closed by peer", "reset by peer", "remote process exited")
 # Users and passwords in URLs, tokens of the Hub, and tokens among the arguments of URLs.
@@ -75,7 +77,7 @@ def describe_failure(error: BaseException, takes_less: str) -> str | None:
         return f"out of memory: {takes_less}"
     if any(sign in text for sign in _PROCESS_ENDED):
         return "another process of the run has ended"
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in _NOT_WRITTEN):
         return f"no space left on the disk{f' ({path})' if path else ''}: free some"
     if path and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{os.strerror(number).lower()} ({path})"
