@@ -323,15 +323,16 @@ def removal_errors(
         `conditional_variance`, the squared part of the inputs of a group that the others do not explain, per token,
         step by step, the smallest first. The terms in `importance` have the formulas and sources.
     """
-    errors = []
+    errors, measured = [], set(moments)
     # Each layer is loaded once for all of its blocks.
-    for layer, numbered_blocks in groupby(enumerate(structure.blocks), key=lambda numbered: numbered[1].layer):
-        with loaded_layer(model, layer):
-            for index, block in numbered_blocks:
-                block_moments = moments.get(index)
-                if block_moments is None:
+    for layer, numbered in groupby(enumerate(structure.blocks), key=lambda numbered: numbered[1].layer):
+        blocks = dict(numbered)
+        with loaded_layer(model, layer) if measured & blocks.keys() else contextlib.nullcontext():
+            for index, block in blocks.items():
+                if index not in measured:
                     errors.append(torch.zeros(3 + variance, block.groups))
                     continue
+                block_moments = moments[index]
                 for weight, expert_moments in zip(
                     row_wise_weights(model, block).float(), block_moments.of_experts(), strict=True
                 ):

@@ -65,20 +65,22 @@ def _add_routing(output: Tensor, tokens: Tensor, module: nn.Module, inputs: tupl
 
 
 def add_routing(output: Tensor, tokens: Tensor, module: nn.Module, inputs: tuple[object, ...]) -> None:
-    """Adds router weight · ‖output‖ of every expert, and the number of its tokens. The experts of each token are run
-    again, one after the other, because a module of experts returns only the sum of their outputs.
+    """Adds router weight · ‖output‖ of every expert, and the number of its tokens. Each expert of a token is run again,
+    because a module of experts returns only the sum of their outputs.
 
     Args:
         output, tokens: [experts], float32.
         module: the experts.
         inputs: the arguments of their call.
     """
+    if not (choices := list(_choices(inputs))):
+        return
+    state, number, weight = map(torch.cat, zip(*choices, strict=True))
     with torch.no_grad():
-        for state, number, weight in _choices(inputs):
-            alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
-            sent = one_hot(number.flatten(), len(output))
-            output += (sent.T @ (alone * weight.flatten()).float()).to(output.device)
-            tokens += sent.sum(0).to(tokens.device)
+        alone = module.forward(state, number, torch.ones_like(weight)).norm(dim=-1)
+        sent = one_hot(number.flatten(), len(output))
+        output += (sent.T @ (alone * weight.flatten()).float()).to(output.device)
+        tokens += sent.sum(0).to(tokens.device)
 
 
 def _choices(inputs: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
