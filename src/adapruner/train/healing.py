@@ -32,9 +32,9 @@ _TOKENS_AT_ONCE = 512
 # Tokens of a window: with longer ones the gain is the same at every position, and there are as many steps as with
 # short ones (research/experiments/healing.md). There are at least so many windows.
 _LONGEST, _FEWEST_WINDOWS = 512, 8
-# With 98,000 tokens, scales bring three quarters of what all weights bring, in half of the time
-# (research/experiments/scales.md). From where on all weights pay was not measured.
-TOKENS_FOR_ALL_WEIGHTS = 200_000
+# From here on all weights bring more than LoRA, and LoRA more than scales, for a tenth to a third more time
+# (research/experiments/healing.md).
+TOKENS_FOR_ALL_WEIGHTS = 25_000
 _LORA_RANK = 32
 
 
