@@ -20,6 +20,7 @@ from adapruner.measurement.moments import InputMoments, measure_moments
 from adapruner.measurement.routing import measure_routing
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.model.architecture import Architecture, remember_family, using_architecture
+from adapruner.model.layers import whole_state
 from adapruner.model.loading import copy_in_dtype, load_model
 from adapruner.model.places import find_model
 from adapruner.model.stored import read_all
@@ -309,6 +310,21 @@ def test_experts_that_are_stored_one_by_one_are_read_by_layer(family, windows, t
         deferred = load_model(location, deferred=True)
         read_all(deferred)
         assert torch.equal(deferred(windows).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
+def test_what_a_router_adds_stays_in_float32(family, tmp_path):
+    """Rounded to bfloat16, its biases would choose other experts."""
+    make_mixture(family).save_pretrained(tmp_path)
+    location = find_model(str(tmp_path))
+    whole = load_model(location, "bfloat16").state_dict()
+    assert {str(weight.dtype) for weight in whole.values()} == {"torch.bfloat16", "torch.float32"}
+    deferred = load_model(location, "bfloat16", deferred=True)
+    read_all(deferred)
+    for state in (whole_state(load_model(location, "bfloat16", layer_wise=True)), deferred.state_dict()):
+        for name, weight in whole.items():
+            assert state[name].dtype == weight.dtype, name
+            assert torch.equal(state[name], weight), name
 
 
 def test_an_expert_that_is_missing_in_the_files_is_told(mixtral, tmp_path):

@@ -261,8 +261,8 @@ class PruneOptions(_Options):
         default=None,
         ge=0,
         description="Trials of the search over samples and metrics; by default none, as groups are ranked by the errors"
-        f" of their removal; {EXPERT_TRIALS} for a model with experts, which 0 ranks by what they add to the hidden"
-        f" state, in one forward pass; {SEARCH_TRIALS} where space is paper or search is not joint.",
+        f" of their removal; {EXPERT_TRIALS} for a model with experts; with 0, experts are ranked in one forward"
+        f" pass, by what they add to the hidden state; {SEARCH_TRIALS} where space is paper or search is not joint.",
     )
     search: Searched = Field(
         default="joint", description="Search everything, only the samples, or only the metric; for comparison."

@@ -43,10 +43,10 @@ def measure_routing(
             for number in own:
                 groups = slice(*structure.group_offsets[number : number + 2])
                 experts = model.get_submodule(structure.blocks[number].matrices[0].module)
-                add = partial(_add_routing, output[groups], tokens[groups])
+                add = partial(add_routing, output[groups], tokens[groups])
                 hooks.enter_context(experts.register_forward_hook(add))
-            for number, call in enumerate(calls):
-                states[number] = call[index].run(layer, states[number])
+            for batch, call in enumerate(calls):
+                states[batch] = call[index].run(layer, states[batch])
         for number in own:
             if not tokens[slice(*structure.group_offsets[number : number + 2])].any():
                 raise AdaPrunerError(
@@ -60,11 +60,7 @@ def measure_routing(
     return tokens.cpu(), (output / tokens.clamp_min(1)).cpu()
 
 
-def _add_routing(output: Tensor, tokens: Tensor, module: nn.Module, inputs: tuple[object, ...], _: object) -> None:
-    add_routing(output, tokens, module, inputs)
-
-
-def add_routing(output: Tensor, tokens: Tensor, module: nn.Module, inputs: tuple[object, ...]) -> None:
+def add_routing(output: Tensor, tokens: Tensor, module: nn.Module, inputs: tuple[object, ...], *_: object) -> None:
     """Adds router weight · ‖output‖ of every expert, and the number of its tokens. Each expert of a token is run again,
     because a module of experts returns only the sum of their outputs.
 

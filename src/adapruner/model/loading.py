@@ -326,14 +326,12 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:
-    """Refuses a model that has to be read as a whole: a GGUF file, quantized weights, or a multimodal mixture."""
+    """Refuses a model that has to be read as a whole: a GGUF file, or one whose tensors transformers changes in ways
+    that are not known here, as those of some multimodal models."""
     architecture_of(config)
     if not is_streamable(location, config):
-        why = "transformers makes several tensors of this model out of one in the files"
-        if location.gguf_file:
-            why = "a .gguf file is read as a whole"
-        elif getattr(config, "quantization_config", None) is not None:
-            why = "quantized ones are read as a whole"
+        changed = "transformers changes tensors of this model as it reads them"
+        why = "a .gguf file is read as a whole" if location.gguf_file else changed
         raise AdaPrunerError(f"`layer_wise` reads layers out of safetensors files, and {why}: leave it out")
 
 

@@ -16,7 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.base.errors import AdaPrunerError
@@ -142,7 +148,7 @@ class AssembledTensor:
 
     @property
     def dtype(self) -> str:
-        """That of the parts, or another that cannot be read of one of them."""
+        """That of the parts; if one has a dtype that cannot be read, that dtype."""
         return max((tensor.dtype for _, tensor in self.parts), key=lambda dtype: dtype not in _FLOATING_POINT)
 
     @property
@@ -342,10 +348,15 @@ def load_streamed(
     tensors in the files match the config (see `differences`)."""
     model = _without_weights(path, config, dtype)
     names = names_in_files(model, files)
-    layers_prefix = f"{architecture_of(config).layers}."
+    layers_prefix, wide = f"{architecture_of(config).layers}.", _kept_in_float32(model, names, dtype)
 
-    def reader(keys: Mapping[str, str]) -> ReadLayer:
-        return lambda: plain_weights(read_tensors(keys, files), device, dtype)
+    def reader(keys: Mapping[str, str], prefix: str = "") -> ReadLayer:
+        def read() -> dict[str, Tensor]:
+            tensors = read_tensors(keys, files)
+            kept = {name: tensors.pop(name) for name in keys if prefix + name in wide}
+            return plain_weights(tensors, device, dtype) | plain_weights(kept, device, torch.float32)
+
+        return read
 
     def below(prefix: str) -> dict[str, str]:
         return {name.removeprefix(prefix): key for name, key in names.items() if name.startswith(prefix)}
@@ -353,7 +364,8 @@ def load_streamed(
     resident = reader({name: key for name, key in names.items() if not name.startswith(layers_prefix)})
     model.load_state_dict(resident(), strict=False, assign=True)
     model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)
-    stream_layers(model, [reader(below(f"{layers_prefix}{index}.")) for index in range(config.num_hidden_layers)])
+    prefixes = [f"{layers_prefix}{index}." for index in range(config.num_hidden_layers)]
+    stream_layers(model, [reader(below(prefix), prefix) for prefix in prefixes])
     move_resident(model, device)
     return model
 
@@ -370,8 +382,16 @@ def load_deferred(
     buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
     model.load_state_dict(buffers, strict=False, assign=True)
     move_resident(model, device)
-    defer(model, {name: files[names[name]] for name in weights}, device, dtype)
+    wide = _kept_in_float32(model, names, dtype)
+    for own, of in ((weights - wide, dtype), (weights & wide, torch.float32)):
+        defer(model, {name: files[names[name]] for name in own}, device, of)
     return model
+
+
+def _kept_in_float32(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> set[str]:
+    """The tensors that transformers leaves in float32, such as the biases by which a router chooses."""
+    patterns = list(model._get_dtype_plan(dtype))
+    return {name for name in names if patterns and build_glob_alternation(patterns)[0].search(name)}
 
 
 def _without_weights(path: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -315,7 +315,7 @@ def plan(
     statistics: Statistics | None,
     search_result: SearchResult | None,
 ) -> PruningPlan:
-    """The plan of the chosen candidate; without a search, that of `tempered_error`."""
+    """The plan of the chosen candidate; without a search, that of `tempered_error` (see `removals`)."""
     if search_result is None or statistics is None:
         assert removals is not None
         return make_plan(structure, removals["tempered_error"], counts)
