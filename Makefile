@@ -16,9 +16,10 @@ demo: .venv/demo .data/ready
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	ADAPRUNER_DATA=$(DATA) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy & types=$$!; \
+	ADAPRUNER_DATA=$(DATA) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	&& wait $$types
 
 bench: .venv/dev .data/ready
 	$(BIN)/python benchmarks/measuring.py

@@ -58,7 +58,7 @@ def test_pruned_for_real(dense, tmp_path, monkeypatch):
         samples=2,
         objective_windows=2,
         compensation_windows=2,
-        trials=4,
+        trials=2,
         heal="none",
         # What the extended space measures takes a minute here; small models are pruned with all of it.
         space="paper",
