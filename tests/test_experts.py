@@ -25,6 +25,7 @@ from adapruner.model.loading import copy_in_dtype, load_model
 from adapruner.model.places import find_model
 from adapruner.model.stored import read_all
 from adapruner.options import EXPERT_TRIALS, OF_A_SEARCH
+from adapruner.run.inputs import HELD_OUT_TO_HEAL
 from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
@@ -378,7 +379,7 @@ def test_experts_are_ranked_in_one_forward_pass(mixtral, tokenizer, text_file, t
     result = adapruner.prune(*arguments, output=tmp_path / "run", **options)
     assert "experts were chosen for fewer than 9999 tokens" in capsys.readouterr().err
     structure, removals = build_structure(mixtral), load_file(tmp_path / "run" / "removals.safetensors")
-    windows, _ = load_texts_by_use(tmp_path / "run" / "windows.safetensors")["compensation"].held_out(14)
+    windows, _ = load_texts_by_use(tmp_path / "run" / "windows.safetensors")["compensation"].held_out(HELD_OUT_TO_HEAL)
     statistics = measure(mixtral, structure, windows.windows)
     experts = torch.tensor([block.kind == "experts" for block in structure.blocks])[structure.block_of_group]
     scores = TERMS["expert_output"].function(statistics)

@@ -130,7 +130,7 @@ def _reduce_inputs(mean: Tensor, squared: Tensor, module: nn.Module, inputs: tup
 
 def _reduce_routing(output: Tensor, share: Tensor, module: nn.Module, inputs: tuple[Any, ...], _: object) -> None:
     add_routing(output, share, module, inputs)
-    for sums in (output, share):
+    for sums in (output, share):  # of one sample, on which the experts are called once
         sums /= len(inputs[0])
 
 

@@ -133,6 +133,8 @@ class AssembledTensor:
 
     Attributes:
         name: in the model.
+        converter: what transformers does with the parts.
+        config: of the model, which some converters read.
         parts: the tensors in the files with the pattern of `converter` that each fits, in the order of transformers.
     """
 
