@@ -8,6 +8,9 @@ DATA := .data$(if $(ADAPRUNER_DATA),:$(ADAPRUNER_DATA))
 
 RUN ?= runs/demo
 
+# Some containers forbid Python to keep what it compiled; then every process of a test compiles PyTorch again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test bench screenshots clean
 
 demo: .venv/demo .data/ready
