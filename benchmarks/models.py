@@ -47,16 +47,19 @@ from adapruner.structure.build import build_structure
 from adapruner.text.sources import parse_source
 from adapruner.text.windows import Text, evenly_spaced, load_texts_by_use, start_of_windows, text_windows
 from adapruner.train.healing import heal, healing_options, length_of_windows
-from peers import PEERS, Setting
+from peers import PEERS, WITHOUT_PROTECTION, Setting
 
 TEXTS = ("boolq-passages@report", "wikitext2:validation", "ptb")
+# The end of the name of a method that gives all layers the same widths.
+EQUAL = ", uniform"
 # What ours is called in results, and its options.
 OURS: dict[str, dict[str, Any]] = {
     "quick": {"effort": "quick"},
-    "quick, uniform": {"effort": "quick", "layout": "uniform"},
+    f"quick{EQUAL}": {"effort": "quick", "layout": "uniform"},
     "standard": {"effort": "standard"},
-    "standard, uniform": {"effort": "standard", "layout": "uniform"},
+    f"standard{EQUAL}": {"effort": "standard", "layout": "uniform"},
 }
+EQUAL_PEERS = tuple(peer + EQUAL for peer in WITHOUT_PROTECTION)
 # The end of the name of a peer that is trained, and the tokens of that: those of `standard`.
 TRAINED, TOKENS = ", trained", 50_000
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
@@ -67,7 +70,7 @@ def main(
     output: Path,
     model: str = "smollm2",
     text: Path | None = None,
-    methods: Names = (*OURS, *PEERS),
+    methods: Names = (*OURS, *PEERS, *EQUAL_PEERS),
     ratios: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.1, 0.2, 0.3),
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0,),
     reported: int = 48,
@@ -125,14 +128,15 @@ def measured(
     blocks = sum(block.groups * block.parameters_per_group + block.rest for block in structure.blocks)
     folder = output / f"{shown(name)}-{method}-{ratio:g}-{seed}"
     seconds = 0.0
-    peer, is_trained, _ = method.partition(TRAINED)
+    peer, is_trained, _ = method.removesuffix(EQUAL).partition(TRAINED)
     if peer in PEERS:
         ours = "standard" if is_trained else "quick"
         read = next(output.glob(f"{shown(name)}-{ours}-0.?-0/windows.safetensors"))  # a part is kept for other uses
         # No peer weights tokens by what a norm makes of them.
         plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
         given = load_texts_by_use(read)["compensation"]
-        setting = Setting(dense, plain, given.windows, ratio * blocks, output / f"{shown(name)}-peers-of-{ours}")
+        shared = output / f"{shown(name)}-peers-of-{ours}"
+        setting = Setting(dense, plain, given.windows, ratio * blocks, shared, not method.endswith(EQUAL))
         cut = PEERS[peer](setting)
         if is_trained:
             cut = trained(cut, given, dense, tokenizer, folder)

@@ -50,6 +50,7 @@ class Setting:
         windows: [windows, tokens], int64.
         parameters: to remove.
         folder: what does not depend on the ratio, for every method.
+        protects: the first four and the last three layers lose nothing; otherwise all layers have the same widths.
         saved_seconds: of a processor, that others spent on what this method took from there.
     """
 
@@ -58,6 +59,7 @@ class Setting:
     windows: Tensor
     parameters: float
     folder: Path
+    protects: bool = True
     saved_seconds: float = 0.0
 
     def once(self, name: str, make: Callable[[Path], None]) -> Path:
@@ -116,7 +118,8 @@ class Setting:
     def even(self) -> list[int]:
         """The counts if all unprotected layers lose the same share."""
         layers = self.structure.layers
-        return self.counts([float(PROTECTED_FIRST <= layer < layers - PROTECTED_LAST) for layer in range(layers)])
+        loses = range(PROTECTED_FIRST, layers - PROTECTED_LAST) if self.protects else range(layers)
+        return self.counts([float(layer in loses) for layer in range(layers)])
 
     def by_block(self, flat: Tensor) -> list[tuple[int, Block, Tensor]]:
         """The number of every block, the block, and its part of a tensor over all groups."""
@@ -243,9 +246,11 @@ def llm_pruner(setting: Setting) -> PreTrainedModel:
     return made(min(losses, key=losses.__getitem__))
 
 
+# Of SlimGPT and MoDeGPT, whose layers differ by their rules, nothing is left where all have the same widths.
 PEERS: dict[str, Callable[[Setting], PreTrainedModel]] = {
     "OSSCAR": osscar,
     "SlimGPT": slimgpt,
     "MoDeGPT": modegpt,
     "LLM-Pruner": llm_pruner,
 }
+WITHOUT_PROTECTION = ("OSSCAR", "LLM-Pruner")
