@@ -1,6 +1,8 @@
 """Mixtures of experts: measured, ranked, and removed."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ import adapruner
 from adapruner.base.errors import AdaPrunerError
 from adapruner.budget.counts import Budget, Profile, kept_counts
 from adapruner.budget.plan import make_plan
-from adapruner.checkpoint import save_checkpoint
+from adapruner.checkpoint import save_checkpoint, write_model
+from adapruner.copying import copies_without_experts
+from adapruner.families import open_config
 from adapruner.families.inference import infer_architecture, random_model
 from adapruner.families.proof import failed_checks
 from adapruner.importance import TERMS, MetricPoint, score_groups
@@ -34,6 +38,7 @@ from run_helpers import QUICK, stages_done
 from tiny_families import random_plan, tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
+ONE_BY_ONE = ("mixtral", "deepseek_v3", "qwen3_moe", "olmoe", "phimoe", "ernie4_5_moe", "glm4_moe", "minimax")
 
 
 @cache
@@ -44,6 +49,10 @@ def described(family: str) -> Architecture:
 def make_mixture(family: str) -> PreTrainedModel:
     remember_family(family, described(family))
     return random_model(tiny_config(family))
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -296,9 +305,7 @@ def test_a_mixture_is_pruned_from_end_to_end(mixtral, tokenizer, text_file, tmp_
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize(
-    "family", ["mixtral", "deepseek_v3", "qwen3_moe", "olmoe", "phimoe", "ernie4_5_moe", "glm4_moe", "minimax"]
-)
+@pytest.mark.parametrize("family", ONE_BY_ONE)
 def test_experts_that_are_stored_one_by_one_are_read_by_layer(family, windows, tmp_path):
     model = make_mixture(family)
     model.save_pretrained(tmp_path, max_shard_size="100KB")  # the experts of a layer lie in several files
@@ -311,6 +318,30 @@ def test_experts_that_are_stored_one_by_one_are_read_by_layer(family, windows, t
         deferred = load_model(location, deferred=True)
         read_all(deferred)
         assert torch.equal(deferred(windows).logits, logits)
+
+
+@pytest.mark.parametrize("family", [*ONE_BY_ONE, "gpt_oss"])
+def test_kept_experts_are_copied_byte_for_byte(family, windows, tokenizer, tmp_path):
+    """The folder is that of a model in memory without these experts."""
+    model = make_mixture(family)
+    save_checkpoint(model, tokenizer, tmp_path / "dense")
+    location = find_model(tmp_path / "dense")
+    config = open_config(location)
+    structure = build_structure(model)
+    counts = [block.groups - block.strata * (block.kind == "experts") for block in structure.blocks]
+    plan = random_plan(structure, counts)
+    write = copies_without_experts(location, config, structure, plan)
+    for folder, by in (("cut", write_model), ("copied", write)):
+        cut = prune_model(model, structure, plan) if folder == "cut" else model
+        save_checkpoint(cut, tokenizer, tmp_path / folder, write=by, shard_size="20KB")
+    cut, copied = (tensors_of(tmp_path / folder) for folder in ("cut", "copied"))
+    assert cut.keys() == copied.keys()
+    assert all(torch.equal(tensor, copied[name]) for name, tensor in cut.items())
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("cut", "copied")]
+    assert configs[1].items() <= configs[0].items()  # a model in memory states the width of its heads
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("cut", "copied"))
+    with torch.no_grad():
+        assert torch.equal(first(windows).logits, second(windows).logits)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])

@@ -1,0 +1,147 @@
+"""A model without some of its experts, written out of the files of the original: what is kept is copied byte for byte,
+in its dtype and with its scales, and the model is never in memory."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adapruner.budget.plan import BlockPlan, PruningPlan
+from adapruner.checkpoint import add_older_keys
+from adapruner.model.architecture import is_pruned
+from adapruner.model.loading import empty_model, is_streamable
+from adapruner.model.places import ModelLocation
+from adapruner.model.stored import (
+    AssembledTensor,
+    StoredTensor,
+    assembled,
+    is_of_multi_token_head,
+    names_in_files,
+    stored_tensors,
+)
+from adapruner.options import size_in_bytes
+from adapruner.structure.blocks import Block, Structure
+from adapruner.surgery import kept_indices
+
+# The number of an expert in the names of its tensors: the last one there is.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)(?!.*\.\d+\.)")
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A tensor of a new file: a tensor of an old one, or some indices of an axis of it."""
+
+    source: StoredTensor
+    axis: int = 0
+    kept: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        shape, bits = list(self.source.shape), re.search(r"\d+", self.source.dtype)
+        if self.kept is not None:
+            shape[self.axis] = len(self.kept)
+        return math.prod(shape) * int(bits[0] if bits else 8) // 8
+
+    def read(self) -> Tensor:
+        with safe_open(self.source.file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(self.source.name)
+        return tensor if self.kept is None else tensor.index_select(self.axis, self.kept)
+
+
+def copies_without_experts(
+    location: ModelLocation, config: PreTrainedConfig, structure: Structure, plan: PruningPlan
+) -> Callable[[PreTrainedModel, Path, str], None] | None:
+    """What writes weights, config and generation config of a model without the experts that a plan removes, as
+    `save_checkpoint` calls it; None if they cannot be copied: more than experts is removed, layers keep different
+    numbers, or the files do not hold experts one by one or stacked.
+
+    Args:
+        config: of the model.
+    """
+    cut = [pair for pair in zip(structure.blocks, plan.blocks, strict=True) if len(pair[1].kept) < pair[1].groups]
+    by_field = [set(block.config_fields(len(own.kept)).items()) for block, own in cut]
+    if not cut or any(block.kind != "experts" for block, _ in cut) or any(own != by_field[0] for own in by_field):
+        return None
+    if len(cut) < sum(block.kind == "experts" for block in structure.blocks):
+        return None
+    if is_pruned(config) or not is_streamable(location, config):
+        return None
+    tensors = _tensors(location, config, cut)
+    if tensors is None:
+        return None
+
+    smaller = copy.deepcopy(config)
+    for name, count in by_field[0]:
+        setattr(smaller, name, count)
+
+    def write(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_shards(tensors, folder, size_in_bytes(shard_size))
+        smaller.save_pretrained(folder)
+        add_older_keys(folder / "config.json")
+        model.generation_config.save_pretrained(folder)
+
+    return write
+
+
+def _tensors(
+    location: ModelLocation, config: PreTrainedConfig, cut: list[tuple[Block, BlockPlan]]
+) -> dict[str, _Copied] | None:
+    """The tensors of the new files by their names there."""
+    model = empty_model(config)
+    raw = stored_tensors(location.path, config)
+    stored = assembled(model, raw)
+    keys = names_in_files(model, stored)
+    copied = {name: _Copied(tensor) for name, tensor in raw.items() if not is_of_multi_token_head(name, config)}
+    for block, own in cut:
+        for parameter, slices in block.slices_by_parameter.items():
+            kept = kept_indices(own, slices, own.groups)[0]
+            tensor, axis = stored[keys[parameter]], slices[0].stored_axis
+            parts = tensor.parts if isinstance(tensor, AssembledTensor) else (("", tensor),)
+            by_pattern: dict[str, list[StoredTensor]] = {}
+            for pattern, part in parts:
+                by_pattern.setdefault(pattern, []).append(part)
+            for own_parts in by_pattern.values():
+                if len(own_parts) == own.groups > 1:
+                    copied |= _renumbered(copied, own_parts, kept.tolist())
+                elif len(own_parts) == 1 and own_parts[0].shape[axis] == own.groups:
+                    copied[own_parts[0].name] = _Copied(own_parts[0], axis, kept)
+                else:
+                    return None
+    return copied
+
+
+def _renumbered(copied: dict[str, _Copied], experts: list[StoredTensor], kept: list[int]) -> dict[str, _Copied]:
+    """The tensors of kept experts under their new numbers; all of them are taken out of `copied`."""
+    for expert in experts:
+        del copied[expert.name]
+    return {_NUMBER.sub(str(new), experts[old].name): _Copied(experts[old]) for new, old in enumerate(kept)}
+
+
+def _write_shards(tensors: Mapping[str, _Copied], folder: Path, most: int) -> None:
+    """Writes tensors in files of at most so many bytes each, with an index if there are several."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.bytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.bytes
+        total += tensor.bytes
+    files = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file({name: tensors[name].read() for name in names}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
