@@ -5,9 +5,10 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,15 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from adapruner.budget.plan import BlockPlan, PruningPlan
 from adapruner.checkpoint import add_older_keys
 from adapruner.model.architecture import is_pruned
+from adapruner.model.config import find_wrapper
 from adapruner.model.loading import empty_model, is_streamable
 from adapruner.model.places import ModelLocation
 from adapruner.model.stored import (
-    AssembledTensor,
     StoredTensor,
     assembled,
     is_of_multi_token_head,
     names_in_files,
     stored_tensors,
+    tensors_in_files,
 )
 from adapruner.options import size_in_bytes
 from adapruner.structure.blocks import Block, Structure
@@ -45,7 +47,7 @@ class _Copied:
 
     @property
     def bytes(self) -> int:
-        shape, bits = list(self.source.shape), re.search(r"\d+", self.source.dtype)
+        shape, bits = list(self.source.shape), re.search(r"\d+", self.source.dtype)  # as in F8_E4M3
         if self.kept is not None:
             shape[self.axis] = len(self.kept)
         return math.prod(shape) * int(bits[0] if bits else 8) // 8
@@ -54,6 +56,23 @@ class _Copied:
         with safe_open(self.source.file, "pt") as opened:
             tensor: Tensor = opened.get_tensor(self.source.name)
         return tensor if self.kept is None else tensor.index_select(self.axis, self.kept)
+
+
+def fields_without_experts(structure: Structure, counts: Sequence[int]) -> dict[str, Any] | None:
+    """The fields of the config of a model whose layers keep so many groups, if all keep the same number of experts,
+    fewer than they have, and everything else; otherwise None.
+
+    Args:
+        counts: by block.
+    """
+    experts, fields = False, list[dict[str, Any]]()
+    for block, count in zip(structure.blocks, counts, strict=True):
+        if block.kind == "experts":
+            fields.append(block.config_fields(count))
+            experts = count < block.groups
+        elif count < block.groups:
+            return None
+    return fields[0] if experts and all(own == fields[0] for own in fields) else None
 
 
 def copies_without_experts(
@@ -66,21 +85,20 @@ def copies_without_experts(
     Args:
         config: of the model.
     """
-    cut = [pair for pair in zip(structure.blocks, plan.blocks, strict=True) if len(pair[1].kept) < pair[1].groups]
-    by_field = [set(block.config_fields(len(own.kept)).items()) for block, own in cut]
-    if not cut or any(block.kind != "experts" for block, _ in cut) or any(own != by_field[0] for own in by_field):
+    fields = fields_without_experts(structure, [len(block.kept) for block in plan.blocks])
+    if fields is None or is_pruned(config) or find_wrapper(location) or not is_streamable(location, config):
         return None
-    if len(cut) < sum(block.kind == "experts" for block in structure.blocks):
-        return None
-    if is_pruned(config) or not is_streamable(location, config):
-        return None
-    tensors = _tensors(location, config, cut)
+    pairs = zip(structure.blocks, plan.blocks, strict=True)
+    tensors = _tensors(location, config, [pair for pair in pairs if pair[0].kind == "experts"])
     if tensors is None:
         return None
-
+    # Codes are copied with what says how to read them.
+    stated, _ = PreTrainedConfig.get_config_dict(location.path)
+    if "quantization_config" in stated:
+        fields["quantization_config"] = stated["quantization_config"]
     smaller = copy.deepcopy(config)
-    for name, count in by_field[0]:
-        setattr(smaller, name, count)
+    for name, value in fields.items():
+        setattr(smaller, name, value)
 
     def write(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,23 +115,23 @@ def _tensors(
 ) -> dict[str, _Copied] | None:
     """The tensors of the new files by their names there."""
     model = empty_model(config)
-    raw = stored_tensors(location.path, config)
-    stored = assembled(model, raw)
+    stored = assembled(model, stored_tensors(location.path, config))
     keys = names_in_files(model, stored)
+    raw = tensors_in_files(location.path, config)
     copied = {name: _Copied(tensor) for name, tensor in raw.items() if not is_of_multi_token_head(name, config)}
     for block, own in cut:
         for parameter, slices in block.slices_by_parameter.items():
             kept = kept_indices(own, slices, own.groups)[0]
             tensor, axis = stored[keys[parameter]], slices[0].stored_axis
-            parts = tensor.parts if isinstance(tensor, AssembledTensor) else (("", tensor),)
-            by_pattern: dict[str, list[StoredTensor]] = {}
-            for pattern, part in parts:
-                by_pattern.setdefault(pattern, []).append(part)
-            for own_parts in by_pattern.values():
-                if len(own_parts) == own.groups > 1:
-                    copied |= _renumbered(copied, own_parts, kept.tolist())
-                elif len(own_parts) == 1 and own_parts[0].shape[axis] == own.groups:
-                    copied[own_parts[0].name] = _Copied(own_parts[0], axis, kept)
+            by_pattern: dict[tuple[str, int], list[StoredTensor]] = {}
+            for pattern, part in tensor.parts:
+                for number, held in enumerate(part.in_files):
+                    by_pattern.setdefault((pattern, number), []).append(held)
+            for parts in by_pattern.values():
+                if len(parts) == own.groups > 1:
+                    copied |= _renumbered(copied, parts, kept.tolist())
+                elif len(parts) == 1 and parts[0].shape[axis] == own.groups:
+                    copied[parts[0].name] = _Copied(parts[0], axis, kept)
                 else:
                     return None
     return copied
@@ -137,7 +155,7 @@ def _write_shards(tensors: Mapping[str, _Copied], folder: Path, most: int) -> No
         shards[-1].append(name)
         size += tensor.bytes
         total += tensor.bytes
-    files = {}
+    files = dict[str, str]()
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({name: tensors[name].read() for name in names}, folder / file, {"format": "pt"})

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.model.architecture import family_named, is_pruned, lacks_attention, stock_config
+from adapruner.model.codes import are_readable
 from adapruner.model.places import ModelLocation, quiet_transformers, reported_as_unloadable
 from adapruner.model.stored import has_own_output, stored_tensors
 from adapruner.model.wrapper import Wrapper, decoder_config, find_text
@@ -303,6 +304,8 @@ def _read_config(location: ModelLocation) -> tuple[PreTrainedConfig, Wrapper | N
         if text := find_text(config):
             wrapper = Wrapper(location.path, config, text)
             config = decoder_config(wrapper, None)
+        elif are_readable(fields.get("quantization_config") or {}):
+            del config.quantization_config  # the weights are numbers once they are read
     clear_gguf_marks(config, location)
     drop_negative_tokens(config)
     if location.gguf_file:

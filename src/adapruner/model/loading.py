@@ -46,6 +46,7 @@ from adapruner.model.layers import (
 from adapruner.model.places import ModelLocation, quiet_panics, reported, reported_as_unloadable
 from adapruner.model.stored import (
     Stored,
+    are_coded,
     are_taken_apart,
     assembled,
     defer,
@@ -58,6 +59,7 @@ from adapruner.model.stored import (
     load_streamed,
     names_in_files,
     placeholder,
+    read_all,
     refuse_files_elsewhere,
     stored_tensors,
 )
@@ -264,6 +266,13 @@ def load_model(
     config, wrapper = load_config(location), find_wrapper(location)
     files: Stored = {}
     model: Any
+
+    def place(model: PreTrainedModel) -> None:
+        if others:
+            place_layers(model, target, share_out(model, devices))
+        else:
+            cast(Any, model).to(target)
+
     with reported_as_unloadable(location):
         check_config(config, location)
         if layer_wise:
@@ -276,12 +285,21 @@ def load_model(
         if not location.is_local:
             # These see the files once they are downloaded.
             config, wrapper = load_config(location), find_wrapper(location)
-        # Transformers compares two output matrices when it reads them.
-        if layer_wise or (deferred and files and not has_own_output(empty_model(config), files)):
+        # Transformers compares two output matrices when it reads them, and does not know all codes on a CPU.
+        is_coded = are_coded(files)
+        if layer_wise or is_coded or (deferred and files and not has_own_output(empty_model(config), files)):
             wanted: Any = (config.dtype or dtype_in_files(files)) if dtype == "auto" else getattr(torch, dtype)
             load = load_streamed if layer_wise else load_deferred
             model = load(location.path, config, files, wanted, target)
+            if is_coded and not (layer_wise or deferred):
+                read_all(model)
+                place(model)
         else:
+            if not files and holds_codes(location, config):
+                raise AdaPrunerError(
+                    f"weights of {str(location)!r} are in FP8 or MXFP4, which are read tensor by tensor, and of a"
+                    f" {config.model_type} they cannot be: give the checkpoint in bfloat16"
+                )
             loader: Any = architecture_of(config).pruned_class if is_pruned(config) else AutoModelForCausalLM
             in_files = config
             if wrapper:
@@ -295,6 +313,8 @@ def load_model(
                     use_safetensors=location.gguf_file is None or None,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
+                    # On a GPU, transformers 5.25 takes compiled kernels from the Hub unless it is told not to.
+                    use_kernels=False,
                     **NO_REMOTE_CODE,
                     **location.arguments,
                 )
@@ -302,10 +322,7 @@ def load_model(
             model = decoder_alone(loaded, wrapper, config) if wrapper else loaded.eval()
             if deferred:
                 defer(model, {name: weight.detach() for name, weight in model.named_parameters()}, target, None)
-            if others:
-                place_layers(model, target, share_out(model, devices))
-            else:
-                model.to(target)
+            place(model)
     give_wrapper(model, wrapper)
     for marked in (model, model.config):
         clear_gguf_marks(marked, location)
@@ -323,6 +340,12 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
     wrapper = find_wrapper(location)
     model = wrapper.around(config) if wrapper else empty_model(config)
     return not are_taken_apart(model, at_all=wrapper is not None)
+
+
+def holds_codes(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """True if weights in the files are codes, which are numbers once they are read (see `codes`)."""
+    is_read_alone = location.gguf_file is None and find_wrapper(location) is None
+    return is_read_alone and are_coded(stored_tensors(location.path, config))
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.model.architecture import architecture_of, new_model
+from adapruner.model.codes import from_fp8, from_mxfp4
 from adapruner.model.layers import ReadLayer, move_resident, plain_weights, stream_layers, without_weights
 from adapruner.model.places import ModelLocation
 
@@ -126,6 +127,44 @@ class StoredTensor(StoredWeight):
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def in_files(self) -> tuple["StoredTensor", ...]:
+        """What files hold of it."""
+        return (self,)
+
+    @property
+    def parts(self) -> tuple[tuple[str, "StoredTensor"], ...]:
+        """As of an `AssembledTensor`: it is its own part."""
+        return (("", self),)
+
+    def taken(self, opened: Mapping[str, Any]) -> Tensor:
+        """The tensor, out of files that are open."""
+        values: Tensor = opened[self.file].get_tensor(self.name)
+        return values
+
+
+@dataclass(frozen=True)
+class CodedTensor(StoredTensor):
+    """A tensor that files hold as codes of few bits and their scales; with the shape and the dtype that it has read.
+
+    Attributes:
+        decode: makes the tensor of the two.
+    """
+
+    codes: StoredTensor
+    scales: StoredTensor
+    decode: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def in_files(self) -> tuple[StoredTensor, ...]:
+        return self.codes, self.scales
+
+    def taken(self, opened: Mapping[str, Any]) -> Tensor:
+        return self.decode(self.codes.taken(opened), self.scales.taken(opened))
+
+    def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
+        return read_tensors({self.name: self.name}, {self.name: self})[self.name][part]
+
 
 @dataclass(frozen=True)
 class AssembledTensor:
@@ -149,6 +188,11 @@ class AssembledTensor:
         return self.parts[0][1].file
 
     @property
+    def in_files(self) -> tuple[StoredTensor, ...]:
+        """What files hold of it."""
+        return tuple(own for _, tensor in self.parts for own in tensor.in_files)
+
+    @property
     def dtype(self) -> str:
         """That of the parts; if one has a dtype that cannot be read, that dtype."""
         return max((tensor.dtype for _, tensor in self.parts), key=lambda dtype: dtype not in _FLOATING_POINT)
@@ -157,15 +201,12 @@ class AssembledTensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self._of([torch.empty(tensor.shape, device="meta") for _, tensor in self.parts]).shape)
 
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
-        with contextlib.ExitStack() as opened:
-            files = {tensor.file for _, tensor in self.parts}
-            handles = {file: opened.enter_context(safe_open(file, "pt")) for file in files}
-            return self._of([handles[tensor.file].get_tensor(tensor.name) for _, tensor in self.parts])
+    def taken(self, opened: Mapping[str, Any]) -> Tensor:
+        """The tensor, out of files that are open."""
+        return self._of([tensor.taken(opened) for _, tensor in self.parts])
 
     def __getitem__(self, part: tuple[slice, ...]) -> Tensor:
-        return self.read()[part]
+        return read_tensors({self.name: self.name}, {self.name: self})[self.name][part]
 
     def _of(self, values: list[Tensor]) -> Tensor:
         converter: Any = copy.deepcopy(self.converter)
@@ -177,6 +218,11 @@ class AssembledTensor:
 
 
 Stored = Mapping[str, StoredTensor | AssembledTensor]
+
+
+def are_coded(stored: Stored) -> bool:
+    """True if some tensor is a `CodedTensor`, or is made of such."""
+    return any(len(own.in_files) > 1 for tensor in stored.values() for _, own in tensor.parts)
 
 
 def assembled(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Stored:
@@ -210,7 +256,30 @@ def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[Wei
 
 
 def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a model by their names in the files.
+    """The tensors of a model by their names in the files; codes with their scales are one tensor (see `CodedTensor`).
+
+    For the arguments, see `tensors_in_files`.
+    """
+    stored = tensors_in_files(path, config, local_files_only)
+    for scales in tuple(stored.values()):
+        eight = stored.get(scales.name.removesuffix("_scale_inv"))
+        four = stored.get(f"{(of := scales.name.removesuffix('_scales'))}_blocks")
+        if eight not in (None, scales) and eight.dtype == "F8_E4M3" and len(eight.shape) == 2:
+            coded = CodedTensor(eight.file, eight.name, eight.shape, "BF16", eight, scales, from_fp8)
+        elif four is not None and four.dtype == "U8" and len(four.shape) == 4:
+            experts, out_features, groups, bytes_of_group = four.shape
+            shape = experts, 2 * groups * bytes_of_group, out_features
+            coded = CodedTensor(four.file, of, shape, "BF16", four, scales, from_mxfp4)
+        else:
+            continue
+        for part in coded.in_files:
+            del stored[part.name]
+        stored[coded.name] = coded
+    return stored
+
+
+def tensors_in_files(path: str, config: PreTrainedConfig, local_files_only: bool = False) -> dict[str, StoredTensor]:
+    """The tensors in the files of a model by their names there.
 
     Args:
         path: folder or hub id.
@@ -263,16 +332,13 @@ def dtype_in_files(stored: Stored) -> torch.dtype:
 
 
 def read_tensors(names: Mapping[str, str], stored: Stored) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the model, on the CPU, mapped from the files but for those that are assembled; for
+    """Tensors by their names in the model, on the CPU, mapped from the files but for those that are made of others; for
     `names`, see `names_in_files`."""
     wanted = {name: stored[key] for name, key in names.items()}
-    tensors = {name: tensor.read() for name, tensor in wanted.items() if isinstance(tensor, AssembledTensor)}
-    plain = {name: tensor for name, tensor in wanted.items() if isinstance(tensor, StoredTensor)}
-    for file in {tensor.file for tensor in plain.values()}:
-        with safe_open(file, "pt") as opened:
-            here = {name: tensor.name for name, tensor in plain.items() if tensor.file == file}
-            tensors |= {name: opened.get_tensor(key) for name, key in here.items()}
-    return tensors
+    with contextlib.ExitStack() as stack:
+        files = {own.file for tensor in wanted.values() for own in tensor.in_files}
+        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
+        return {name: tensor.taken(opened) for name, tensor in wanted.items()}
 
 
 def refuse_files_elsewhere(named_in: str | Path, names: Iterable[str]) -> None:

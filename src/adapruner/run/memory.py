@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.processes import this_process
 from adapruner.budget.counts import Budget, kept_counts
+from adapruner.copying import fields_without_experts
 from adapruner.importance import needs_moments
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, saved_activations
 from adapruner.model.architecture import architecture_of, is_pruned
@@ -106,7 +107,8 @@ def estimate_memory(
         return share + max(layers) * (by_layer or len(devices) > 1)
 
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
-    waiting = (left - outside) * size * by_layer  # pruned layers, in main memory
+    is_copied = dtype == dtype_of_weights(model, "auto") and fields_without_experts(structure, counts) is not None
+    waiting = (left - outside) * size * (by_layer and not is_copied)  # pruned layers, in main memory
     pruned = held(left) * size + waiting * on_host
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.

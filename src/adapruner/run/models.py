@@ -13,7 +13,8 @@ from adapruner.base.files import copy_folder, write_text
 from adapruner.base.progress import Reporter, StageCost
 from adapruner.budget.counts import Budget, kept_counts
 from adapruner.budget.plan import PruningPlan
-from adapruner.checkpoint import read_origin, save_checkpoint, write_card
+from adapruner.checkpoint import read_origin, save_checkpoint, write_card, write_model
+from adapruner.copying import copies_without_experts
 from adapruner.evaluation.abilities import (
     Abilities,
     answer_counts,
@@ -29,15 +30,15 @@ from adapruner.evaluation.tasks import Tasks, TaskScore, load_tasks, measure_tas
 from adapruner.graph.nodes import Form
 from adapruner.measurement.moments import StoredMoments
 from adapruner.model.config import load_config
-from adapruner.model.loading import describe_device, empty_model, in_fastest_dtype, load_model
+from adapruner.model.loading import describe_device, empty_model, holds_codes, in_fastest_dtype, load_model
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import PruneConfig, RecoveryOptions
 from adapruner.report.card import model_card
 from adapruner.report.result import ModelNumbers, RunResult, shown_name
 from adapruner.run.choice import GRAPH as GRAPH
 from adapruner.run.folder import RunFolder, page_of
-from adapruner.run.inputs import MOST_READ, TENSORS, json_form
-from adapruner.run.memory import Placement, healing_within
+from adapruner.run.inputs import MOST_READ, TENSORS, Precision, json_form
+from adapruner.run.memory import Placement, dtype_of_weights, healing_within
 from adapruner.search.judging import Costs
 from adapruner.search.study import SearchResult
 from adapruner.structure.blocks import Structure
@@ -92,6 +93,9 @@ def origin(
 
 @GRAPH.kept("model", FOLDER, version=17, is_result=True)
 def pruned(
+    location: ModelLocation,
+    empty: PreTrainedModel,
+    precision: Precision,
     dense_later: Callable[[], PreTrainedModel],
     dense_fast_later: Callable[[], PreTrainedModel],
     structure: Structure,
@@ -107,15 +111,22 @@ def pruned(
     reporter: Reporter,
     work: Path,
 ) -> Path:
-    """The saved model: cut by the plan and compensated, then trained to predict as the dense model does, with the
-    record of that; as it was compensated if training it brings it no nearer to the dense model on windows that are held
-    out. Tokens are removed last, so that both models read the same ones until then."""
+    """The saved model: cut by the plan and compensated, or without its experts copied from the files; then trained to
+    predict as the dense model does, with the record of that; as it was compensated if training it brings it no nearer
+    to the dense model on windows that are held out. Tokens are removed last, so that both models read the same ones
+    until then."""
     record, compensated, model = origin | {"plan": plan.hash}, work / "compensated", None
     if not compensated.exists():
-        with reporter.stage("cutting"):
-            cut = prune_model(dense_later(), structure, plan, moments_to_correct)
+        cut, write = dense_later(), None
+        if precision.weights == dtype_of_weights(empty, "auto"):
+            write = copies_without_experts(location, empty.config, structure, plan)
+        if write is None:
+            if holds_codes(location, empty.config):
+                reporter.note("The original's weights are in FP8 or MXFP4; those of the pruned model are in bfloat16")
+            with reporter.stage("cutting"):
+                cut = prune_model(cut, structure, plan, moments_to_correct)
         with reporter.stage("saving"):
-            save_checkpoint(cut, tokenizer, compensated, record=record)
+            save_checkpoint(cut, tokenizer, compensated, record=record, write=write or write_model)
         del cut
     outcome, (learnt, held_out) = None, text_to_learn
     if healing and not len(held_out):
