@@ -20,6 +20,8 @@ from adapruner.model.layers import whole_state
 from adapruner.model.places import ModelLocation, quiet_transformers
 from adapruner.model.wrapper import wrapper_of
 
+# Of the files of a checkpoint, at most; writing one needs as much memory.
+SHARD_SIZE = "2GB"
 # The origin of a checkpoint. The file also marks a folder as written by this package.
 _ORIGIN = "adapruner.json"
 _ORIGIN_FORMAT = 1
@@ -45,7 +47,7 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     folder: Path,
     card: str | None = None,
-    shard_size: str = "2GB",
+    shard_size: str = SHARD_SIZE,
     record: dict[str, object] | None = None,
     write: Callable[[PreTrainedModel, Path, str], None] = write_model,
 ) -> None:

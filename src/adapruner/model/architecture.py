@@ -285,7 +285,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture of a model of a known family, from its config; nothing is inferred."""
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         raise AdaPrunerError(
-            f"this model is quantized ({quantization}); prune the unquantized checkpoint and quantize the result"
+            f"this model is quantized ({quantization}); prune the unquantized checkpoint, or one in FP8 with scales for"
+            " blocks of 128 × 128, and quantize the result"
         )
     architecture = _answer(config.model_type) or _why_unknown(config)
     if isinstance(architecture, str):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.processes import this_process
 from adapruner.budget.counts import Budget, kept_counts
+from adapruner.checkpoint import SHARD_SIZE
 from adapruner.copying import fields_without_experts
 from adapruner.importance import needs_moments
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, saved_activations
@@ -23,7 +24,7 @@ from adapruner.model.architecture import architecture_of, is_pruned
 from adapruner.model.generation import batches_together, texts_at_once
 from adapruner.model.layers import decoder_layers
 from adapruner.model.loading import trial_dtype
-from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights, allocates_by_cost
+from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights, allocates_by_cost, size_in_bytes
 from adapruner.search.judging import JUDGED_TOGETHER, TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
 from adapruner.text.blends import parse_blend
@@ -108,7 +109,10 @@ def estimate_memory(
 
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
     is_copied = dtype == dtype_of_weights(model, "auto") and fields_without_experts(structure, counts) is not None
-    waiting = (left - outside) * size * (by_layer and not is_copied)  # pruned layers, in main memory
+    # Pruned layers are in main memory until all are saved; of those that are copied, one file at a time is.
+    waiting = (left - outside) * size * by_layer
+    if is_copied:
+        waiting = min(waiting, size_in_bytes(SHARD_SIZE))
     pruned = held(left) * size + waiting * on_host
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
