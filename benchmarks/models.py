@@ -136,7 +136,7 @@ def measured(
         plain = replace(structure, blocks=tuple(replace(block, is_normalized=False) for block in structure.blocks))
         given = load_texts_by_use(read)["compensation"]
         shared = output / f"{shown(name)}-peers-of-{ours}"
-        setting = Setting(dense, plain, given.windows, ratio * blocks, shared, not method.endswith(EQUAL))
+        setting = Setting(dense, plain, given.windows, ratio * blocks, shared, protects=not method.endswith(EQUAL))
         cut = PEERS[peer](setting)
         if is_trained:
             cut = trained(cut, given, dense, tokenizer, folder)

@@ -246,11 +246,11 @@ def llm_pruner(setting: Setting) -> PreTrainedModel:
     return made(min(losses, key=losses.__getitem__))
 
 
-# Of SlimGPT and MoDeGPT, whose layers differ by their rules, nothing is left where all have the same widths.
 PEERS: dict[str, Callable[[Setting], PreTrainedModel]] = {
     "OSSCAR": osscar,
     "SlimGPT": slimgpt,
     "MoDeGPT": modegpt,
     "LLM-Pruner": llm_pruner,
 }
+# SlimGPT and MoDeGPT are rules of how layers differ: of them, nothing is left where all have the same widths.
 WITHOUT_PROTECTION = ("OSSCAR", "LLM-Pruner")

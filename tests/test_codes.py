@@ -74,9 +74,13 @@ def as_numbers(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.bfloat16)
 
 
-@pytest.fixture(params=[("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4")], ids=["qwen3_moe-fp8", "gpt_oss-mxfp4"])
+METHODS = {"qwen3_moe": "fp8", "deepseek_v3": "fp8", "gpt_oss": "mxfp4"}
+WITH_DENSE_LAYERS = pytest.mark.parametrize("coded", METHODS, indirect=True)
+
+
+@pytest.fixture(params=["qwen3_moe", "gpt_oss"])
 def coded(request, tokenizer, tmp_path):
-    family, method = request.param
+    family, method = request.param, METHODS[request.param]
     config = tiny_config(family)
     if method == "fp8":  # several blocks in a matrix
         config.hidden_size = config.moe_intermediate_size = 256
@@ -84,6 +88,7 @@ def coded(request, tokenizer, tmp_path):
     return in_codes(tmp_path / "dense", tmp_path / "coded", method)
 
 
+@WITH_DENSE_LAYERS
 def test_codes_are_the_numbers_that_transformers_reads(coded, windows):
     location = find_model(coded)
     open_config(location)
@@ -117,14 +122,20 @@ def test_kept_experts_keep_their_codes(coded, text_file, windows, tmp_path):
         assert torch.equal(as_numbers(result.model_folder)(windows).logits, cut(windows).logits)
 
 
-def test_codes_of_other_widths_become_numbers(coded, text_file, tmp_path, capsys):
-    """Channels of all experts are removed, which no scale survives."""
-    options = OPTIONS | {"ratio": 0.1, "calibration": str(text_file), "expert_granularity": "channel"}
+@WITH_DENSE_LAYERS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_codes_that_cannot_stay_become_numbers(coded, dtype, text_file, tmp_path, capsys):
+    """Channels are cut too, which no scale survives, or another dtype is asked for."""
+    others = {"ratio": 0.1, "expert_granularity": "channel"}
+    if dtype == "float32" or "deepseek_v3" in (coded / "config.json").read_text():  # whose dense layer loses channels
+        others = {"ratio": 0.195, "layout": "uniform"}
+    options = OPTIONS | others | {"dtype": dtype, "calibration": str(text_file)}
     result = adapruner.prune(str(coded), output=tmp_path / "run", **options)
-    assert "are in FP8 or MXFP4; those of the pruned model are in bfloat16" in capsys.readouterr().err
-    assert {tensor.dtype for tensor in load_file(result.model_folder / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    assert f"are in FP8 or MXFP4; those of the pruned model are in {dtype}" in capsys.readouterr().err
+    dtypes = [tensor.dtype for tensor in load_file(result.model_folder / "model.safetensors").values()]
+    # What routers keep in float32 remains.
+    assert set(dtypes) <= {getattr(torch, dtype), torch.float32}
+    assert dtypes.count(getattr(torch, dtype)) > len(dtypes) / 2
 
 
 def test_blocks_at_the_edge_have_scales_of_their_own():

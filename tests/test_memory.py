@@ -50,6 +50,22 @@ def memory_of(
     return estimate_memory(config, model, structure, budget, [torch.device(device)] * count, by_layer, stated)
 
 
+def test_experts_that_are_copied_take_no_main_memory():
+    """But those of one file; unless the dtype changes, or the files hold more than the model."""
+    model = empty_model(families.open_config(find_model(Path(__file__).parent / "configs" / "qwen3-30b-a3b")))
+    structure = build_structure(model)
+
+    def host(copyable: bool, **options: Any) -> int:
+        config = PruneConfig(model="x", calibration="c4", heal="none", trials=0, ratio=0.1, layout="uniform", **options)
+        budget = reference_budget(config, structure, config.ratio)
+        on_gpu = [torch.device("cuda")], True, 24 * GIB
+        return estimate_memory(config, model, structure, budget, *on_gpu, copyable).host
+
+    assert host(True) == 2 * 10**9
+    assert host(False) > 50 * GIB
+    assert host(True, dtype="float32") > 100 * GIB
+
+
 @pytest.mark.parametrize("family", known_architectures())
 def test_saved_activations_are_what_one_layer_more_keeps(family, make_model, windows):
     """Of the whole model, by PyTorch's own account."""

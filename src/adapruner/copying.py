@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,10 +26,10 @@ from adapruner.model.stored import (
     assembled,
     is_of_multi_token_head,
     names_in_files,
+    read_tensors,
     stored_tensors,
     tensors_in_files,
 )
-from adapruner.options import size_in_bytes
 from adapruner.structure.blocks import Block, Structure
 from adapruner.surgery import kept_indices
 
@@ -52,11 +52,6 @@ class _Copied:
             shape[self.axis] = len(self.kept)
         return math.prod(shape) * int(bits[0] if bits else 8) // 8
 
-    def read(self) -> Tensor:
-        with safe_open(self.source.file, "pt") as opened:
-            tensor: Tensor = opened.get_tensor(self.source.name)
-        return tensor if self.kept is None else tensor.index_select(self.axis, self.kept)
-
 
 def fields_without_experts(structure: Structure, counts: Sequence[int]) -> dict[str, Any] | None:
     """The fields of the config of a model whose layers keep so many groups, if all keep the same number of experts,
@@ -65,14 +60,18 @@ def fields_without_experts(structure: Structure, counts: Sequence[int]) -> dict[
     Args:
         counts: by block.
     """
-    experts, fields = False, list[dict[str, Any]]()
-    for block, count in zip(structure.blocks, counts, strict=True):
-        if block.kind == "experts":
-            fields.append(block.config_fields(count))
-            experts = count < block.groups
-        elif count < block.groups:
-            return None
-    return fields[0] if experts and all(own == fields[0] for own in fields) else None
+    pairs = list(zip(structure.blocks, counts, strict=True))
+    if any(count < block.groups for block, count in pairs if block.kind != "experts"):
+        return None
+    if all(count == block.groups for block, count in pairs):
+        return None
+    first, *others = [block.config_fields(count) for block, count in pairs if block.kind == "experts"]
+    return first if all(own == first for own in others) else None
+
+
+def are_copyable(location: ModelLocation, config: PreTrainedConfig) -> bool:
+    """True if tensors of a model can be copied out of its files one by one, and those are all of the model."""
+    return not is_pruned(config) and find_wrapper(location) is None and is_streamable(location, config)
 
 
 def copies_without_experts(
@@ -86,7 +85,7 @@ def copies_without_experts(
         config: of the model.
     """
     fields = fields_without_experts(structure, [len(block.kept) for block in plan.blocks])
-    if fields is None or is_pruned(config) or find_wrapper(location) or not is_streamable(location, config):
+    if fields is None or not are_copyable(location, config):
         return None
     pairs = zip(structure.blocks, plan.blocks, strict=True)
     tensors = _tensors(location, config, [pair for pair in pairs if pair[0].kind == "experts"])
@@ -102,7 +101,7 @@ def copies_without_experts(
 
     def write(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_shards(tensors, folder, size_in_bytes(shard_size))
+        _write_shards(tensors, folder, shard_size)
         smaller.save_pretrained(folder)
         add_older_keys(folder / "config.json")
         model.generation_config.save_pretrained(folder)
@@ -113,7 +112,7 @@ def copies_without_experts(
 def _tensors(
     location: ModelLocation, config: PreTrainedConfig, cut: list[tuple[Block, BlockPlan]]
 ) -> dict[str, _Copied] | None:
-    """The tensors of the new files by their names there."""
+    """The tensors of the new files by their names there; None if experts are neither stored one by one nor stacked."""
     model = empty_model(config)
     stored = assembled(model, stored_tensors(location.path, config))
     keys = names_in_files(model, stored)
@@ -144,22 +143,21 @@ def _renumbered(copied: dict[str, _Copied], experts: list[StoredTensor], kept: l
     return {_NUMBER.sub(str(new), experts[old].name): _Copied(experts[old]) for new, old in enumerate(kept)}
 
 
-def _write_shards(tensors: Mapping[str, _Copied], folder: Path, most: int) -> None:
+def _write_shards(tensors: Mapping[str, _Copied], folder: Path, shard_size: str) -> None:
     """Writes tensors in files of at most so many bytes each, with an index if there are several."""
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.bytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.bytes
-        total += tensor.bytes
-    files = dict[str, str]()
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensors[name].read() for name in names}, folder / file, {"format": "pt"})
-        files |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda copied: copied.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        own = {name: tensors[name] for name in names}
+        values = read_tensors({name: name for name in own}, {name: copied.source for name, copied in own.items()})
+        for name, copied in own.items():
+            if copied.kept is not None:
+                values[name] = values[name].index_select(copied.axis, copied.kept)
+        save_file(values, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

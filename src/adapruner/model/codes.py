@@ -32,7 +32,12 @@ def from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     """[experts, in_features, out_features] in bfloat16, as gpt-oss has them in memory, of codes [experts, out_features,
     in_features / 32, 16] in uint8, two in a byte with the first in the low bits, and of a binary exponent for each 32,
     [experts, out_features, in_features / 32] in uint8, to which 127 is added."""
-    positive = torch.tensor(_E2M1, dtype=torch.bfloat16)
+    positive = torch.tensor(_E2M1)
     by_code = torch.cat([positive, -positive])
-    values = torch.stack([by_code[(codes & 15).int()], by_code[(codes >> 4).int()]], dim=-1).flatten(-2)
-    return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2).bfloat16().transpose(1, 2).contiguous()
+    experts, out_features, groups, bytes_of_group = codes.shape
+    numbers = torch.empty(experts, 2 * groups * bytes_of_group, out_features, dtype=torch.bfloat16)
+    # One expert at a time: all that is between takes several times the memory of the numbers.
+    for own, codes_of_one, scales_of_one in zip(numbers, codes, scales, strict=True):
+        values = torch.stack([by_code[(codes_of_one & 15).int()], by_code[(codes_of_one >> 4).int()]], dim=-1)
+        own.copy_(torch.ldexp(values.flatten(-2), scales_of_one.int().unsqueeze(-1) - 127).flatten(-2).T)
+    return numbers

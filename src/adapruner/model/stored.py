@@ -145,10 +145,13 @@ class StoredTensor(StoredWeight):
 
 @dataclass(frozen=True)
 class CodedTensor(StoredTensor):
-    """A tensor that files hold as codes of few bits and their scales; with the shape and the dtype that it has read.
+    """A tensor that files hold as codes of few bits and their scales (see `codes`); its shape and dtype are those that
+    it has once it is read.
 
     Attributes:
-        decode: makes the tensor of the two.
+        codes: in the files.
+        scales: in the files, each for several codes.
+        decode: makes the tensor of codes and scales.
     """
 
     codes: StoredTensor
@@ -262,14 +265,15 @@ def stored_tensors(path: str, config: PreTrainedConfig, local_files_only: bool =
     """
     stored = tensors_in_files(path, config, local_files_only)
     for scales in tuple(stored.values()):
-        eight = stored.get(scales.name.removesuffix("_scale_inv"))
-        four = stored.get(f"{(of := scales.name.removesuffix('_scales'))}_blocks")
-        if eight not in (None, scales) and eight.dtype == "F8_E4M3" and len(eight.shape) == 2:
-            coded = CodedTensor(eight.file, eight.name, eight.shape, "BF16", eight, scales, from_fp8)
-        elif four is not None and four.dtype == "U8" and len(four.shape) == 4:
-            experts, out_features, groups, bytes_of_group = four.shape
+        fp8 = stored.get(scales.name.removesuffix("_scale_inv"))
+        name = scales.name.removesuffix("_scales")
+        mxfp4 = stored.get(f"{name}_blocks")
+        if fp8 not in (None, scales) and fp8.dtype == "F8_E4M3" and len(fp8.shape) == 2:
+            coded = CodedTensor(fp8.file, fp8.name, fp8.shape, "BF16", fp8, scales, from_fp8)
+        elif mxfp4 is not None and mxfp4.dtype == "U8" and len(mxfp4.shape) == 4:
+            experts, out_features, groups, bytes_of_group = mxfp4.shape
             shape = experts, 2 * groups * bytes_of_group, out_features
-            coded = CodedTensor(four.file, of, shape, "BF16", four, scales, from_mxfp4)
+            coded = CodedTensor(mxfp4.file, name, shape, "BF16", mxfp4, scales, from_mxfp4)
         else:
             continue
         for part in coded.in_files:
@@ -447,12 +451,12 @@ def load_deferred(
     names = names_in_files(model, files)
     model.tie_weights(missing_keys=model.state_dict().keys() - names.keys(), recompute_mapping=False)
     weights = names.keys() & dict(model.named_parameters(remove_duplicate=False)).keys()
-    buffers = read_tensors({name: names[name] for name in names.keys() - weights}, files)
-    model.load_state_dict(buffers, strict=False, assign=True)
-    move_resident(model, device)
     wide = _kept_in_float32(model, names, dtype)
-    for own, of in ((weights - wide, dtype), (weights & wide, torch.float32)):
-        defer(model, {name: files[names[name]] for name in own}, device, of)
+    for own, of in ((names.keys() - wide, dtype), (wide, torch.float32)):
+        buffers = read_tensors({name: names[name] for name in own - weights}, files)
+        model.load_state_dict(plain_weights(buffers, device, of), strict=False, assign=True)
+        defer(model, {name: files[names[name]] for name in own & weights}, device, of)
+    move_resident(model, device)
     return model
 
 

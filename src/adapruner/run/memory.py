@@ -84,6 +84,7 @@ def estimate_memory(
     devices: Sequence[torch.device],
     by_layer: bool,
     stated: int | None = None,
+    copyable: bool = False,
 ) -> Memory:
     """The weights and the largest other term of a run, without the program itself (half a GiB).
 
@@ -93,6 +94,7 @@ def estimate_memory(
         devices: over which the layers are spread.
         by_layer: one layer at a time is in memory.
         stated: see `choose_placement`.
+        copyable: tensors can be copied out of the files (see `are_copyable`).
     """
     if is_pruned(model.config):
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
@@ -108,10 +110,10 @@ def estimate_memory(
         return share + max(layers) * (by_layer or len(devices) > 1)
 
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
-    is_copied = dtype == dtype_of_weights(model, "auto") and fields_without_experts(structure, counts) is not None
     # Pruned layers are in main memory until all are saved; of those that are copied, one file at a time is.
     waiting = (left - outside) * size * by_layer
-    if is_copied:
+    copyable = copyable and dtype == dtype_of_weights(model, "auto")
+    if copyable and fields_without_experts(structure, counts) is not None:
         waiting = min(waiting, size_in_bytes(SHARD_SIZE))
     pruned = held(left) * size + waiting * on_host
 
@@ -261,6 +263,7 @@ def choose_placement(
     devices: Sequence[torch.device],
     streamable: bool,
     stated: int | None = None,
+    copyable: bool = False,
 ) -> Placement:
     """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
     together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
@@ -269,6 +272,7 @@ def choose_placement(
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
         stated: bytes of memory of each device, for GPUs that are not here. Main memory is not checked then.
+        copyable: see `estimate_memory`.
     """
     by_layer = config.layer_wise
     least = 1 if config.device == "auto" or by_layer else len(devices)
@@ -288,7 +292,7 @@ def choose_placement(
     if by_layer is None:
         by_layer = streamable and count is None
     used = tuple(devices[: count or (1 if by_layer else len(devices))])
-    needed = estimate_memory(config, model, structure, budget, used, by_layer, stated)
+    needed = estimate_memory(config, model, structure, budget, used, by_layer, stated, copyable)
     free = min(free for _, free in memories[: len(used)])
     if (needed.device > free or needed.host > host_free) and not config.ignore_memory:
         ways = [f"a smaller `{needed.largest}`"] * (" " not in needed.largest)

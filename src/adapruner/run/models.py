@@ -122,7 +122,8 @@ def pruned(
             write = copies_without_experts(location, empty.config, structure, plan)
         if write is None:
             if holds_codes(location, empty.config):
-                reporter.note("The original's weights are in FP8 or MXFP4; those of the pruned model are in bfloat16")
+                dtype = str(precision.weights).removeprefix("torch.")
+                reporter.note(f"The original's weights are in FP8 or MXFP4; those of the pruned model are in {dtype}")
             with reporter.stage("cutting"):
                 cut = prune_model(cut, structure, plan, moments_to_correct)
         with reporter.stage("saving"):

@@ -12,6 +12,7 @@ from adapruner.base.files import given_path
 from adapruner.base.processes import this_process
 from adapruner.base.progress import Reporter
 from adapruner.budget.counts import kept_counts
+from adapruner.copying import are_copyable
 from adapruner.evaluation.tasks import check_tasks
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
@@ -247,12 +248,14 @@ def estimate(model: str | Path, gpu_memory: str | None = None, **options: object
         making.values |= known
         empty, structure = making.value(inputs.empty), making.value(inputs.structure)
         of_model = config, empty, structure, making.value(inputs.starting_budget)
+        location = making.value(inputs.location)
+        copyable = are_copyable(location, empty.config)
         if stated is None:
             placement = making.value(inputs.placement)
         else:
-            streamable = is_streamable(making.value(inputs.location), empty.config)
-            placement = choose_placement(*of_model, gpus, streamable, stated)
-        return estimate_memory(*of_model, placement.devices, placement.layer_wise, stated), placement
+            streamable = is_streamable(location, empty.config)
+            placement = choose_placement(*of_model, gpus, streamable, stated, copyable)
+        return estimate_memory(*of_model, placement.devices, placement.layer_wise, stated, copyable), placement
 
     refusal = ""
     try:
