@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,28 +68,18 @@ def test_never_worse_than_the_fixed_metrics_and_better_with_trials(subsets, tmp_
     assert result.best_loss < few.best_loss
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(together, subsets, tmp_path):
-    """One trial at a time or four; a kill leaves a part of the file."""
+def test_a_search_killed_at_any_moment_proposes_what_an_undisturbed_one_does(subsets, tmp_path):
+    """A kill leaves a part of the file."""
     space, study = ExtendedSpace(subsets, 4, 3), study_in(tmp_path)
-    groups: list[list[Candidate]] = []
 
     def judge(candidate: Candidate) -> Iterator[Tensor]:
         yield from windowed(candidate, range(16))
 
-    def judge_together(candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
-        groups.append(list(candidates))
-        return list(map(judge, candidates))
-
-    asked = Search(space, judge, 26, 3, study, judge_together=judge_together if together else None)
+    asked = Search(space, judge, 26, 3, study)
     asked.run()
     undisturbed, written = asked.result(), study.path.read_bytes()
     states, attributes = zip(*((trial.state, trial.user_attrs) for trial in study.opened().trials), strict=True)
     assert states.count(TrialState.COMPLETE) == 26
-    if together:
-        assert [len(group) for group in groups[:6]] == [4] * 6
-        assert sum(map(len, groups)) == len(states)
-        assert not undisturbed.stopped_early
     for share in (0.0, 0.02, 0.3, 0.5, 0.71, 0.9, 0.999):
         study.path.write_bytes(written[: round(share * len(written))])
         Path(f"{study.path}.lock").touch()
@@ -287,12 +277,11 @@ def test_a_damaged_file_is_refused(content, tmp_path):
 @pytest.mark.parametrize(
     ("attributes", "problem"),
     [
-        ({}, "batch: Field required"),
-        ({"batch": 7, "losses": [1.0]}, "batch"),
-        ({"batch": [0, 1], "losses": {"a": 1}}, "losses"),
-        ({"batch": [0, 1], "losses": ["1"]}, "losses.0"),
-        ({"batch": [0, 1], "losses": [1.0], "fixed_metric": 3}, "fixed_metric"),
-        ({"batch": [0, 1], "losses": [1.0], "tuner": "another"}, "tuner"),
+        ({}, "losses: Field required"),
+        ({"losses": {"a": 1}}, "losses"),
+        ({"losses": ["1"]}, "losses.0"),
+        ({"losses": [1.0], "fixed_metric": 3}, "fixed_metric"),
+        ({"losses": [1.0], "tuner": "another"}, "tuner"),
         (None, "not finished"),
     ],
 )

@@ -65,7 +65,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             together = torch.cat(list(batches[first : first + at_once]))
-            yield from _token_losses_in_step(model, [model], together)[0]
+            yield from _token_losses_in_step(model, model, together)
         return
     for batch in batches:
         with torch.inference_mode():
@@ -150,33 +150,24 @@ def may_overflow(model: PreTrainedModel) -> bool:
     return False
 
 
-def losses_in_step(dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor) -> list[list[Tensor]]:
-    """The losses of `losses_by_batch` for several models whose layers are cut from streamed layers as these are read.
-    All models pass through the layers together, so that every layer of the dense model is read once."""
-    in_step = _token_losses_in_step(dense, models, windows)
-    return [[losses.double().mean(1) for losses in of_model] for of_model in in_step]
+def losses_in_step(dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
+    """The losses of `losses_by_batch` for a model whose layers are cut from streamed layers as these are read."""
+    return [losses.double().mean(1) for losses in _token_losses_in_step(dense, model, windows)]
 
 
-def _token_losses_in_step(
-    dense: PreTrainedModel, models: Sequence[PreTrainedModel], windows: Tensor
-) -> list[list[Tensor]]:
-    """The losses of `token_losses` for such models."""
-    batches = _batches(windows, dense)
+def _token_losses_in_step(dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
+    """The losses of `token_losses` for such a model, or for the streamed model itself."""
+    batches, losses = _batches(windows, dense), []
     with torch.inference_mode():
         with loaded_layer(dense, 0):
-            entered = [enter_layers(model, batches) for model in models]
-        states = [[state for state, _ in model_batches] for model_batches in entered]
+            entered = enter_layers(model, batches)
+        states = [state for state, _ in entered]
         for layer in range(len(decoder_layers(dense))):
-            with loaded_layer(dense, layer):
-                for model, model_states, model_batches in zip(models, states, entered, strict=True):
-                    with loaded_layer(model, layer) as module:
-                        for number, (_, calls) in enumerate(model_batches):
-                            model_states[number] = calls[layer].run(module, model_states[number])
-        losses: list[list[Tensor]] = [[] for _ in models]
-        for model, own, model_states, model_batches in zip(models, losses, states, entered, strict=True):
-            for batch, state, (_, calls) in zip(batches, model_states, model_batches, strict=True):
-                with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
-                    own.append(_losses_of_batch(model, batch))
+            with loaded_layer(dense, layer), loaded_layer(model, layer) as module:
+                states = [calls[layer].run(module, state) for state, (_, calls) in zip(states, entered, strict=True)]
+        for batch, state, (_, calls) in zip(batches, states, entered, strict=True):
+            with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):
+                losses.append(_losses_of_batch(model, batch))
     return losses
 
 

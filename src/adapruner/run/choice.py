@@ -288,7 +288,6 @@ def search_result(
     moments_to_correct: StoredMoments | None,
     space_of_search: SearchSpace,
     windows: dict[str, Text],
-    placement: Placement,
     trials: int,
     seed: int,
     memory_for_moments: dict[torch.device, int],
@@ -300,8 +299,7 @@ def search_result(
     held = moments_to_correct and StoredMoments(moments_to_correct.folder, memory_for_moments)
     text = windows["objective"]
     judge = Objective(dense_fast, structure, statistics, counts, text.windows, dense_losses, held)
-    judge_together = judge.together if placement.layer_wise else None
-    study = Search(space_of_search, judge, trials, seed, StudyFile(run_folder.study, key), judge_together)
+    study = Search(space_of_search, judge, trials, seed, StudyFile(run_folder.study, key))
     with reporter.stage("searching", trials) as advance:
         study.run(lambda best: advance(1, text=f"best loss {best:.4f}"))
         return study.result(text.kinds)

@@ -25,7 +25,7 @@ from adapruner.model.generation import batches_together, texts_at_once
 from adapruner.model.layers import decoder_layers
 from adapruner.model.loading import trial_dtype
 from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights, allocates_by_cost, size_in_bytes
-from adapruner.search.judging import JUDGED_TOGETHER, TOKENS_FOR_COSTS
+from adapruner.search.judging import TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
 from adapruner.text.blends import parse_blend
 from adapruner.train.healing import TOKENS_FOR_ALL_WEIGHTS, healing_options, length_of_windows
@@ -134,7 +134,7 @@ def estimate_memory(
     cached = min(texts, written) * length * architecture_of(model.config).cached(model.config) // len(devices)
     states = config.compensation_windows * length * trial.itemsize  # a number for every token
     judged = config.objective_windows * length * trial.itemsize
-    together = 2 * JUDGED_TOGETHER * by_layer * is_searched
+    candidate = 2 * by_layer * is_searched
     compared = bytes_of_predictions(TOKENS_FOR_COSTS // 4, vocabulary)
     moments = max(block.inputs * block.inputs_of_one for block in blocks) * _FLOAT32
     projected = [block.row_wise.elements * block.inputs for block in blocks if block.is_projected]
@@ -152,7 +152,7 @@ def estimate_memory(
         "text of costs": TOKENS_FOR_COSTS * len(layers) * hidden * trial.itemsize + compared,
     }
     pruning = {
-        "objective_windows": together * judged * hidden,
+        "objective_windows": candidate * judged * hidden,
         # Of kept with kept inputs, these scaled, their factor, and of kept with removed inputs.
         "second moments": int((1 + share + 2 * share**2) * moments + 3 * share * projection) * has_moments,
         "pool": of_pool * on_host,

@@ -151,10 +151,6 @@ def measure_costs(
     return Costs(by_block=by_block)
 
 
-# Candidates that are judged together, if that is cheaper.
-JUDGED_TOGETHER = 4
-
-
 def plan_candidate(
     structure: Structure, statistics: Statistics, candidate: Candidate, counts: Sequence[int]
 ) -> PruningPlan:
@@ -187,30 +183,20 @@ class Objective:
 
     def __call__(self, candidate: Candidate) -> Iterator[Tensor]:
         """[windows of one batch], float64, batch after batch: the increase in nats per predicted token."""
-        plan = self._plan(candidate)
-        if is_streamed(self.model):
-            yield from self._in_step([plan])[0]
-            return
+        plan = plan_candidate(self.structure, self.statistics, candidate, self.counts)
         if plan.hash in self._judged:
             yield from self._judged[plan.hash]
             return
-        pruned = prune_model(self.model, self.structure, plan, self.compensation)
+        if is_streamed(self.model):
+            cut = prune_on_reading(self.model, self.structure, plan, self.compensation)
+            losses: Iterable[Tensor] = losses_in_step(self.model, cut, self.windows)
+        else:
+            losses = losses_by_batch(prune_model(self.model, self.structure, plan, self.compensation), self.windows)
         judged = []
-        for increases in self._over_dense(losses_by_batch(pruned, self.windows)):
+        for increases in self._over_dense(losses):
             judged.append(increases)
             yield increases
         self._judged[plan.hash] = judged
-
-    def together(self, candidates: Sequence[Candidate]) -> list[Iterable[Tensor]]:
-        """The same for several candidates: of a model whose layers are streamed, every layer is read once for all."""
-        return [*self._in_step([*map(self._plan, candidates)])]
-
-    def _plan(self, candidate: Candidate) -> PruningPlan:
-        return plan_candidate(self.structure, self.statistics, candidate, self.counts)
-
-    def _in_step(self, plans: Sequence[PruningPlan]) -> list[list[Tensor]]:
-        models = [prune_on_reading(self.model, self.structure, plan, self.compensation) for plan in plans]
-        return [[*self._over_dense(losses)] for losses in losses_in_step(self.model, models, self.windows)]
 
     def _over_dense(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
         """The losses of batches, less those of the dense model."""

@@ -9,18 +9,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from adapruner.base.errors import AdaPrunerError, NonFiniteError, deferring_interrupts, first_problem, reason
-from adapruner.search.judging import JUDGED_TOGETHER
 from adapruner.search.space import FIXED_METRIC, START, Candidate, SearchSpace
 from adapruner.text.windows import places_of
 
@@ -163,8 +161,6 @@ Progress = Callable[[float], None]
 # expected loss is recorded.
 # It is decided after every fourth window, for any batch size: the same on a GPU as on a CPU.
 _FEWEST_WINDOWS, _DECIDED_EVERY, _STANDARD_ERRORS = 8, 4, 0.5
-# A user attribute: the number of trials that were finished when the batch of a trial was proposed, and its size.
-_BATCH = "batch"
 
 
 class _Attributes(TypedDict):
@@ -172,7 +168,6 @@ class _Attributes(TypedDict):
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]  # of pydantic
 
-    batch: Annotated[list[int], Field(min_length=2, max_length=2)]
     start: NotRequired[int]
     fixed_metric: NotRequired[str]
     losses: list[float]
@@ -224,19 +219,16 @@ class StudyFile:
 
 @dataclass(frozen=True)
 class Search:
-    """A search: its space, its judges and its trials.
+    """A search: its space, its judge and its trials.
 
-    Trials are proposed in batches. All of a batch are proposed before any of them is judged, each with those before it
-    counted as bad (constant liar, Ginsbourger et al. 2010). What is proposed depends on the seed and on the trials of
-    finished batches: a search that was killed and resumed proposes what an undisturbed one would have.
+    What is proposed depends on the seed and on the finished trials: a search that was killed and resumed proposes what
+    an undisturbed one would have.
 
     Attributes:
         judge: gives the losses of a candidate on held-out windows, batch by batch, the same windows for each. It is not
             asked for more once the candidate is clearly worse than the best one so far, window by window.
         trials: number of trials to finish.
         study: the file of finished trials.
-        judge_together: gives the losses of several candidates on the same windows, if that is cheaper than one by one;
-            a batch then has four candidates instead of one, and none is stopped.
     """
 
     space: SearchSpace
@@ -244,22 +236,15 @@ class Search:
     trials: int
     seed: int
     study: StudyFile
-    judge_together: Callable[[Sequence[Candidate]], Iterable[Iterable[Tensor]]] | None = None
 
     def run(self, progress: Progress | None = None) -> None:
         """Runs trials until enough are finished; `progress` is called for each, earlier ones included, with the best
-        loss so far. Ctrl-C stops it after a batch of trials."""
+        loss so far. Ctrl-C stops it after a trial."""
         with deferring_interrupts("stopping after this trial; once more to stop at once") as raise_if_interrupted:
             trials = _Trials(self, progress)
-            while proposed := trials.propose():
-                candidates = [self.space.suggest(trial) for trial in proposed]
-                best = None if self.judge_together else trials.best
-                losses = self.judge_together(candidates) if self.judge_together else map(self.judge, candidates)
-                outcomes = [
-                    _outcome(batches, None if FIXED_METRIC in trial.user_attrs else best)
-                    for trial, batches in zip(proposed, losses, strict=True)
-                ]
-                trials.finish(proposed, outcomes)
+            while trial := trials.propose():
+                losses = self.judge(self.space.suggest(trial))
+                trials.finish(trial, *_outcome(losses, None if FIXED_METRIC in trial.user_attrs else trials.best))
                 raise_if_interrupted()
 
     def result(self, kinds: Sequence[str] = ()) -> SearchResult:
@@ -272,21 +257,15 @@ class _Trials:
     """The trials of a search: they are proposed in memory, and kept when they are finished.
 
     Attributes:
-        kept: the study in the file. If the search was killed while a batch was being kept, it ends with a part of it.
-        study: the study in memory, of whole batches.
-        _interrupted: the size of a batch that was kept in part; it is proposed again.
+        kept: the study in the file.
+        study: the study in memory.
     """
 
     def __init__(self, search: Search, progress: Progress | None) -> None:
         self.search, self.progress, self.kept = search, progress, search.study.opened()
         with quiet_optuna():
             self.study = optuna.create_study()
-        self._interrupted = 0
-        kept = self.kept.get_trials(deepcopy=False)
-        before, size = kept[-1].user_attrs[_BATCH] if kept else (0, 0)
-        if len(kept) < before + size:
-            self._interrupted, kept = size, kept[:before]
-        self.study.add_trials(kept)
+        self.study.add_trials(self.kept.get_trials(deepcopy=False))
         for number in range(len(self._finished)):
             self._report(number + 1)
 
@@ -299,34 +278,22 @@ class _Trials:
         """The finished trial with the lowest loss, if one has a finite loss."""
         return min((trial for trial in self._finished if math.isfinite(loss_of(trial))), key=loss_of, default=None)
 
-    def propose(self) -> list[optuna.Trial]:
-        """The next batch; empty if enough trials are finished."""
+    def propose(self) -> optuna.Trial | None:
+        """The next trial; None if enough are finished."""
         search, before = self.search, len(self._finished)
         if before >= search.trials:
-            return []
-        seed = random.Random(f"{search.seed}/{before}").getrandbits(32)
-        most = JUDGED_TOGETHER if search.judge_together else 1
-        size = self._interrupted or min(most, search.trials - before)
-        self._interrupted = 0
-        for number, start in list(enumerate(search.space.starting_points()[: search.trials]))[before : before + size]:
-            self.study.enqueue_trial(start.parameters, user_attrs=start.attributes | {START: number})
-        proposed = []
-        for number in range(size):
-            self.study.sampler = _sampler((seed + number) % 2**32, beside_others=number > 0)
-            proposed.append(self.study.ask())
-        for trial in proposed:
-            trial.set_user_attr(_BATCH, [before, size])
-        return proposed
+            return None
+        if before < len(starts := search.space.starting_points()):
+            self.study.enqueue_trial(starts[before].parameters, user_attrs=starts[before].attributes | {START: before})
+        self.study.sampler = _sampler(random.Random(f"{search.seed}/{before}").getrandbits(32))
+        return self.study.ask()
 
-    def finish(self, proposed: Sequence[optuna.Trial], outcomes: Sequence[_Outcome]) -> None:
-        """Keeps the trials of a batch, in its order."""
-        for trial, (loss, attributes) in zip(proposed, outcomes, strict=True):
-            for name, value in attributes.items():
-                trial.set_user_attr(name, value)
-            finished = self.study.tell(trial, loss)
-            if finished.number == len(self.kept.get_trials(deepcopy=False)):
-                self.kept.add_trial(finished)
-            self._report(len(self._finished))
+    def finish(self, trial: optuna.Trial, loss: float, attributes: dict[str, object]) -> None:
+        """Keeps a trial."""
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        self.kept.add_trial(self.study.tell(trial, loss))
+        self._report(len(self._finished))
 
     def _report(self, count: int) -> None:
         """Reports the best loss of the first finished trials."""
@@ -355,9 +322,9 @@ def _outcome(batches: Iterable[Tensor], best: FrozenTrial | None) -> _Outcome:
     return statistics.fmean(losses) if losses else math.inf, {LOSSES: losses}
 
 
-def _sampler(seed: int, beside_others: bool) -> optuna.samplers.TPESampler:
-    """A sampler for one trial; other running trials, if there are any, count as bad until they are finished."""
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    """A sampler for one trial."""
     with warnings.catch_warnings():
         # Optuna calls these experimental; without `group`, trials with few given parameters switch `multivariate` off.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=beside_others)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
