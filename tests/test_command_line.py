@@ -116,7 +116,7 @@ def test_a_dry_run_says_what_the_run_then_makes(model_folder, text_file, tmp_pat
         ("HuggingFaceTB/SmolLM2-360M", None, {}, "runs/SmolLM2-360M-0.2"),
         ("models/small.gguf", None, {"ratio": 0.25}, "runs/small-0.25"),
         (".", None, {"ratio": 0.3}, "runs/here-0.3"),
-        (None, "llama-7b-50", {}, "runs/llama-7b-0.6"),
+        ("huggyllama/llama-7b", "paper-50", {}, "runs/llama-7b-0.6"),
         (None, "mine.yaml", {}, "runs/of-mine-0.4"),
         ("other", "mine.yaml", {"ratio": 0.5}, "runs/other-0.5"),
         (None, "mine.yaml", {"size": "400MB"}, "runs/of-mine-400MB"),

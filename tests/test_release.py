@@ -72,7 +72,7 @@ def test_the_installed_wheel_runs(wheel, tmp_path):
         ).stdout
 
     assert output(str(program), "--version") == f"{adapruner.__version__}\n"
-    assert "llama-7b-20" in output(str(program), "recipes")
+    assert "paper-20" in output(str(program), "recipes")
     where = output(sys.executable, "-c", "import adapruner; print(adapruner.__file__)")
     assert Path(where).is_relative_to(target)
 
