@@ -54,7 +54,7 @@ screenshots: .venv/dev
 clean:
 	rm -rf .venv .data runs
 
-.PHONY: docs test-families test-device test-matrix constraints audit soak
+.PHONY: docs test-families test-device test-matrix constraints audit soak gpu
 
 # Tries every decoder of transformers, and writes the table in docs/reference/families.md (half an hour).
 test-families: .venv/dev
@@ -63,6 +63,11 @@ test-families: .venv/dev
 # All tests on a simulated GPU, of which make test runs a few. Needs Linux, a C++ compiler and a PyTorch for the CPU.
 test-device: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/device -m '' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Tries everything on a GPU, in at most ten minutes; GPU has more options, as GPU="--model Qwen/Qwen3-4B", or
+# GPU="--tiny --device cpu" to try the command itself.
+gpu: .venv/dev .data/ready
+	ADAPRUNER_DATA=$(DATA) $(BIN)/python benchmarks/gpu.py --output runs/gpu $(GPU)
 
 # Kills a hundred runs at random moments.
 soak: .venv/dev
