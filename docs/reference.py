@@ -56,8 +56,8 @@ lasts. Lines that begin with `adapruner:` are errors, lines that begin with `adv
   transformers and the Hub.
 - `NO_COLOR=1` switches colours off.
 - `adapruner --install-completion` sets up the completion of bash, zsh or fish.
-- [Exit codes](runs.md#exit-codes): 0 success, 2 invalid input or insufficient resources, 130 and 143 interrupted, 1
-  unexpected error.
+- [Exit codes](runs.md#exit-codes): 0 success, 2 invalid input or insufficient resources, 129, 130 and 143 interrupted,
+  141 stdout was closed, 1 unexpected error.
 """
 _SHARED = {
     "prune": "[All pruning options](options.md#pruning). In addition:",

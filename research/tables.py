@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 HERE = Path(__file__).parent
+TEXTS = ("boolq", "wikitext2", "ptb")
 PLACE = re.compile(r"(<!--(?P<file>[\w-]+)/(?P<table>[\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
 
 
@@ -78,7 +80,40 @@ class Results(Strict):
     tables: dict[str, Table]
 
     def markdown(self, file: str, table: str) -> str:
-        return self.measured.markdown(file) if table == "measured" else self.tables[table].markdown()
+        if table == "measured":
+            return self.measured.markdown(file)
+        shown = self.tables[table]
+        if table == "behind":
+            shown = Table(columns=shown.columns, rows=[*losses(self.tables["one-shot"].rows), *shown.rows])
+        return shown.markdown()
+
+
+def losses(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table "behind": untrained peers that are ahead of ours on a text, and peers that are faster.
+
+    Args:
+        rows: of the table "one-shot": times dense on the texts, and processor seconds, of every method.
+    """
+    quality, time = [], []
+    for case in dict.fromkeys((row["model"], row["blocks"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["blocks"]) == case and "uniform" not in row["method"]]
+        ours = [row for row in own if "AdaPruner" in row["method"]]
+        peers = [row for row in own if row not in ours and "trained" not in row["method"]]
+        model, blocks = case
+        for one in ours:
+            name = re.sub(r"\*|AdaPruner, | \((two seeds|trained)\)", "", one["method"])
+            for peer in peers:
+                nats = [math.log(one[text] / peer[text]) for text in TEXTS]
+                if max(nats) > 0:
+                    mean, *each = (f"{value:.2f}".replace("-0.00", "0.00") for value in (sum(nats) / len(nats), *nats))
+                    by = f"{mean} nats ({' / '.join(each)})".replace("-", "−")
+                    quality.append({"model": model, "blocks": blocks, "ours": name, "ahead": peer["method"], "by": by})
+        quick, faster = ours[0], sorted(peers, key=lambda peer: int(peer["seconds"]))
+        faster = [peer for peer in faster if peer["seconds"] < quick["seconds"]]
+        names, seconds = (", ".join(str(peer[key]) for peer in faster) for key in ("method", "seconds"))
+        by = f"{quick['seconds']} s, theirs {seconds} s"
+        time.append({"model": model, "blocks": blocks, "ours": "`quick`", "ahead": names, "by": by})
+    return quality + time
 
 
 def cell(value: Any, digits: int | None) -> str:

@@ -472,7 +472,8 @@ def test_the_picture_in_the_readme_is_that_of_its_numbers():
 
 
 @pytest.mark.parametrize(
-    ("picture", "results", "table"), [("prices", "models", "one-shot"), ("tokens", "tokens", "models")]
+    ("picture", "results", "table"),
+    [("prices", "models", "one-shot"), ("tokens", "tokens", "models"), ("serving", "serving", "blocks")],
 )
 def test_a_picture_is_that_of_the_results(picture, results, table):
     rows = json.loads((ROOT / "research" / "results" / f"{results}.json").read_text())["tables"][table]["rows"]

@@ -17,9 +17,10 @@ from run_helpers import byte_tokenizer
 from tiny_families import cut_to
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "engines.md"
-# By benchmarks/engines.py, whose results are in the document; vLLM is not run here.
+# By benchmarks/engines.py, whose results are in the document, and Qwen 2 by hand, with Qwen2.5-Coder-0.5B
+# (research/results/elsewhere.json); vLLM is not run here.
 RUN_WITH_FEWER_HEADS = ("llama", "mistral", "olmo2", "phi3", "qwen3")
-RUN_WITH_ALL_HEADS = (*RUN_WITH_FEWER_HEADS, "gemma3_text", "gpt2", "gpt_neox")
+RUN_WITH_ALL_HEADS = (*RUN_WITH_FEWER_HEADS, "gemma3_text", "gpt2", "gpt_neox", "qwen2")
 RUN_WITH_REMOTE_CODE = (*RUN_WITH_FEWER_HEADS, "gemma3_text", "gpt_neox", "qwen2")
 # As the released models are, which llama.cpp knows: without sliding windows, Gemma 3 with a full attention in every
 # sixth layer, and Qwen 3 with tied embeddings.
