@@ -191,9 +191,9 @@ def text_file(tmp_path_factory):
     return write_paragraphs(tmp_path_factory.mktemp("texts") / "text.txt", 200)
 
 
-def write_paragraphs(path, count):
+def write_paragraphs(path, count, words=20):
     generator = torch.Generator().manual_seed(2)
-    numbers = torch.randint(0, VOCABULARY - 4, (count, 20), generator=generator).tolist()
+    numbers = torch.randint(0, VOCABULARY - 4, (count, words), generator=generator).tolist()
     path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
     return path
 

@@ -3,22 +3,23 @@
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.hub import cached_file
 
 from adapruner.base.errors import without_secrets
 from adapruner.base.files import replace, staging_folder, write_text
 from adapruner.base.progress import printable
-from adapruner.model.layers import whole_state
+from adapruner.model.layers import state_in_parts
 from adapruner.model.places import ModelLocation, quiet_transformers
 from adapruner.model.wrapper import wrapper_of
+from adapruner.options import size_in_bytes
 
 # Of the files of a checkpoint, at most; writing one needs as much memory.
 SHARD_SIZE = "2GB"
@@ -31,14 +32,24 @@ _OTHER_FILES = "model-others{suffix}.safetensors"
 
 
 def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
-    """Writes weights, config, generation config and, if layers differ, the modelling code."""
-    with quiet_transformers():
-        wrapper = wrapper_of(model)
-        if wrapper:
-            wrapper.save(model, whole_state(model), folder, shard_size)
-            _add_tensors(folder, wrapper.other_tensors(), shard_size)
-        else:
-            model.save_pretrained(folder, max_shard_size=shard_size, state_dict=whole_state(model))
+    """Writes weights, config, generation config and, if layers differ, the modelling code. Streamed layers are read
+    file by file."""
+    wrapper = wrapper_of(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers(), tempfile.TemporaryDirectory(dir=folder) as part:
+        for number, state in enumerate(state_in_parts(model, size_in_bytes(shard_size))):
+            if wrapper:
+                wrapper.save(model, state, Path(part), shard_size)
+            else:
+                model.save_pretrained(part, max_shard_size=shard_size, state_dict=state)
+            for file in Path(part).iterdir():
+                name = f"{number:05}-{file.name}" if file.suffix == ".safetensors" else file.name
+                file.replace(folder / name)
+    if wrapper:
+        save_torch_state_dict(
+            dict(wrapper.other_tensors()), folder, filename_pattern=_OTHER_FILES, max_shard_size=shard_size
+        )
+    _index(folder)
     add_older_keys(folder / "config.json", wrapper.text if wrapper else None)
 
 
@@ -136,23 +147,22 @@ def write_card(folder: Path, card: str) -> None:
     write_text(folder / "README.md", printable(card))
 
 
-def _add_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_size: str) -> None:
-    """Adds tensors to the weights in a folder: in further files, which the index of all files lists."""
-    stock = folder / "model.safetensors"
-    if stock.is_file():
-        # Loaders that find a file of this name read no index.
-        stock.rename(folder / "model-00001-of-00001.safetensors")
-    save_torch_state_dict(dict(tensors), folder, filename_pattern=_OTHER_FILES, max_shard_size=shard_size)
-    (folder / f"{_OTHER_FILES.format(suffix='')}.index.json").unlink(missing_ok=True)
-    weight_map: dict[str, str] = {}
-    size = 0
-    for file in sorted(folder.glob("*.safetensors")):
+def _index(folder: Path) -> None:
+    """Gives the files of weights in a folder the names that loaders expect, with an index if there are several."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.index.json"):
+        index.unlink()
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    weight_map, size = dict[str, str](), 0
+    for number, file in enumerate(files, 1):
+        file = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
         with safe_open(file, "pt") as opened:
             weight_map |= dict.fromkeys(opened.keys(), file.name)
             size += sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - it is no mapping
     content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(folder / "model.safetensors.index.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def add_older_keys(path: Path, text: str | None = None) -> None:

@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adapruner.budget.plan import BlockPlan, PruningPlan
+from adapruner.base.errors import AdaPrunerError
+from adapruner.budget.plan import BlockPlan, PruningPlan, make_plan
 from adapruner.checkpoint import add_older_keys
 from adapruner.model.architecture import is_pruned
 from adapruner.model.config import find_wrapper
@@ -74,6 +76,18 @@ def are_copyable(location: ModelLocation, config: PreTrainedConfig) -> bool:
     return not is_pruned(config) and find_wrapper(location) is None and is_streamable(location, config)
 
 
+def copied_bytes(
+    location: ModelLocation, config: PreTrainedConfig, structure: Structure, counts: Sequence[int]
+) -> tuple[int, int] | None:
+    """Bytes of the tensors in the files of a model, and in those of the copy whose blocks keep so many groups; None if
+    it cannot be copied (see `copies_without_experts`)."""
+    plan = make_plan(structure, torch.zeros(structure.group_offsets[-1]), counts)
+    if (copied := _copy(location, config, structure, plan)) is None:
+        return None
+    dense = _in_files(location, config)
+    return sum(own.bytes for own in dense.values()), sum(own.bytes for own in copied.tensors.values())
+
+
 def copies_without_experts(
     location: ModelLocation, config: PreTrainedConfig, structure: Structure, plan: PruningPlan
 ) -> Callable[[PreTrainedModel, Path, str], None] | None:
@@ -84,6 +98,31 @@ def copies_without_experts(
     Args:
         config: of the model.
     """
+    copied = _copy(location, config, structure, plan)
+    if copied is None:
+        return None
+    smaller = copy.deepcopy(config)
+    for name, value in copied.fields.items():
+        setattr(smaller, name, value)
+
+    def write(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_shards(copied.tensors, folder, shard_size)
+        smaller.save_pretrained(folder)
+        add_older_keys(folder / "config.json")
+        model.generation_config.save_pretrained(folder)
+
+    return write
+
+
+class _Copy(NamedTuple):
+    """The tensors of new files by their names there, and the fields of the config that differ."""
+
+    tensors: dict[str, _Copied]
+    fields: dict[str, Any]
+
+
+def _copy(location: ModelLocation, config: PreTrainedConfig, structure: Structure, plan: PruningPlan) -> _Copy | None:
     fields = fields_without_experts(structure, [len(block.kept) for block in plan.blocks])
     if fields is None or not are_copyable(location, config):
         return None
@@ -95,18 +134,7 @@ def copies_without_experts(
     stated, _ = PreTrainedConfig.get_config_dict(location.path)
     if "quantization_config" in stated:
         fields["quantization_config"] = stated["quantization_config"]
-    smaller = copy.deepcopy(config)
-    for name, value in fields.items():
-        setattr(smaller, name, value)
-
-    def write(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_shards(tensors, folder, shard_size)
-        smaller.save_pretrained(folder)
-        add_older_keys(folder / "config.json")
-        model.generation_config.save_pretrained(folder)
-
-    return write
+    return _Copy(tensors, fields)
 
 
 def _tensors(
@@ -116,8 +144,8 @@ def _tensors(
     model = empty_model(config)
     stored = assembled(model, stored_tensors(location.path, config))
     keys = names_in_files(model, stored)
-    raw = tensors_in_files(location.path, config)
-    copied = {name: _Copied(tensor) for name, tensor in raw.items() if not is_of_multi_token_head(name, config)}
+    copied = _in_files(location, config)
+    renumbered, places = dict[str, _Copied](), set[str]()
     for block, own in cut:
         for parameter, slices in block.slices_by_parameter.items():
             kept = kept_indices(own, slices, own.groups)[0]
@@ -128,19 +156,32 @@ def _tensors(
                     by_pattern.setdefault((pattern, number), []).append(held)
             for parts in by_pattern.values():
                 if len(parts) == own.groups > 1:
-                    copied |= _renumbered(copied, parts, kept.tolist())
+                    for expert in parts:
+                        del copied[expert.name]
+                        places.add(_before_number(expert.name))
+                    for new, old in enumerate(kept.tolist()):
+                        renumbered[_NUMBER.sub(str(new), parts[old].name)] = _Copied(parts[old])
                 elif len(parts) == 1 and parts[0].shape[axis] == own.groups:
                     copied[parts[0].name] = _Copied(parts[0], axis, kept)
                 else:
                     return None
-    return copied
+    if beside := [name for name in copied if _before_number(name) in places]:
+        raise AdaPrunerError(
+            f"{location.path} has {len(beside)} tensors of single experts that belong to no weight of the model, such"
+            f" as {min(beside)}: it is not known what to do with them once experts are removed"
+        )
+    return copied | renumbered
 
 
-def _renumbered(copied: dict[str, _Copied], experts: list[StoredTensor], kept: list[int]) -> dict[str, _Copied]:
-    """The tensors of kept experts under their new numbers; all of them are taken out of `copied`."""
-    for expert in experts:
-        del copied[expert.name]
-    return {_NUMBER.sub(str(new), experts[old].name): _Copied(experts[old]) for new, old in enumerate(kept)}
+def _in_files(location: ModelLocation, config: PreTrainedConfig) -> dict[str, _Copied]:
+    """All tensors in files but those of multi-token prediction heads."""
+    raw = tensors_in_files(location.path, config)
+    return {name: _Copied(tensor) for name, tensor in raw.items() if not is_of_multi_token_head(name, config)}
+
+
+def _before_number(name: str) -> str:
+    """The name of a tensor up to the number of its expert."""
+    return _NUMBER.split(name)[0]
 
 
 def _write_shards(tensors: Mapping[str, _Copied], folder: Path, shard_size: str) -> None:

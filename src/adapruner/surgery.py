@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,12 @@ from adapruner.measurement.moments import InputMoments, solve_damped
 from adapruner.model.architecture import architecture_of, fields_by_layer, lacks_attention, stock_fields
 from adapruner.model.layers import (
     allow_any_width,
+    decoder_layers,
     is_streamed,
     layer_devices,
     loaded_layer,
     move_resident,
     place_layers,
-    stream_from_memory,
     stream_layers,
     without_weights,
 )
@@ -40,42 +40,28 @@ def prune_model(
 
     It is of a stock class if all layers have the same shapes and a stock class supports them, else of the class whose
     config lists what each layer has less of. Tensors from which nothing is removed are shared with the given model,
-    which is not changed. If the layers of the given model are streamed, the new model is in main memory, and its layers
-    are streamed from there.
+    which is not changed. If the layers of the given model are streamed, those of the new one are too: each is cut
+    whenever it is read.
 
     Args:
         compensation: second moments by number of the block, by which the kept part of the row-wise projections is
             corrected; None leaves it unchanged.
     """
     cut = _Cut(model, structure, plan, compensation)
-    state = cut.state()
-    pruned = cut.empty_model(state)
-    pruned.load_state_dict(state, assign=True)
+    streamed = is_streamed(model)
+    # Streamed layers that are not in use have shapes alone.
+    state = replace(cut, compensation=None).state() if streamed else cut.state()
+    pruned = cut.empty_model({name: tensor.shape for name, tensor in state.items()})
+    pruned.load_state_dict(cut.resident() if streamed else state, strict=not streamed, assign=True)
     pruned.tie_weights()
     pruned.generation_config = model.generation_config
     give_wrapper(pruned, wrapper_of(model))
-    if is_streamed(model):
-        stream_from_memory(pruned, model.device)
+    if streamed:
+        move_resident(pruned, model.device)
+        stream_layers(pruned, [partial(cut.read_layer, layer) for layer in range(structure.layers)])
     else:
         # Buffers that are not saved (rotary frequencies) were made on the CPU.
         place_layers(pruned, model.device, layer_devices(model))
-    return allow_any_width(pruned.train(model.training))
-
-
-def prune_on_reading(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: PruningPlan,
-    compensation: Mapping[int, InputMoments] | None = None,
-) -> PreTrainedModel:
-    """A pruned copy of a model whose layers are streamed, for a single run: no layer is in memory, each is cut whenever
-    it is read. For `compensation`, see `prune_model`."""
-    cut = _Cut(model, structure, plan, compensation)
-    pruned = cut.empty_model()
-    pruned.load_state_dict(cut.resident(), strict=False, assign=True)
-    pruned.tie_weights()
-    move_resident(pruned, model.device)
-    stream_layers(pruned, [partial(cut.layer, layer) for layer in range(structure.layers)])
     return allow_any_width(pruned.train(model.training))
 
 
@@ -100,20 +86,21 @@ class _Cut:
         """Every tensor with the indices of the kept groups only, compensated."""
         state = self.resident()
         for number in range(self.structure.layers):
-            with loaded_layer(self.model, number) as module:
-                tensors = self.layer(number)
-                if is_streamed(self.model):
-                    tensors = _in_memory(tensors, module.state_dict())
             prefix = f"{self.structure.architecture.layers}.{number}."
-            state |= {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+            state |= {f"{prefix}{name}": tensor for name, tensor in self.layer(number).items()}
         return state
+
+    def read_layer(self, number: int) -> dict[str, Tensor]:
+        """The same of a streamed layer, which is read."""
+        with loaded_layer(self.model, number):
+            return self.layer(number)
 
     def layer(self, number: int) -> dict[str, Tensor]:
         """The tensors of a layer, by their names within it, with the indices of the kept groups only, compensated."""
         architecture = self.structure.architecture
         prefix = f"{architecture.layers}.{number}."
-        with loaded_layer(self.model, number) as module:
-            tensors = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
+        module = decoder_layers(self.model)[number]
+        tensors = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
         for index, (block, block_plan) in enumerate(zip(self.structure.blocks, self.plan.blocks, strict=True)):
             if block.layer != number or len(block_plan.kept) == block.groups:
                 continue
@@ -138,8 +125,8 @@ class _Cut:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     @without_weights()
-    def empty_model(self, state: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-        """The pruned model before its weights are set; without a state, which gives their shapes, of no stock class."""
+    def empty_model(self, shapes: Mapping[str, torch.Size]) -> PreTrainedModel:
+        """The pruned model before its weights, which have these shapes, are set."""
         model, architecture = self.model, self.structure.architecture
         # Without the differences between pruned layers and without remote code.
         numbers = architecture.config_fields.head_numbers
@@ -151,8 +138,7 @@ class _Cut:
         for layer_fields in layers.values():
             common |= layer_fields
         # No stock class supports layers without attention.
-        if state and "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
-            shapes = {name: tensor.shape for name, tensor in state.items()}
+        if "skip" not in common and all(given.items() <= common.items() for given in layers.values()):
             for stock in _stock_models(model, fields | common):
                 if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                     wrapper = wrapper_of(model)
@@ -194,16 +180,6 @@ class _Cut:
             # initialise the missing weights at random.
             layers.setdefault(layer, {}).update({"skip": [ATTENTION], names.key_value_heads or names.heads: 1})
         return layers
-
-
-def _in_memory(cut: dict[str, Tensor], uncut: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a streamed layer on the CPU. No tensor of a layer that is cut may remain mapped from the file: a
-    single norm would keep the whole layer mapped, which counts as memory."""
-    shared = {name for name, tensor in cut.items() if name in uncut and tensor.data_ptr() == uncut[name].data_ptr()}
-    return {
-        name: (tensor if name not in shared or shared == cut.keys() else tensor.clone()).cpu()
-        for name, tensor in cut.items()
-    }
 
 
 def _stock_models(model: PreTrainedModel, fields: Mapping[str, object]) -> Iterator[PreTrainedModel]:

@@ -245,30 +245,9 @@ def hold_places(model: PreTrainedModel) -> None:
         cast(_Stream, layer.stream).hold_places(model.device)
 
 
-def stream_from_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """Keeps the layers of a model in the memory of the CPU, and moves each to a device while it is in use; everything
-    else is kept on the device."""
-    readers = []
-    for layer in decoder_layers(model):
-        weights = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-        readers.append(_FromMemory(weights, device))
-        layer.load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, assign=True)
-    move_resident(model, device)
-    stream_layers(model, readers)
-
-
 def move_resident(model: PreTrainedModel, device: torch.device) -> None:
     """Moves everything in memory: all but the weights of streamed layers."""
     model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
-
-
-@dataclass(frozen=True)
-class _FromMemory:
-    weights: dict[str, Tensor]
-    device: torch.device
-
-    def __call__(self) -> dict[str, Tensor]:
-        return plain_weights(self.weights, self.device, None)
 
 
 def change_weight(model: PreTrainedModel, name: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -297,20 +276,27 @@ def _stream_of(model: PreTrainedModel, name: str) -> tuple[Any, str]:
     return vars(decoder_layers(model)[int(index)]).get("stream"), name_in_layer
 
 
+def state_in_parts(model: PreTrainedModel, most: int) -> Iterator[dict[str, Tensor]]:
+    """The state of a model, without its streamed layers first, then with these on the CPU: in parts of at most so many
+    bytes, but for a layer that has more; in one part if no layer is streamed."""
+    if not is_streamed(model):
+        yield model.state_dict()
+        return
+    prefix = f"{architecture_of(model.config).layers}."
+    part = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    for index in range(len(decoder_layers(model))):
+        with loaded_layer(model, index) as layer:
+            weights = {f"{prefix}{index}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
+        if sum(tensor.nbytes for tensor in (*part.values(), *weights.values())) > most:
+            yield part
+            part = {}
+        part |= weights
+    yield part
+
+
 def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state of a model with the weights of all layers; weights of streamed layers are on the CPU."""
-    state: dict[str, Tensor] = model.state_dict()
-    if is_streamed(model):
-        prefix = f"{architecture_of(model.config).layers}."
-        for index, layer in enumerate(decoder_layers(model)):
-            read = vars(layer)["stream"].read
-            if isinstance(read, _FromMemory):
-                weights = read.weights  # reading them would copy them
-            else:
-                with loaded_layer(model, index):
-                    weights = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
-            state |= {f"{prefix}{index}.{name}": tensor for name, tensor in weights.items()}
-    return state
+    return {name: tensor for part in state_in_parts(model, 0) for name, tensor in part.items()}
 
 
 def is_streamed(model: PreTrainedModel) -> bool:

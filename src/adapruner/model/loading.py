@@ -24,6 +24,7 @@ from transformers import (
 from adapruner.base.errors import AdaPrunerError, reason
 from adapruner.base.processes import this_process
 from adapruner.model.architecture import architecture_of, family_named, is_pruned, new_model
+from adapruner.model.codes import are_readable
 from adapruner.model.config import (
     NO_REMOTE_CODE,
     check_config,
@@ -295,7 +296,7 @@ def load_model(
                 read_all(model)
                 place(model)
         else:
-            if not files and holds_codes(location, config):
+            if not files and holds_codes(location):
                 raise AdaPrunerError(
                     f"weights of {str(location)!r} are in FP8 or MXFP4, which are read tensor by tensor, and of a"
                     f" {config.model_type} they cannot be: give the checkpoint in bfloat16"
@@ -342,10 +343,12 @@ def is_streamable(location: ModelLocation, config: PreTrainedConfig) -> bool:
     return not are_taken_apart(model, at_all=wrapper is not None)
 
 
-def holds_codes(location: ModelLocation, config: PreTrainedConfig) -> bool:
-    """True if weights in the files are codes, which are numbers once they are read (see `codes`)."""
-    is_read_alone = location.gguf_file is None and find_wrapper(location) is None
-    return is_read_alone and are_coded(stored_tensors(location.path, config))
+def holds_codes(location: ModelLocation) -> bool:
+    """True if the config of a model says that weights in its files are codes, which are numbers once they are read (see
+    `codes`)."""
+    if location.gguf_file or find_wrapper(location):
+        return False
+    return are_readable(PreTrainedConfig.get_config_dict(location.path)[0].get("quantization_config") or {})
 
 
 def check_streamable(location: ModelLocation, config: PreTrainedConfig) -> None:

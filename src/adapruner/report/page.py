@@ -141,7 +141,7 @@ def gains(result: RunResult, weight_bytes: int, speed: tuple[Speed, Speed] | Non
     growth = f"{100 * after / before - 100:+.1f} %".replace("-", "−")
     rows = [_change("parameters", "", Cell(shown[0]), Cell(shown[1]), growth)]
     if weight_bytes:
-        dense_bytes = round(weight_bytes / (1 - result.removed_share))
+        dense_bytes = weight_bytes + result.removed_bytes
         rows.append(_smaller("weights on disk", "in the same dtype", _megabytes, dense_bytes, weight_bytes))
     if speed:
         rows += _gains_of_speed(*speed)

@@ -321,6 +321,7 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         config: the options, with one ratio.
         plan_hash: of the final plan.
         share_of_decoder: the fraction of all parameters that is in the decoder, whose numbers these are.
+        removed_bytes: of the weights in files.
         costs: of cutting each block; None if options decided how much each loses.
         search: the chosen candidate and all trials; None without a search.
         healing: the record of the training after the cut, if there was any.
@@ -333,10 +334,11 @@ class RunResult(BaseModel, extra="forbid", frozen=True):
         device: of the last call that added numbers.
     """
 
-    schema_version: Literal[12] = 12
+    schema_version: Literal[13] = 13
     config: PruneConfig
     plan_hash: str
     share_of_decoder: float = 1.0
+    removed_bytes: int = 0
     costs: Costs | None = None
     search: SearchResult | None = None
     healing: Healing | None = None

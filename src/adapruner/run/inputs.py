@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.progress import Reporter
 from adapruner.budget.counts import Budget, UnreachableRatioError, default_budget
-from adapruner.copying import are_copyable
 from adapruner.evaluation.losses import finite_windows
 from adapruner.families import open_config, resolve
 from adapruner.graph.nodes import Form, Graph
@@ -301,9 +300,8 @@ def placement(
     check_length(empty.config, config.seq_len)
     if config.layer_wise:
         check_streamable(location, empty.config)
-    streamable, copyable = is_streamable(location, empty.config), are_copyable(location, empty.config)
-    of_model = config, empty, structure, starting_budget
-    return choose_placement(*of_model, usable_devices(config.device), streamable, copyable=copyable)
+    streamable, devices = is_streamable(location, empty.config), usable_devices(config.device)
+    return choose_placement(config, empty, structure, starting_budget, devices, streamable, location=location)
 
 
 @GRAPH.leaf()

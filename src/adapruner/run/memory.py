@@ -17,13 +17,14 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.base.processes import this_process
 from adapruner.budget.counts import Budget, kept_counts
 from adapruner.checkpoint import SHARD_SIZE
-from adapruner.copying import fields_without_experts
+from adapruner.copying import are_copyable, copied_bytes, fields_without_experts
 from adapruner.importance import needs_moments
 from adapruner.measurement.taylor import MEASURED_AT_ONCE, saved_activations
 from adapruner.model.architecture import architecture_of, is_pruned
 from adapruner.model.generation import batches_together, texts_at_once
 from adapruner.model.layers import decoder_layers
-from adapruner.model.loading import trial_dtype
+from adapruner.model.loading import holds_codes, trial_dtype
+from adapruner.model.places import ModelLocation
 from adapruner.options import Dtype, PruneConfig, RecoveryOptions, TrainedWeights, allocates_by_cost, size_in_bytes
 from adapruner.search.judging import TOKENS_FOR_COSTS
 from adapruner.structure.blocks import Structure
@@ -84,7 +85,7 @@ def estimate_memory(
     devices: Sequence[torch.device],
     by_layer: bool,
     stated: int | None = None,
-    copyable: bool = False,
+    location: ModelLocation | None = None,
 ) -> Memory:
     """The weights and the largest other term of a run, without the program itself (half a GiB).
 
@@ -94,7 +95,7 @@ def estimate_memory(
         devices: over which the layers are spread.
         by_layer: one layer at a time is in memory.
         stated: see `choose_placement`.
-        copyable: tensors can be copied out of the files (see `are_copyable`).
+        location: of the files, out of which kept experts may be copied; by default they are not.
     """
     if is_pruned(model.config):
         raise AdaPrunerError("the memory needed to prune a model whose layers differ already cannot be estimated")
@@ -110,12 +111,10 @@ def estimate_memory(
         return share + max(layers) * (by_layer or len(devices) > 1)
 
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
-    # Pruned layers are in main memory until all are saved; of those that are copied, one file at a time is.
-    waiting = (left - outside) * size * by_layer
-    copyable = copyable and dtype == dtype_of_weights(model, "auto")
-    if copyable and fields_without_experts(structure, counts) is not None:
-        waiting = min(waiting, size_in_bytes(SHARD_SIZE))
-    pruned = held(left) * size + waiting * on_host
+    pruned = held(left) * size
+    # A file is in memory with its copy in the form in which it is written, and the layer that begins the next one.
+    saving = 2 * min(left * size, size_in_bytes(SHARD_SIZE)) + max(layers) * size * by_layer
+    is_left = location is not None and keeps_codes(config, location, model, structure, counts)
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
     length, blocks, (vocabulary, hidden) = config.seq_len, structure.blocks, _embedding_shape(model)
@@ -157,14 +156,50 @@ def estimate_memory(
         "second moments": int((1 + share + 2 * share**2) * moments + 3 * share * projection) * has_moments,
         "pool": of_pool * on_host,
     }
-    phases = [(dense, measuring), (dense + pruned, pruning)]
+    # The same without healing and after it, when the model that is saved was read again.
+    phases = [
+        (dense, measuring),
+        (dense + pruned, pruning),
+        (dense + pruned, {"files that are saved": saving * on_host}),
+    ]
     healing = healing_within(config, model, left, devices, by_layer, stated)
-    if healing:
+    if healing and not is_left:
         computed = torch.float32 if healing.train == "ia3" and not by_layer else trial  # see `frozen`
         training = {"training after the cut": _training(model, healing, computed, left, by_layer)}
         phases.append((dense + held(left) * size, training))
     sizes = [(weights, term, name) for weights, terms in phases for name, term in terms.items()]
-    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else waiting + of_pool)
+    return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else max(saving, of_pool))
+
+
+def copies_experts(
+    config: PruneConfig, location: ModelLocation, model: PreTrainedModel, structure: Structure, counts: Sequence[int]
+) -> bool:
+    """True if a model whose blocks keep so many groups is copied out of the files of the dense one: whole experts alone
+    are removed, and the weights keep their dtype and their tokens."""
+    as_stored = dtype_of_weights(model, config.dtype) == dtype_of_weights(model, "auto") and not config.vocabulary
+    is_of_experts = fields_without_experts(structure, counts) is not None
+    return as_stored and is_of_experts and are_copyable(location, model.config)
+
+
+def keeps_codes(
+    config: PruneConfig, location: ModelLocation, model: PreTrainedModel, structure: Structure, counts: Sequence[int]
+) -> bool:
+    """True if these are copied in FP8 or MXFP4, and left so: training would write all weights in 16 bits, and is done
+    on request alone."""
+    is_asked = config.heal != "none" and "heal" in config.given
+    return not is_asked and holds_codes(location) and copies_experts(config, location, model, structure, counts)
+
+
+def bytes_in_files(
+    config: PruneConfig, location: ModelLocation, model: PreTrainedModel, structure: Structure, counts: Sequence[int]
+) -> tuple[int, int]:
+    """Bytes of the weights of a model, and of the pruned one whose blocks keep so many groups, in files: of numbers, as
+    many as there are; of codes that are kept, tensor by tensor."""
+    is_kept = keeps_codes(config, location, model, structure, counts)
+    if is_kept and (sizes := copied_bytes(location, model.config, structure, counts)):
+        return sizes
+    size, total = dtype_of_weights(model, config.dtype).itemsize, structure.total_parameters
+    return size * total, size * (total - structure.removed_parameters(counts))
 
 
 def _activations(model: PreTrainedModel, dtype: torch.dtype, tokens: int, of_one_layer: bool) -> int:
@@ -263,7 +298,7 @@ def choose_placement(
     devices: Sequence[torch.device],
     streamable: bool,
     stated: int | None = None,
-    copyable: bool = False,
+    location: ModelLocation | None = None,
 ) -> Placement:
     """The devices of the layers of a model. By default, these are as few devices as hold all layers; if all devices
     together are too small and the layers are `streamable` (can be read one by one), one layer is held at a time. The
@@ -272,7 +307,7 @@ def choose_placement(
     Args:
         devices: the devices that may be used; all of them are used if the options name them.
         stated: bytes of memory of each device, for GPUs that are not here. Main memory is not checked then.
-        copyable: see `estimate_memory`.
+        location: see `estimate_memory`.
     """
     by_layer = config.layer_wise
     least = 1 if config.device == "auto" or by_layer else len(devices)
@@ -292,7 +327,7 @@ def choose_placement(
     if by_layer is None:
         by_layer = streamable and count is None
     used = tuple(devices[: count or (1 if by_layer else len(devices))])
-    needed = estimate_memory(config, model, structure, budget, used, by_layer, stated, copyable)
+    needed = estimate_memory(config, model, structure, budget, used, by_layer, stated, location)
     free = min(free for _, free in memories[: len(used)])
     if (needed.device > free or needed.host > host_free) and not config.ignore_memory:
         ways = [f"a smaller `{needed.largest}`"] * (" " not in needed.largest)

@@ -38,7 +38,7 @@ from adapruner.report.result import ModelNumbers, RunResult, shown_name
 from adapruner.run.choice import GRAPH as GRAPH
 from adapruner.run.folder import RunFolder, page_of
 from adapruner.run.inputs import MOST_READ, TENSORS, Precision, json_form
-from adapruner.run.memory import Placement, dtype_of_weights, healing_within
+from adapruner.run.memory import Placement, bytes_in_files, dtype_of_weights, healing_within, keeps_codes
 from adapruner.search.judging import Costs
 from adapruner.search.study import SearchResult
 from adapruner.structure.blocks import Structure
@@ -59,6 +59,7 @@ FOLDER: Form[Path] = Form(shutil.move, Path)
 @GRAPH.leaf(lambda options: options and options.model_dump_json())
 def healing(
     config: PruneConfig,
+    location: ModelLocation,
     placement: Placement,
     main_device: torch.device,
     empty: PreTrainedModel,
@@ -67,9 +68,16 @@ def healing(
     reporter: Reporter,
 ) -> RecoveryOptions | None:
     """The options of the training after the cut; None without one."""
-    left = structure.total_parameters - structure.removed_parameters(kept_counts(structure, starting_budget))
+    counts = kept_counts(structure, starting_budget)
+    left = structure.total_parameters - structure.removed_parameters(counts)
     options = healing_within(config, empty, left, placement.devices, placement.layer_wise)
     if options is None:
+        return None
+    if keeps_codes(config, location, empty, structure, counts):
+        reporter.note(
+            "The pruned model is not trained after the cut: its weights are copied in FP8 or MXFP4, and training would"
+            " write all of them in 16 bits, which need more memory. `heal` with a number of tokens does so"
+        )
         return None
     check_device(main_device)
     try:
@@ -120,10 +128,10 @@ def pruned(
         cut, write = dense_later(), None
         if precision.weights == dtype_of_weights(empty, "auto"):
             write = copies_without_experts(location, empty.config, structure, plan)
+        if holds_codes(location) and (write is None or healing or tokens_left):
+            dtype = str(precision.weights).removeprefix("torch.")
+            reporter.note(f"The original's weights are in FP8 or MXFP4; those of the pruned model are in {dtype}")
         if write is None:
-            if holds_codes(location, empty.config):
-                dtype = str(precision.weights).removeprefix("torch.")
-                reporter.note(f"The original's weights are in FP8 or MXFP4; those of the pruned model are in {dtype}")
             with reporter.stage("cutting"):
                 cut = prune_model(cut, structure, plan, moments_to_correct)
         with reporter.stage("saving"):
@@ -293,6 +301,8 @@ for _role, _model, _fast, _tokenizer, _spelling in (
 def result(
     config: PruneConfig,
     location: ModelLocation,
+    empty: PreTrainedModel,
+    precision: Precision,
     windows: dict[str, Text],
     costs: Costs | None,
     counts_by_cost: list[int] | None,
@@ -316,6 +326,9 @@ def result(
     """All numbers of a run; the model card is written too, which shows them."""
     config_after = load_config(find_model(pruned))
     after = build_structure(empty_model(config_after)).total_parameters
+    counts = [len(block.kept) for block in plan.blocks]
+    before_bytes, after_bytes = bytes_in_files(config, location, empty, structure, counts)
+    of_tokens = tokens_left.summary.removed_parameters * precision.weights.itemsize if tokens_left else 0
     left = estimates(abilities_dense, abilities_pruned, chance)
     dense = ModelNumbers(
         role="dense",
@@ -337,6 +350,7 @@ def result(
         config=config,
         plan_hash=plan.hash,
         share_of_decoder=share_of_decoder,
+        removed_bytes=before_bytes - after_bytes + of_tokens,
         costs=costs if counts_by_cost else None,
         search=search_result,
         healing=healed,

@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import given_path
-from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, reference_budget
+from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, kept_counts, reference_budget
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
 from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
 from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
-from adapruner.model.loading import empty_model, load_tokenizer
+from adapruner.model.loading import empty_model, holds_codes, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import (
     BUDGETS,
@@ -40,8 +40,8 @@ from adapruner.options import (
 from adapruner.recipes import override, read_recipe
 from adapruner.run.folder import RunFolder
 from adapruner.run.given import check_prunable, save_model, save_text
-from adapruner.run.memory import dtype_of_weights
-from adapruner.structure.blocks import count_parameters
+from adapruner.run.memory import bytes_in_files, dtype_of_weights, keeps_codes
+from adapruner.structure.blocks import Structure, count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
 from adapruner.text.sources import absolute_source, parse_source, register_sources, texts_to_count
@@ -326,10 +326,8 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     whole = wrapper.around(given_config) if wrapper else empty
     structure = build_structure(empty, config.head_granularity, config.expert_granularity)
     dtype = dtype_of_weights(empty, config.dtype)
-    dense = safetensors_bytes(whole, dtype)
+    dense, itemsize = safetensors_bytes(whole, dtype), float(dtype.itemsize)
     option = "size" if limit.memory is None else "memory"
-    if limit.memory is not None:
-        dense += cache_bytes(empty, limit.batch, limit.context, dtype)
     asked = str(getattr(limit, option))
 
     def has_plan(ratio: float) -> bool:
@@ -342,12 +340,16 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
             return False
         return True
 
+    if holds_codes(location):
+        dense, itemsize = sizes_of_codes(config, location, empty, structure, has_plan) or (dense, itemsize)
+    if limit.memory is not None:
+        dense += cache_bytes(empty, limit.batch, limit.context, dtype)
     excess = dense - size_in_bytes(asked)
     if excess <= 0:
         held = "the weights" if limit.memory is None else "the weights and the KV cache"
         raise AdaPrunerError(f"`{option}` {asked}: {held} of the dense model fit already, in {_shown(dense)}")
     of_tokens = _share_of_tokens(config, location, given_config)
-    ratio = excess / dtype.itemsize / structure.total_parameters + RATIO_TOLERANCE - of_tokens
+    ratio = excess / itemsize / structure.total_parameters + RATIO_TOLERANCE - of_tokens
     if ratio <= 0:
         raise AdaPrunerError(
             f"`{option}` {asked}: fewer tokens alone remove {of_tokens:.1%}, which is enough: use adapruner vocabulary"
@@ -359,12 +361,29 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
         best = _highest(has_plan, min(ratio, 1.0))
         removed = (of_tokens + max(0.0, best - RATIO_TOLERANCE)) * structure.total_parameters
         raise AdaPrunerError(
-            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * dtype.itemsize)}, with"
+            f"`{option}` {asked} cannot be met: at best {_shown(dense - removed * itemsize)}, with"
             f" {of_tokens + best:.1%} of"
             f" the parameters removed; the dense model has {_shown(dense)}"
         ) from None
     share = structure.total_parameters / count_parameters(whole) if config.ratio_of == "parameters" else 1.0
     return math.ceil(1e5 * (ratio + of_tokens) * share) / 1e5
+
+
+def sizes_of_codes(
+    config: PruneConfig,
+    location: ModelLocation,
+    model: PreTrainedModel,
+    structure: Structure,
+    has_plan: Callable[[float], bool],
+) -> tuple[int, float] | None:
+    """Bytes of the files of a model in FP8 or MXFP4, and of each parameter that a run removes from them; None if the
+    pruned model has numbers instead."""
+    ratio = next(step / 100 for step in range(1, 100) if has_plan(step / 100))
+    counts = kept_counts(structure, reference_budget(config, structure, ratio))
+    if not keeps_codes(config, location, model, structure, counts):
+        return None
+    before, after = bytes_in_files(config, location, model, structure, counts)
+    return before, (before - after) / structure.removed_parameters(counts)
 
 
 def _share_of_tokens(config: PruneConfig, location: ModelLocation, model_config: PreTrainedConfig) -> float:

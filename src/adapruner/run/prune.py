@@ -12,7 +12,6 @@ from adapruner.base.files import given_path
 from adapruner.base.processes import this_process
 from adapruner.base.progress import Reporter
 from adapruner.budget.counts import kept_counts
-from adapruner.copying import are_copyable
 from adapruner.evaluation.tasks import check_tasks
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
@@ -20,7 +19,7 @@ from adapruner.options import EFFORTS, PruneConfig, PruneOptions, size_in_bytes
 from adapruner.run import choice, inputs, models, models as evaluation
 from adapruner.run.folder import PruneResult, RunFolder
 from adapruner.run.given import TextData
-from adapruner.run.memory import Memory, Placement, choose_placement, estimate_memory
+from adapruner.run.memory import Memory, Placement, bytes_in_files, choose_placement, estimate_memory
 from adapruner.run.models import GRAPH
 from adapruner.run.options import earlier_run, register_extensions, resolve, with_defaults
 from adapruner.structure.blocks import count_parameters
@@ -189,8 +188,11 @@ def preview(
     missing, placement, structure = making.missing(), making.value(inputs.placement), making.value(inputs.structure)
     counts = kept_counts(structure, making.value(inputs.starting_budget))
     after = structure.total_parameters - structure.removed_parameters(counts)
+    of_files = config, making.value(inputs.location), making.value(inputs.empty), structure, counts
+    model_bytes, itemsize = bytes_in_files(*of_files)[1], making.value(inputs.precision).weights.itemsize
     if tokens_left := making.value(inputs.tokens_left):
         after -= tokens_left.summary.removed_parameters
+        model_bytes -= tokens_left.summary.removed_parameters * itemsize
     read = [structure.blocks[number] for number in making.value(choice.blocks_to_read)]
     moments = sum(block.inputs * block.inputs_of_one for block in read)
     return Preview(
@@ -198,7 +200,7 @@ def preview(
         missing=[node.path for node in missing],
         parameters_before=count_parameters(empty_model(making.value(inputs.model_config))),
         parameters_after=after,
-        model_bytes=after * making.value(inputs.precision).weights.itemsize,
+        model_bytes=model_bytes,
         moments_bytes=moments * _FLOAT32 * (choice.moments in missing),
         device=placement.device,
         layer_wise=placement.layer_wise,
@@ -249,13 +251,12 @@ def estimate(model: str | Path, gpu_memory: str | None = None, **options: object
         empty, structure = making.value(inputs.empty), making.value(inputs.structure)
         of_model = config, empty, structure, making.value(inputs.starting_budget)
         location = making.value(inputs.location)
-        copyable = are_copyable(location, empty.config)
         if stated is None:
             placement = making.value(inputs.placement)
         else:
             streamable = is_streamable(location, empty.config)
-            placement = choose_placement(*of_model, gpus, streamable, stated, copyable)
-        return estimate_memory(*of_model, placement.devices, placement.layer_wise, stated, copyable), placement
+            placement = choose_placement(*of_model, gpus, streamable, stated, location)
+        return estimate_memory(*of_model, placement.devices, placement.layer_wise, stated, location), placement
 
     refusal = ""
     try:

@@ -19,7 +19,7 @@ from adapruner.measurement.taylor import Statistics
 from adapruner.model.layers import is_streamed, loaded_layer
 from adapruner.search.space import Candidate
 from adapruner.structure.blocks import Block, Structure
-from adapruner.surgery import prune_model, prune_on_reading
+from adapruner.surgery import prune_model
 
 # Every fourth prediction is compared: neighbours tell much the same, and a large vocabulary costs more than the layers.
 _COMPARED = slice(None, None, 4)
@@ -132,7 +132,7 @@ def measure_costs(
         for number in (number for number in cuts if structure.blocks[number].layer == index):
             counts = [block.groups for block in structure.blocks]
             counts[number] = cuts[number]
-            alone = prune_on_reading(model, structure, make_plan(structure, errors, counts), compensation)
+            alone = prune_model(model, structure, make_plan(structure, errors, counts), compensation)
             with loaded_layer(model, index), loaded_layer(alone, index) as layer:
                 states[number] = after(index, layer, (known[index] for known in prefix.states))
         for later in range(index + 1, structure.layers if states else 0):
@@ -187,11 +187,10 @@ class Objective:
         if plan.hash in self._judged:
             yield from self._judged[plan.hash]
             return
+        cut = prune_model(self.model, self.structure, plan, self.compensation)
+        losses: Iterable[Tensor] = losses_by_batch(cut, self.windows)
         if is_streamed(self.model):
-            cut = prune_on_reading(self.model, self.structure, plan, self.compensation)
-            losses: Iterable[Tensor] = losses_in_step(self.model, cut, self.windows)
-        else:
-            losses = losses_by_batch(prune_model(self.model, self.structure, plan, self.compensation), self.windows)
+            losses = losses_in_step(self.model, cut, self.windows)
         judged = []
         for increases in self._over_dense(losses):
             judged.append(increases)
