@@ -249,17 +249,12 @@ def as_chat(tokenizer: Tokenizer, question: str) -> str:
         with _bounded_template():
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except Exception as error:
-        if not _is_of_template(error):
+        modules = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+        # Errors outside Jinja, or of this package inside it, are bugs. A template may reach the recursion limit anywhere.
+        is_ours = modules[-1] == "adapruner" and not isinstance(error, RecursionError)
+        if not isinstance(error, TemplateError) and (is_ours or "jinja2" not in modules):
             raise
         return ""
-
-
-def _is_of_template(error: Exception) -> bool:
-    """True if Jinja raised an error, or a template that it compiled or ran, and not code of this package."""
-    modules = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    # The limit of recursion of a template may be met anywhere.
-    is_ours = modules[-1] == "adapruner" and not isinstance(error, RecursionError)
-    return isinstance(error, TemplateError) or ("jinja2" in modules and not is_ours)
 
 
 @contextlib.contextmanager
