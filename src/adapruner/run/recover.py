@@ -275,8 +275,8 @@ def read_record(model: Path) -> RecoveryRecord:
 
 
 def _check_tokens_of_teacher(tokenizer: Tokenizer, of_teacher: Tokenizer) -> None:
-    """Refuses a teacher whose token ids stand for other text. Added tokens, such as chat tokens, may differ, and only ids
-    that both tokenizers have are compared."""
+    """Refuses a teacher whose token ids stand for other text. Added tokens, such as chat tokens, may differ. Ids that
+    only one tokenizer has are not compared."""
     texts, taught = ({number: text for text, number in own.get_vocab().items()} for own in (tokenizer, of_teacher))
     added = {*tokenizer.added_tokens_decoder, *of_teacher.added_tokens_decoder}
     compared = (texts.keys() & taught.keys()) - added or texts.keys()

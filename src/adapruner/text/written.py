@@ -250,7 +250,7 @@ def as_chat(tokenizer: Tokenizer, question: str) -> str:
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except Exception as error:
         modules = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-        # Errors outside Jinja, or of this package inside it, are bugs. A template may reach the recursion limit anywhere.
+        # Errors outside Jinja, or of this package inside it, are bugs; a template may recurse in both.
         is_ours = modules[-1] == "adapruner" and not isinstance(error, RecursionError)
         if not isinstance(error, TemplateError) and (is_ours or "jinja2" not in modules):
             raise
