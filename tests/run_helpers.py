@@ -269,3 +269,11 @@ def byte_tokenizer(texts: Iterable[str] = RIVER, size: int = 300) -> PreTrainedT
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=[*special.values()])
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def config_with_experts(folder: Path, experts: int) -> dict[str, Any]:
+    """The fields of the config of a folder, for so many experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    fields = json.loads((folder / "config.json").read_text())
+    assert any(name in fields for name in names)
+    return {name: experts if name in names else value for name, value in fields.items()}

@@ -20,7 +20,7 @@ from adapruner.model.loading import load_model
 from adapruner.model.places import find_model
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
-from run_helpers import QUICK
+from run_helpers import QUICK, config_with_experts
 from tiny_families import tiny_config
 
 CODES = {
@@ -106,6 +106,9 @@ def test_kept_experts_keep_their_codes(coded, text_file, windows, tmp_path):
     kept = {block.layer: block.kept for block in result.plan.blocks if len(block.kept) < block.groups}
     before, after = (load_file(folder / "model.safetensors") for folder in (coded, result.model_folder))
     assert len(kept) == 4
+    config = json.loads((result.model_folder / "config.json").read_text())
+    assert config == config_with_experts(coded, 3)
+    assert config["quantization_config"] == CODES[METHODS[config["model_type"]]]
     assert len(after) <= len(before)
     for name, tensor in after.items():
         layer = re.search(r"layers\.(\d+)\.", name)

@@ -10,12 +10,13 @@ import adapruner
 from adapruner.base.errors import AdaPrunerError
 from adapruner.budget.counts import Budget, BudgetError, kept_counts, reference_budget
 from adapruner.families import learn
+from adapruner.families.inference import random_model
 from adapruner.model.loading import empty_model
 from adapruner.options import PruneConfig
 from adapruner.run.options import options_for, options_when_split, serving_commands
 from adapruner.structure.build import build_structure
 from run_helpers import QUICK, exit_code, flags
-from tiny_families import tiny_config
+from tiny_families import cut_to, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,13 @@ def test_several_engines_get_what_all_of_them_load(model_type, engines, options)
     config = tiny_config(model_type)
     learn(config)
     assert options_for(PruneConfig.from_options(model="x", for_=engines), config) == options
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_a_model_whose_layers_differ_is_pruned_again_for_vllm(model_type):
+    config = cut_to(random_model(tiny_config(model_type))).config
+    assert type(config) is not type(tiny_config(model_type))
+    assert options_for(PruneConfig.from_options(model="x", for_="vllm"), config) == {"layout": "per-layer"}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +199,22 @@ def test_the_larger_multiple_holds(options, width):
 def test_a_model_that_cannot_be_split_is_refused(sizes, message):
     with pytest.raises(AdaPrunerError, match=message):
         split("llama", LARGE | sizes, tensor_parallel=2)
+
+
+def test_the_heads_of_every_layer_are_split():
+    """Of layers that differ, those that have attention."""
+    wanted = PruneConfig.from_options(model="x", for_="vllm", tensor_parallel=2)
+    kept = {0: 0, 1: 6, 2: 3, 3: 2}
+    dense = random_model(tiny_config("llama", hidden_size=192, num_attention_heads=12, num_key_value_heads=6))
+    pruned = cut_to(dense, lambda block: kept[block.layer] if block.kind == "heads" else block.groups)
+    with pytest.raises(AdaPrunerError, match="the 3 KV heads of layer 2 cannot be divided among 2 GPUs"):
+        options_when_split(wanted, pruned.config)
+    kept[2] = 4
+    pruned = cut_to(dense, lambda block: kept[block.layer] if block.kind == "heads" else block.groups)
+    assert options_when_split(wanted, pruned.config) == {"round_to": 256}
+    odd = cut_to(dense, lambda block: 1 if block.kind == "heads" and block.layer == 3 else block.groups)
+    with pytest.raises(AdaPrunerError, match="heads of layer 3 cannot be divided among 4 GPUs"):
+        options_when_split(wanted.model_copy(update={"tensor_parallel": 4}), odd.config)
 
 
 def test_few_kv_heads_are_copied_and_all_kept():

@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import sys
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -49,7 +50,7 @@ from adapruner.run import evaluate as _evaluate
 from adapruner.run.memory import Placement
 from adapruner.text import written as _probes
 from adapruner.text.blends import assign_texts
-from adapruner.text.written import kinds, probe_texts, prompts_to_show
+from adapruner.text.written import as_chat, kinds, probe_texts, prompts_to_show
 from test_generation import continued_alone
 from tiny_families import cut_to
 
@@ -87,6 +88,12 @@ def test_nothing_is_written_or_read_past_the_last_position(family, make_model, t
 UNUSABLE_TEMPLATES = (
     "{{ raise_exception('a system prompt is needed') }}",
     "{{ 1 + messages }}",
+    "{{ messages[0].content[0].text }} {{ messages[0].content[0].text.more }}",
+    "{{ messages[0].content.index('no such text') }}",
+    "{{ {}.popitem() }}",
+    "{{ 'a' * 10 ** 13 }}",
+    "{% if %}",
+    "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
     "{{ 1 // (messages | length - 1) }}",
     "{{ 2.0 ** (100000 * messages | length) }}",
     "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
@@ -110,6 +117,40 @@ def test_a_model_with_a_chat_template_is_asked(tokenizer):
         chat.chat_template = template
         assert prompts_to_show(chat) == openings
         assert sys.gettrace() is None
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError, RuntimeError])
+def test_a_bug_is_not_taken_for_a_template_that_fails(error, tokenizer, monkeypatch):
+    def fail(*arguments, **options):
+        raise error("a bug")
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ messages[0].content }}"
+    assert as_chat(chat, "w5") == "w5"
+    monkeypatch.setattr(chat, "apply_chat_template", fail)
+    with pytest.raises(error, match="a bug"):
+        as_chat(chat, "w5")
+    monkeypatch.undo()
+    # The same error, raised by the template.
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=fail))
+    chat.chat_template = "{{ strftime_now('%Y') }}"
+    assert as_chat(chat, "w5") == ""
+
+
+def test_a_bug_in_the_bounds_of_a_template_is_told(tokenizer, monkeypatch):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ messages[0].content }}"
+    monkeypatch.setattr("adapruner.text.written._MOST_LINES", "no number")
+    with pytest.raises(TypeError, match="'>' not supported between"):
+        as_chat(chat, "w5")
+
+
+def test_templates_without_a_default_are_none(tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = {"tool_use": "w7"}
+    assert as_chat(chat, "w5") == ""
+    chat.chat_template |= {"default": "w8"}
+    assert as_chat(chat, "w5") == "w8"
 
 
 def test_loss_and_agreement_are_those_of_reading_token_by_token(make_model, model, tokenizer):

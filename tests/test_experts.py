@@ -34,7 +34,7 @@ from adapruner.structure.blocks import Structure
 from adapruner.structure.build import build_structure
 from adapruner.surgery import prune_model
 from adapruner.text.windows import load_texts_by_use
-from run_helpers import QUICK, stages_done
+from run_helpers import QUICK, config_with_experts, stages_done
 from tiny_families import random_plan, tiny_config
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
@@ -320,10 +320,15 @@ def test_experts_that_are_stored_one_by_one_are_read_by_layer(family, windows, t
         assert torch.equal(deferred(windows).logits, logits)
 
 
+# One by one, and stacked.
 @pytest.mark.parametrize("family", [*ONE_BY_ONE, "gpt_oss"])
 def test_kept_experts_are_copied_byte_for_byte(family, windows, tokenizer, tmp_path):
-    """The folder is that of a model in memory without these experts."""
-    model = make_mixture(family)
+    """The folder is that of a model in memory without these experts, and its config that of the original with fewer."""
+    remember_family(family, described(family))
+    odd = tiny_config(family)
+    odd.rope_parameters = odd.rope_parameters | {"rope_theta": 12345.0}
+    odd.field_of_the_author = {"nobody": ["reads", "it"]}
+    model = random_model(odd)
     save_checkpoint(model, tokenizer, tmp_path / "dense")
     location = find_model(tmp_path / "dense")
     config = open_config(location)
@@ -339,6 +344,8 @@ def test_kept_experts_are_copied_byte_for_byte(family, windows, tokenizer, tmp_p
     assert all(torch.equal(tensor, copied[name]) for name, tensor in cut.items())
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("cut", "copied")]
     assert configs[1].items() <= configs[0].items()  # a model in memory states the width of its heads
+    assert configs[1] == config_with_experts(tmp_path / "dense", 3)
+    assert configs[1]["rope_parameters"]["rope_theta"] == 12345
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("cut", "copied"))
     with torch.no_grad():
         assert torch.equal(first(windows).logits, second(windows).logits)

@@ -139,6 +139,23 @@ def test_no_text_is_read_more_than_twice(healed, model_folder, text_file, tmp_pa
     assert healed.result.healing.record.parts[str(text_file)].passes < 2
 
 
+def test_training_on_the_pool_reads_further_text(healed, model_folder, text_file, tmp_path):
+    """A search without second moments trains on its pool, however many windows compensation would have."""
+    options = QUICK | {"space": "paper", "compensation": "none", "compensation_windows": 9999, "pool": 40}
+    options |= {"ratio": 0.3, "heal": "8k"}
+    run = tmp_path / "run"
+    healing = adapruner.prune(str(model_folder), output=run, calibration=str(text_file), **options).result.healing
+    texts = load_texts_by_use(run / "windows.safetensors")
+    assert texts.keys() == {"pool", "objective"}
+    further = load_texts_by_use(run / "windows-to-heal.safetensors")["healing"].windows
+    pool = texts["pool"].windows
+    assert not {*map(tuple, further.tolist())} & {*map(tuple, pool.tolist())}
+    (learnt,) = healing.record.parts.values()
+    assert learnt.passes <= 2
+    # A tenth of the pool is held out.
+    assert (len(pool) - 4 + len(further)) * 2 * options["seq_len"] >= 8000
+
+
 def test_a_run_without_further_text_ends_earlier(model_folder, tmp_path, capsys):
     few, run = write_paragraphs(tmp_path / "few.txt", 100), tmp_path / "run"
     adapruner.prune(str(model_folder), output=run, calibration=str(few), **OPTIONS | {"compensation_windows": 100})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +31,8 @@ from transformers.pytorch_utils import Conv1D
 import adapruner
 from adapruner import AdaPrunerError, RecoveryOptions, families
 from adapruner.base.processes import Process
+from adapruner.checkpoint import save_checkpoint
+from adapruner.formats.gguf import write_gguf
 from adapruner.model.loading import in_fastest_dtype
 from adapruner.report.card import card_of_recovered
 from adapruner.run.recover import RecoveryFolder, read_record
@@ -38,7 +40,8 @@ from adapruner.text.blends import BlendPart, parse_blend
 from adapruner.train.examples import Example, Examples, instruction_examples, read_examples, window_examples
 from adapruner.train.trainer import check_device, check_processes, check_trainer_options
 from adapruner.train.training import RecoveryRecord, train
-from run_helpers import exit_code, run_killed
+from conftest import tiny_model
+from run_helpers import RIVER, byte_tokenizer, exit_code, run_killed
 from tiny_families import tiny_config
 
 SHORT = {"seq_len": 16, "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 3e-3}
@@ -655,14 +658,68 @@ def test_processes_that_cannot_train_together_are_refused(monkeypatch):
         check_processes(RecoveryOptions(batch_size=5))
 
 
-def test_a_teacher_with_other_tokens_of_the_same_number_is_refused(recover, model_folder, tmp_path):
-    """As of Llama 2 and Mistral, 32,000 each: the wrong ones would be learnt."""
-    teacher = tmp_path / "teacher"
-    shutil.copytree(model_folder, teacher)
-    content = json.loads((teacher / "tokenizer.json").read_text())
-    vocabulary = content["model"]["vocab"]
-    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
-    (teacher / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(AdaPrunerError, match="the teacher numbers 2 of 96 tokens differently, such as 'w1'"):
-        recover(tmp_path / "recovered", teacher=str(teacher), **SHORT)
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WORDS = [f"w{number}" for number in range(92)]
+
+
+def with_words(folder: Path, words: list[str], added: tuple[str, ...] = (), rows: int = 96) -> Path:
+    """A tiny model whose tokens are these words, followed by added ones, in an embedding of at least as many rows."""
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[3]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), words, strict=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.add_tokens([*added], special_tokens=True)
+    save_checkpoint(tiny_model(vocab_size=rows), tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_top": 8}])
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        # As of Llama 2 and Mistral, 32,000 each: the wrong ones would be learnt.
+        ([*SPECIAL, "w1", "w0", *WORDS[2:]], "2 of 92 tokens differ .* 4: 'w1', not 'w0'"),
+        ([*SPECIAL, *(f"x{number}" for number in range(92))], "92 of 92 tokens differ .* 4: 'x0', not 'w0'"),
+        ([f"x{number}" for number in range(96)], "92 of 92 tokens differ .* 4: 'x4', not 'w0'"),
+        ([*SPECIAL, *WORDS[:50], "other"], "1 of 51 tokens differ .* 54: 'other', not 'w50'"),
+        ([*SPECIAL], "92 of 96 tokens differ .* 4: None, not 'w0'"),
+    ],
+)
+def test_a_teacher_whose_tokens_are_other_words_is_refused(
+    words, problem, options, recover, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("adapruner.run.recover.read_examples", None)  # which may read much text
+    teacher = with_words(tmp_path / "teacher", words)
+    with pytest.raises(AdaPrunerError, match=f"^`teacher`: {problem}; choose a model with the same tokenizer$"):
+        recover(tmp_path / "recovered", teacher=str(teacher), **SHORT, **options)
     assert not (tmp_path / "recovered").exists()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (([*SPECIAL, *WORDS], ()), ([*SPECIAL, *WORDS], ())),
+        (([*SPECIAL, *WORDS[:60]], ()), ([*SPECIAL, *WORDS[:60]], ("<user>", "<answer>"))),
+        (([*SPECIAL, *WORDS[:60]], ("<user>", "<answer>")), ([*SPECIAL, *WORDS[:60]], ())),
+        (([*SPECIAL, *WORDS[:60]], ("<user>", "<answer>")), ([*SPECIAL, *WORDS[:60]], ("<tool>",))),
+        (([*SPECIAL, *WORDS[:60]], ("<user>",)), ([*SPECIAL, *WORDS], ())),
+        (([*SPECIAL, *WORDS], ()), (["<none>", *SPECIAL[1:], *WORDS], ())),
+    ],
+)
+def test_teachers_may_have_other_added_tokens_and_padded_embeddings(student, teacher, text_file, tmp_path):
+    pair = [with_words(tmp_path / str(number), *tokens, 100) for number, tokens in enumerate((student, teacher))]
+    options = SHORT | {"steps": 1, "teacher": str(pair[1])}
+    record = adapruner.recover(pair[0], str(text_file), tmp_path / "recovered", **options)
+    assert record.steps == 1
+
+
+def test_a_gguf_file_teaches_the_model_that_it_was_made_of(make_model, text_file, tmp_path):
+    tokenizer, other = byte_tokenizer(), byte_tokenizer([" ".join(sorted(RIVER[0], reverse=True)), *RIVER[:2]])
+    model = make_model("llama", vocab_size=len(tokenizer) + 5, attention_bias=False, mlp_bias=False)
+    save_checkpoint(model, tokenizer, tmp_path / "model")
+    write_gguf(model, tokenizer, tmp_path / "teacher.gguf", "f32")
+    write_gguf(model, other, tmp_path / "other.gguf", "f32")
+    recover = partial(adapruner.recover, tmp_path / "model", str(text_file), **SHORT | {"steps": 1})
+    assert recover(tmp_path / "recovered", teacher=str(tmp_path / "teacher.gguf")).steps == 1
+    with pytest.raises(AdaPrunerError, match=r"`teacher`: \d+ of \d+ tokens differ"):
+        recover(tmp_path / "b", teacher=str(tmp_path / "other.gguf"))

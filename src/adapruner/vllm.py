@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class _Family(NamedTuple):
@@ -52,9 +53,8 @@ _SHARED = {"intermediate_size": "channels", "num_attention_heads": "heads", "num
 
 
 def is_built(config: PreTrainedConfig) -> bool:
-    """True if vLLM runs pruned folders of this model in its own classes, by this plugin."""
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return stock is not None and f"Pruned{stock.__name__}" in FAMILIES
+    """True if vLLM runs pruned folders of this model, itself pruned or not, in its own classes by this plugin."""
+    return f"Pruned{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)}" in FAMILIES
 
 
 def register() -> None:

@@ -470,9 +470,10 @@ def text_to_learn(windows: dict[str, Text]) -> tuple[Text, Text]:
 MOST_READ = 2
 
 
-def reads_more(heal: str, compensation_windows: int, seq_len: int) -> bool:
-    """True if healing would read the text of the cut more often."""
-    return heal != "none" and int(heal) > MOST_READ * (compensation_windows - HELD_OUT_TO_HEAL) * seq_len
+def reads_more(heal: str, compensation: str, space: Space, compensation_windows: int, pool: int, seq_len: int) -> bool:
+    """True if healing would read the text of the cut more often: that of compensation, or else the pool."""
+    windows = compensation_windows if needs_moments(compensation, space) else pool
+    return heal != "none" and int(heal) > MOST_READ * (windows - HELD_OUT_TO_HEAL) * seq_len
 
 
 @GRAPH.kept("windows-to-heal.safetensors", TEXTS, is_wanted=reads_more)

@@ -20,7 +20,7 @@ from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
 from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
 from adapruner.formats.gguf_tokenizer import add_tokenizer
-from adapruner.model.architecture import architecture_of, register_architectures
+from adapruner.model.architecture import architecture_of, lacks_attention, register_architectures
 from adapruner.model.config import find_wrapper
 from adapruner.model.loading import empty_model, holds_codes, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
@@ -198,9 +198,13 @@ def options_when_split(config: PruneConfig, model_config: PreTrainedConfig) -> d
     Raises:
         AdaPrunerError: the dense model cannot be divided. Of KV heads alone there may be fewer, which are copied.
     """
-    parts, heads = config.tensor_parallel, getattr(model_config, "num_attention_heads", None)
+    parts = config.tensor_parallel
     structure = build_structure(empty_model(model_config), config.head_granularity, config.expert_granularity)
-    sizes = [("heads", 0, heads)] if heads else []
+    sizes = [
+        ("heads", index, layer.num_attention_heads)
+        for index, layer in enumerate(model_config.per_layer_config)
+        if hasattr(layer, "num_attention_heads") and not lacks_attention(layer)
+    ]
     for block in structure.blocks:
         if block.kind == "heads":
             sizes.append(("KV heads", block.layer, block.strata if block.strata > 1 else block.groups))

@@ -219,16 +219,9 @@ def parts(
     warnings = [check_length(model_config, training.seq_len)]
     if dense:
         dense_config = open_config(dense)
-        if dense_config.vocab_size != model_config.vocab_size:
-            raise AdaPrunerError(
-                f"the teacher has {dense_config.vocab_size:,} tokens, the model {model_config.vocab_size:,}"
-            )
-        numbers, of_teacher = tokenizer.get_vocab(), load_tokenizer(dense).get_vocab()
-        if other := sorted(token for token in numbers.keys() & of_teacher if numbers[token] != of_teacher[token]):
-            raise AdaPrunerError(
-                f"the teacher numbers {len(other):,} of {len(numbers):,} tokens differently, such as {other[0]!r}: it"
-                " is not the model that this one was made from"
-            )
+        if (size := dense_config.vocab_size) != model_config.vocab_size:
+            raise AdaPrunerError(f"the teacher has {size:,} tokens, the model {model_config.vocab_size:,}")
+        _check_tokens_of_teacher(tokenizer, load_tokenizer(dense))
         warnings.append(check_length(dense_config, training.seq_len))
     examples = read_examples(blend, tokenizer, training, training.label_weight if dense else 1.0)
     for part in examples:
@@ -279,6 +272,19 @@ RECOVERY.check()
 def read_record(model: Path) -> RecoveryRecord:
     """The record of the training in the folder of a recovered model."""
     return RecoveryRecord.model_validate_json((model / RECORD).read_bytes())
+
+
+def _check_tokens_of_teacher(tokenizer: Tokenizer, of_teacher: Tokenizer) -> None:
+    """Refuses a teacher whose token ids stand for other text. Added tokens, such as chat tokens, may differ. Ids that
+    only one tokenizer has are not compared."""
+    texts, taught = ({number: text for text, number in own.get_vocab().items()} for own in (tokenizer, of_teacher))
+    added = {*tokenizer.added_tokens_decoder, *of_teacher.added_tokens_decoder}
+    compared = (texts.keys() & taught.keys()) - added or texts.keys()
+    if other := sorted(number for number in compared if texts[number] != taught.get(number)):
+        raise AdaPrunerError(
+            f"`teacher`: {len(other):,} of {len(compared):,} tokens differ from the model's, such as {other[0]:,}:"
+            f" {taught.get(other[0])!r:.50}, not {texts[other[0]]!r:.50}; choose a model with the same tokenizer"
+        )
 
 
 def _taught(

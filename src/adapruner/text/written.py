@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import product
+from traceback import walk_tb
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -239,22 +240,20 @@ _MOST_LINES, _MOST_WRITTEN = 100_000, 1_000_000
 
 def as_chat(tokenizer: Tokenizer, question: str) -> str:
     """The question in the chat template; empty if there is none, or it refuses the question, fails, or does not end."""
-    if not tokenizer.chat_template:
+    templates = tokenizer.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not isinstance(template, str) or not template:
         return ""
     chat = [{"role": "user", "content": question}]
     try:
         with _bounded_template():
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-    ):
+    except Exception as error:
+        modules = [frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+        # Errors outside Jinja, or of this package inside it, are bugs; a template may recurse in both.
+        is_ours = modules[-1] == "adapruner" and not isinstance(error, RecursionError)
+        if not isinstance(error, TemplateError) and (is_ours or "jinja2" not in modules):
+            raise
         return ""
 
 
@@ -269,7 +268,7 @@ def _bounded_template() -> Iterator[None]:
         lines += event == "line"
         written += len(value) if event == "return" and isinstance(value, str) else 0
         if lines > _MOST_LINES or written > _MOST_WRITTEN:
-            raise ValueError("the chat template does not end")
+            raise TemplateError("the chat template does not end")
         return watch
 
     sys.settrace(lambda frame, *_: watch if frame.f_code.co_filename == "<template>" else None)
