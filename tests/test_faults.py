@@ -166,7 +166,7 @@ def test_a_report_of_what_cannot_be_read_is_refused(run, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 12"),
+        ("result.json", '{"schema_version": 99}', "schema_version: Input should be 13"),
         ("result.json", "[1]", "Input should be an object"),
         ("speed.json", "[1]", "Input should be an object"),
     ],

@@ -237,13 +237,13 @@ def write(model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 Verdict = Literal["usable", "recover first", "broken"]
 
-# What must be left of every ability of a usable model; and the rise of a loss, in nats per token, of a broken one.
-_USABLE, _BROKEN = 0.9, 1.0
-_CODE = "code"
-# A rise of the loss by r nats per token leaves about exp(-c r) of an ability: c, and its standard error. Of code it is
-# a share of HumanEval, because programs must be right to the last token; of other kinds it is how readers see it
-# (research/experiments/verdict.md).
-_LOST, _LOST_OF_CODE = (0.5, 0.25), (5.5, 1.5)
+# Of a usable model, the least over that of an unharmed one; of a broken one, the rise of a loss, in nats per token; the
+# share of its tokens without which an ability is given up.
+_USABLE, _BROKEN, _GIVEN_UP = 0.9, 1.0, 0.25
+_CODE, _SHOWN_AS = "code", {"languages": "other languages"}
+# A rise of the loss by r nats per token leaves exp(-c r) of an ability: c, its standard error, and the residual without
+# a rise; of code of HumanEval, of other kinds as readers see it (research/experiments/verdict.md).
+_LOST, _LOST_OF_CODE = (0.5, 0.25, 0.05), (5.5, 0.9, 0.1)
 # The tasks that show whether the original has an ability at all.
 _SHOWN_BY = {_CODE: "programs", "mathematics": "sums"}
 
@@ -254,7 +254,8 @@ class Estimate(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constan
     Attributes:
         rise: of the loss on text of its kind, in nats per token.
         left: the estimate.
-        least, most: the interval that holds it with a probability of about 95 %.
+        least, most: its range: two standard errors below and above it.
+        spelt: the share of tokens that were removed, see `Reading`; they count as lost.
         at_chance: the score of the original in the task that shows the ability, if that is near chance: there is
             nothing to judge.
     """
@@ -263,7 +264,13 @@ class Estimate(BaseModel, extra="forbid", frozen=True, ser_json_inf_nan="constan
     left: float
     least: float
     most: float
+    spelt: float = 0.0
     at_chance: str = ""
+
+    @property
+    def is_judged(self) -> bool:
+        """False at chance, and if many of its tokens were removed: a choice, which is named and decides nothing."""
+        return not self.at_chance and self.spelt <= _GIVEN_UP
 
     def __str__(self) -> str:
         return self.at_chance or f"{self.left:.0%} left ({self.least:.0%} to {self.most:.0%})"
@@ -275,24 +282,22 @@ def estimates(dense: Abilities, pruned: Abilities, chance: Mapping[str, str]) ->
     Args:
         chance: see `at_chance`.
     """
-    return {kind: _estimate(dense, pruned, kind, chance.get(kind, "")) for kind in dense.reads}
-
-
-def _estimate(dense: Abilities, pruned: Abilities, kind: str, at_chance: str) -> Estimate:
-    before, after = dense.reads[kind].losses, pruned.reads[kind].losses
-    rises = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    rise, (per_nat, spread) = float(rises.mean()), _LOST_OF_CODE if kind == _CODE else _LOST
-    of_rise = float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-    error = 2 * math.hypot(per_nat * of_rise, spread * rise)
-    # A token that is spelt by others counts as lost.
-    whole = 1 - pruned.reads[kind].spelt
-    least, left, most = (whole * _share(-per_nat * rise + apart) for apart in (-error, 0.0, error))
-    return Estimate(rise=rise, left=left, least=least, most=most, at_chance=at_chance)
-
-
-def _share(logarithm: float) -> float:
-    """At most 1; NaN stays NaN."""
-    return 1.0 if logarithm >= 0 else math.exp(logarithm)
+    left = {}
+    for kind, before in dense.reads.items():
+        after, (per_nat, spread, floor) = pruned.reads[kind], _LOST_OF_CODE if kind == _CODE else _LOST
+        rises = torch.tensor(after.losses, dtype=torch.float64) - torch.tensor(before.losses, dtype=torch.float64)
+        rise, of_rise = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+        lost, spelt = (
+            max(rise, 0.0),
+            after.spelt,
+        )  # a loss that fell is no gain: without some tokens, others are likelier
+        error = 2 * math.hypot(per_nat * of_rise, spread * lost, floor)
+        log_left = (math.log1p(-spelt) if spelt < 1 else -math.inf) - per_nat * lost
+        least, share, most = (math.exp(min(log_left + apart, 0.0)) for apart in (-error, 0.0, error))
+        left[kind] = Estimate(
+            rise=rise, left=share, least=least, most=most, spelt=spelt, at_chance=chance.get(kind, "")
+        )
+    return left
 
 
 def at_chance(original: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]:
@@ -304,28 +309,34 @@ def at_chance(original: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, str]
         right, count = solved[task].count("1"), len(solved[task])
         chance = fmean(1 / len(item.answers) for item in tasks[task])
         if right <= count * chance + 2 * math.sqrt(count * chance * (1 - chance)):
-            scores[kind] = (
-                f"cannot be judged: the original solves {right} of {count} {task}, chance is {count * chance:.0f}"
-            )
+            shown = f"the original solves {right} of {count} {task}, chance is {count * chance:.0f}"
+            scores[kind] = f"cannot be judged: {shown}"
     return scores
 
 
 def judge(left: Mapping[str, Estimate]) -> Verdict:
     """Judges a pruned model by what is left of the abilities of the original: it can be used as it is, needs training,
-    or has lost too much. The error counts against the model. What cannot be judged is not counted."""
-    judged = [estimate for estimate in left.values() if not estimate.at_chance]
-    # A comparison with NaN is false.
-    if all(estimate.least >= _USABLE for estimate in judged):
+    or has lost too much. The error counts against the model. What is at chance or was given up is not counted."""
+    judged = [estimate for estimate in left.values() if estimate.is_judged]
+    if judged and not damaged(left):
         return "usable"
+    # A comparison with NaN is false.
     return "recover first" if all(estimate.rise <= _BROKEN for estimate in judged) else "broken"
 
 
 def damaged(left: Mapping[str, Estimate]) -> list[str]:
-    """The abilities because of which a model is not usable, with what is left of them, least first."""
-    worst = sorted((estimate.least, kind) for kind, estimate in left.items() if not estimate.least >= _USABLE)
-    return [f"{kind}, {left[kind]}" for _, kind in worst if not left[kind].at_chance]
+    """The judged abilities because of which a model is not usable, with what is left of them, least first."""
+    limits = {kind: _USABLE * math.exp(-2 * (_LOST_OF_CODE if kind == _CODE else _LOST)[2]) for kind in left}
+    worst = sorted((one.least, kind) for kind, one in left.items() if one.is_judged and not one.least >= limits[kind])
+    return [f"{kind}, {left[kind]}" for _, kind in worst]
+
+
+def given_up(left: Mapping[str, Estimate]) -> str:
+    """The abilities whose tokens were removed, as the verdict names them."""
+    return " and ".join(_SHOWN_AS.get(kind, kind) for kind, estimate in left.items() if estimate.spelt > _GIVEN_UP)
 
 
 def sentence(verdict: Verdict | None, left: Mapping[str, Estimate]) -> str:
-    """The verdict with the ability that decided it; empty without one."""
-    return ": ".join([verdict or "", *damaged(left)[:1]])
+    """The verdict with what was given up, or with the ability that decided it; empty without one."""
+    names = given_up(left) if verdict == "usable" else ""
+    return f"usable, but for {names}" if names else ": ".join([verdict or "", *damaged(left)[:1]])

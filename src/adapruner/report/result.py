@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from adapruner.base.progress import StageCost
 from adapruner.base.tables import Cell, Cells, Column, Table
-from adapruner.evaluation.abilities import Abilities, Estimate, Verdict, damaged, sentence
+from adapruner.evaluation.abilities import Abilities, Estimate, Verdict, damaged, given_up, sentence
 from adapruner.evaluation.losses import Perplexity
 from adapruner.evaluation.speed import Speed
 from adapruner.evaluation.tasks import TaskScore, mean_accuracies
@@ -30,7 +30,7 @@ _PROTOCOLS_OF_ABILITIES = {
     "agreement": "fraction of tokens at which the model predicts what the original does, in text of a kind that the"
     " original wrote",
     "loss": "nats per token of the original, in text of a kind that the original wrote",
-    "left": "estimate of what is left of the abilities of the original, for code in HumanEval, with its 95 % interval",
+    "left": "estimate of what is left of the abilities of the original, for code in HumanEval, with its range",
 }
 
 
@@ -46,7 +46,7 @@ class Number:
         error: standard error, if it is known.
         protocol: how it was measured, on one line.
         items: the number of items of the task.
-        interval: the least and the most that an estimate may be.
+        interval: the range of an estimate.
         by_item: the values of the windows of a text or of the items of a task, whose mean is the number, or the
             logarithm of a perplexity; of a mean over tasks, those of each task.
     """
@@ -65,9 +65,8 @@ class Number:
     @property
     def name(self) -> str:
         """The metric and the dataset."""
-        return (
-            f"{self.metric} on {self.dataset}" if self.kind in ("text", "ability") else f"{self.dataset}, {self.metric}"
-        )
+        is_on_text = self.kind in ("text", "ability")
+        return f"{self.metric} on {self.dataset}" if is_on_text else f"{self.dataset}, {self.metric}"
 
     @property
     def cell(self) -> Cell:
@@ -98,9 +97,7 @@ def numbers_of(
     """
     numbers = list[Number]()
     if speed:
-        protocol = (
-            "tokens per second: one sequence, a prompt, then new tokens with a cache; medians, one model at a time"
-        )
+        protocol = "tokens per second of one sequence: a prompt, then new tokens with a cache; medians"
         numbers.append(Number("cost", "MB", "", speed.weight_bytes / 1e6, 1))
         numbers.append(Number("cost", "parameters", "", speed.parameters, 0))
         for metric, rates in (("prompt tokens/s", speed.prefill), ("new tokens/s", speed.decode)):
@@ -154,19 +151,14 @@ def combined(*errors: float | None) -> float | None:
 
 
 def _standard_error(values: Sequence[Sequence[float]]) -> float | None:
-    """That of the mean over the parts of the means of their values; None where a part has less than two, or one of
-    them is not finite."""
+    """That of the mean over the parts of the means of their values; None if a part has one, or one is not finite."""
     if not values or min(map(len, values)) < 2 or not all(math.isfinite(value) for part in values for value in part):
         return None
     return math.hypot(*(statistics.stdev(part) / math.sqrt(len(part)) for part in values)) / len(values)
 
 
 def is_noise(difference: float, *errors: float | None) -> bool:
-    """True if a difference is within two standard errors of zero.
-
-    Args:
-        errors: standard errors of the two numbers, which are independent; if one is not known, nothing is noise.
-    """
+    """True if a difference of independent numbers is within two standard errors of zero; False if one is unknown."""
     error = combined(*errors)
     return error is not None and abs(difference) < 2 * error
 
@@ -377,21 +369,20 @@ def advice_on(result: RunResult) -> list[str]:
         if result.embedding_share > _MANY_TOKENS and not result.vocabulary:
             lines.append(
                 f"the tokens have {result.embedding_share:.0%} of the parameters: `vocabulary_size` first removes those"
-                " that code and English need least, or text like `vocabulary`: where none of them occurs, nothing is"
-                " lost"
+                " that code and English need least, or text like `vocabulary`"
             )
-        judged = {kind: estimate.left for kind, estimate in result.final.left.items() if not estimate.at_chance}
+        judged = {kind: estimate.left for kind, estimate in result.final.left.items() if estimate.is_judged}
         if judged and min(judged, key=judged.__getitem__) == "code" and FUNCTIONS not in result.config.calibration:
             lines.append(
                 f"code lost most: half {FUNCTIONS} as `calibration` (mix,{FUNCTIONS}:0.5) keeps nearly half of that"
             )
     lines += [f"{kind} {estimate}" for kind, estimate in result.final.left.items() if estimate.at_chance]
+    if names := given_up(result.final.left):
+        lines.append(f"{names}: given up with the tokens that were removed, not judged")
     count = sum(result.windows.get("compensation", {}).values())
     if 0 < count < _FEW_WINDOWS:
-        lines.append(
-            f"the remaining weights were fitted on {count} windows of text: more calibration text, or more"
-            " `compensation_windows`, makes a better model"
-        )
+        remedy = "more calibration text, or more `compensation_windows`, makes a better model"
+        lines.append(f"the remaining weights were fitted on {count} windows of text: {remedy}")
     return lines
 
 
@@ -430,10 +421,8 @@ def _damage(result: RunResult) -> Iterator[str]:
         before, after = dense.perplexity[text].perplexity, measured.perplexity
         if not after <= _MUCH_WORSE * before:
             yield f"perplexity on {text} rose from {before:.1f} to {after:.1f}"
-    if final.verdict == "broken":
-        yield "the model is broken"
-    elif final.verdict == "recover first":
-        yield "the model should be trained further before use"
+    if final.verdict in ("broken", "recover first"):
+        yield "the model is broken" if final.verdict == "broken" else "the model should be trained further before use"
     if lost := damaged(final.left):
         yield f"what it lost most: {'; '.join(lost)}"
 
