@@ -141,6 +141,46 @@ def test_codes_that_cannot_stay_become_numbers(coded, dtype, text_file, tmp_path
     assert dtypes.count(getattr(torch, dtype)) > len(dtypes) / 2
 
 
+def test_training_on_request_writes_numbers(coded, text_file, tmp_path, capsys):
+    options = OPTIONS | {"ratio": 0.195, "layout": "uniform", "calibration": str(text_file), "heal": "1k"}
+    result = adapruner.prune(str(coded), output=tmp_path / "run", **options)
+    assert result.result.healing is not None
+    noted = "are in FP8 or MXFP4; those of the pruned model are in bfloat16" in capsys.readouterr().err
+    dtypes = {tensor.dtype for tensor in load_file(result.model_folder / "model.safetensors").values()}
+    assert noted == (dtypes <= {torch.bfloat16, torch.float32})
+    assert noted == (result.result.healing.record is not None)
+
+
+def test_a_size_is_that_of_the_files(coded, text_file, tmp_path):
+    """In codes: in numbers, a model of the size that is asked for would have lost half of itself."""
+    dense = (coded / "model.safetensors").stat().st_size
+    options = {name: value for name, value in OPTIONS.items() if name != "heal"} | {"layout": "uniform"}
+    options |= {"calibration": str(text_file), "size": f"{round(0.9 * dense)}B"}
+    shown = adapruner.run.prune.preview(str(coded), output=tmp_path / "run", **options)
+    result = adapruner.prune(str(coded), output=tmp_path / "run", **options)
+    made = (result.model_folder / "model.safetensors").stat().st_size
+    assert 0.5 * dense < made <= 0.9 * dense
+    # The header and what lies between tensors are not weights.
+    assert shown.model_bytes <= made <= 1.1 * shown.model_bytes
+    assert dense - made == pytest.approx(result.result.removed_bytes, rel=0.1)
+    with pytest.raises(AdaPrunerError, match=rf"fit already, in {dense / 1e6:.1f}"):
+        adapruner.prune(str(coded), output=tmp_path / "large", **options | {"size": f"{2 * dense}B"})
+
+
+def test_a_tensor_of_an_expert_that_is_no_weight_is_refused(coded, text_file, tmp_path):
+    """Copied, it would be that of another expert."""
+    tensors = load_file(coded / "model.safetensors")
+    experts = [name for name in tensors if NUMBER.search(name) and name.endswith(".weight")]
+    if not experts:
+        pytest.skip("experts are stacked")
+    tensors[experts[0].replace("weight", "input_scale")] = torch.ones(1)
+    save_file(tensors, coded / "model.safetensors", {"format": "pt"})
+    options = OPTIONS | {"ratio": 0.195, "layout": "uniform", "calibration": str(text_file)}
+    with pytest.raises(AdaPrunerError, match=r"1 tensors of single experts that belong to no weight .*input_scale"):
+        adapruner.prune(str(coded), output=tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "windows.safetensors").exists()
+
+
 def test_blocks_at_the_edge_have_scales_of_their_own():
     weight = torch.randn(200, 130)
     codes, scales = fp8(weight)

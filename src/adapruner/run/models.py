@@ -14,7 +14,7 @@ from adapruner.base.progress import Reporter, StageCost
 from adapruner.budget.counts import Budget, kept_counts
 from adapruner.budget.plan import PruningPlan
 from adapruner.checkpoint import read_origin, save_checkpoint, write_card, write_model
-from adapruner.copying import copies_without_experts
+from adapruner.copying import copied_bytes, copies_without_experts, fields_without_experts
 from adapruner.evaluation.abilities import (
     Abilities,
     answer_counts,
@@ -69,6 +69,8 @@ def healing(
 ) -> RecoveryOptions | None:
     """The options of the training after the cut; None without one."""
     counts = kept_counts(structure, starting_budget)
+    if location.is_local:
+        copied_bytes(location, empty.config, structure, counts)  # refuses what cannot be copied
     left = structure.total_parameters - structure.removed_parameters(counts)
     options = healing_within(config, empty, left, placement.devices, placement.layer_wise)
     if options is None:
@@ -131,6 +133,8 @@ def pruned(
         if holds_codes(location) and (write is None or healing or tokens_left):
             dtype = str(precision.weights).removeprefix("torch.")
             reporter.note(f"The original's weights are in FP8 or MXFP4; those of the pruned model are in {dtype}")
+        elif write is None and fields_without_experts(structure, [len(block.kept) for block in plan.blocks]):
+            reporter.note("Kept experts cannot be copied out of the files of the original: the model is cut in memory")
         if write is None:
             with reporter.stage("cutting"):
                 cut = prune_model(cut, structure, plan, moments_to_correct)
