@@ -16,13 +16,13 @@ from adapruner.copying import are_copyable
 from adapruner.evaluation.tasks import check_tasks
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
-from adapruner.options import EFFORTS, PruneConfig, PruneOptions, size_in_bytes
+from adapruner.options import PruneConfig, PruneOptions, size_in_bytes
 from adapruner.run import choice, inputs, models, models as evaluation
 from adapruner.run.folder import PruneResult, RunFolder
 from adapruner.run.given import TextData
 from adapruner.run.memory import Memory, Placement, choose_placement, estimate_memory
 from adapruner.run.models import GRAPH
-from adapruner.run.options import earlier_run, register_extensions, resolve, with_defaults
+from adapruner.run.options import earlier_run, resolve
 from adapruner.structure.blocks import count_parameters
 
 
@@ -233,19 +233,18 @@ def estimate(model: str | Path, gpu_memory: str | None = None, **options: object
         AdaPrunerError: there is no such model, or an option will not do.
     """
     stated, gpus = _gpus(gpu_memory) if gpu_memory else (None, (torch.device("cuda"),))
-    of_effort = EFFORTS.get(str(options.get("effort")), {})
-    config = PruneConfig.from_options(given=sorted(options), **of_effort | {"model": str(model)} | options)
-    register_extensions(config)
-    config = with_defaults(config)
+    run = RunFolder.temporary()
+    config = resolve({"model": str(model), **options}, None, run, None, None)
     if gpu_memory and config.device not in ("auto", "cuda"):
         raise AdaPrunerError("`gpu_memory` is that of GPUs: leave `device` out")
     known: dict[str, object] = {}
     if gpu_memory or (config.device == "cuda" and not torch.cuda.is_available()):
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
+    counted = making_of(config, run, Reporter()).value(inputs.tokens_left)
 
     def placed(config: PruneConfig) -> tuple[Memory, Placement]:
-        making = making_of(config, RunFolder.temporary(), Reporter())
-        making.values |= known
+        making = making_of(config, run, Reporter())
+        making.values |= known | {"tokens_left": counted}
         empty, structure = making.value(inputs.empty), making.value(inputs.structure)
         of_model = config, empty, structure, making.value(inputs.starting_budget)
         location = making.value(inputs.location)
