@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -20,11 +19,10 @@ from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRat
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
 from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
-from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.graph.making import Making
 from adapruner.model.architecture import architecture_of, register_architectures
 from adapruner.model.config import find_wrapper
-from adapruner.model.loading import empty_model, load_tokenizer
+from adapruner.model.loading import empty_model
 from adapruner.model.places import find_model
 from adapruner.options import (
     BUDGETS,
@@ -165,9 +163,6 @@ def resolve(
         run.check_usable()
         resolved = resolved.model_copy(update=_in_files(in_memory, tokenizer, run.given))
     resolved = with_defaults(_with_absolute_paths(resolved))
-    if "llama.cpp" in resolved.for_:
-        location = find_model(resolved.model)
-        add_tokenizer(GGUFWriter(None, ""), load_tokenizer(location), open_config(location).vocab_size)
     if limit.size or limit.memory:
         ratio = ratio_within(limit, resolved, _share_of_tokens(resolved, run))
         resolved = resolved.model_copy(update={"ratio": ratio, "given": (*resolved.given, "ratio")})

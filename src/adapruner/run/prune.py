@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gguf import GGUFWriter
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -14,6 +15,7 @@ from adapruner.base.progress import Reporter
 from adapruner.budget.counts import kept_counts
 from adapruner.copying import are_copyable
 from adapruner.evaluation.tasks import check_tasks
+from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
 from adapruner.options import PruneConfig, PruneOptions, size_in_bytes
@@ -135,6 +137,9 @@ def check(making: Making, overwrite: bool) -> None:
         making.refuse_outdated()
     if tasks := making.options["tasks"]:
         check_tasks(tasks)
+    if "llama.cpp" in making.options["for_"]:
+        vocab_size = making.value(inputs.model_config).vocab_size
+        add_tokenizer(GGUFWriter(None, ""), making.value(inputs.tokenizer), vocab_size)
     making.prepare(making.missing())
 
 
