@@ -330,6 +330,58 @@ def test_mistakes_are_found_before_the_work(folder):
     assert run.given["calls"] == []
 
 
+def test_what_is_made_early_is_made_once_and_kept(folder, capsys):
+    graph = Graph(Options, given=("calls",), unkeyed=("config",))
+
+    @graph.leaf(lambda path: {"text": path.name, "content": path.read_text() if path.exists() else None})
+    def source(text: str) -> Path:
+        return Path(text)
+
+    @graph.kept("length.json", JSON, is_early=True, is_result=True)
+    def length(source: Path, calls: list[str]) -> int:
+        calls.append("length")
+        return len(source.read_text())
+
+    @graph.leaf(lambda share: share)
+    def share(length: int, size: int) -> int:
+        if size > length:
+            raise AdaPrunerError("`size` is too large")
+        return length - size
+
+    @graph.kept("rest.json", JSON, is_result=True)
+    def rest(share: int, calls: list[str]) -> int:
+        calls.append("rest")
+        return share
+
+    refused = making(folder, graph=graph, size=4)
+    with pytest.raises(AdaPrunerError, match="too large"):
+        refused.prepare(refused.missing())
+    run = making(folder, graph=graph, size=1)
+    assert [node.path for node in run.missing()] == ["length.json", "rest.json"]
+    run.prepare(run.missing())
+    assert not folder.exists()
+    run.make_missing()
+    assert run.given["calls"] == ["length", "rest"]
+    assert (value(folder, "length"), value(folder, "rest")) == (3, 2)
+    # From here on, the text is not needed: not for the same options, nor for others.
+    (folder.parent / "text.txt").unlink()
+    for size, called in ((1, []), (2, ["rest"])):
+        run = making(folder, graph=graph, size=size)
+        run.make_missing()
+        assert run.given["calls"] == called
+    # Without its text, what is damaged cannot be made again; with it, it is.
+    (folder / "length.json").write_text("7")
+    with pytest.raises(FileNotFoundError):
+        making(folder, graph=graph, size=2).make_missing()
+    (folder.parent / "text.txt").write_text("abc")
+    run = making(folder, graph=graph, size=2)
+    run.reporter = Reporter()
+    run.make_missing()
+    assert run.given["calls"] == ["length"]
+    assert "length.json was changed or damaged" in capsys.readouterr().err
+    assert value(folder, "length") == 3
+
+
 def _killed_at(folder: Path, statement: int) -> None:
     """Runs in a process that is killed before a line of the engine or of the nodes is executed."""
     left = statement

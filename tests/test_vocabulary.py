@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -31,6 +32,8 @@ from adapruner.base.errors import AdaPrunerError
 from adapruner.evaluation.losses import token_losses_spelt
 from adapruner.model.loading import load_tokenizer
 from adapruner.model.places import find_model
+from adapruner.options import PruneConfig
+from adapruner.run.prune import estimate, preview
 from adapruner.text.reading import read_documents
 from adapruner.text.sources import CODE_AND_ENGLISH, parse_source, source_names
 from adapruner.text.written import built_in_texts
@@ -45,7 +48,7 @@ from adapruner.tokens.model import (
 )
 from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer, spelling_of, tokens_of_both
 from conftest import FAMILY_FIELDS, tiny_model
-from run_helpers import exit_code
+from run_helpers import exit_code, interrupt_before
 
 # A folder or .gguf file of Gemma 3; its licence keeps it out of the repository.
 GEMMA = os.environ.get("ADAPRUNER_TEST_GEMMA", "")
@@ -223,7 +226,7 @@ def cut(tokenizer: Any, texts: list[str], rows: int | None = None, **options: An
     counts = torch.stack([own for own, _ in counted]).sum(0)
     kept = choose_tokens(parts, counts, {tokenizer.eos_token_id}, **{"multiple": 1} | options)
     vocabulary = vocabulary_of(kept, rows)
-    return cut_tokenizer(tokenizer, parts, vocabulary.new_ids), vocabulary
+    return cut_tokenizer(tokenizer, vocabulary.new_ids), vocabulary
 
 
 def assert_says_the_same(kind: str, text: str) -> None:
@@ -509,7 +512,7 @@ def test_what_is_likely_spells_other_text_in_fewer_tokens():
     for chosen in (frequencies + 1e-12, likely_tokens(frequencies, texts)):
         kept = choose_tokens(parts, chosen, (), 8_000, 1)
         assert len(kept) == 8_000
-        smaller = cut_tokenizer(tokenizer, parts, {old: new for new, old in enumerate(kept)})
+        smaller = cut_tokenizer(tokenizer, {old: new for new, old in enumerate(kept)})
         spelt.append([len(smaller(text).input_ids) for text in (built_in_texts()["prose"], ENGLISH[0], ENGLISH[2])])
     assert sum(spelt[1]) < 0.99 * sum(spelt[0])
     assert spelt[1][2] <= spelt[0][2]
@@ -682,6 +685,52 @@ def with_fewer_tokens(folders):
     return adapruner.prune(folder, output=text.parent / "run", **sizes, **options)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls that count the tokens of a text."""
+    calls: list[Any] = []
+    count = adapruner.tokens.model.count_tokens
+    monkeypatch.setattr("adapruner.tokens.model.count_tokens", lambda *given: (calls.append(given), count(*given))[1])
+    return calls
+
+
+def test_tokens_are_counted_once_and_their_text_may_be_removed(folders, with_fewer_tokens, counted, tmp_path, capsys):
+    folder, text, other = folders
+    notes, run = Path(shutil.copy(text, tmp_path / "notes.txt")), tmp_path / "run"
+    sizes = {"ratio": 0.48, "round_to": 1, "seq_len": 32, "limit": 8}
+    options = {"vocabulary": str(notes), "evaluate": [f"{other}@report"], "calibration": str(other), "effort": "quick"}
+    assert "vocabulary.json" in preview(str(folder), output=run, **sizes, **options).missing
+    assert not run.exists()
+    counted.clear()
+    interrupt_before("reading activations", folder, run, **sizes, **options)
+    notes.unlink()
+    resumed, again = (adapruner.prune(folder, output=run, **sizes, **options) for _ in range(2))
+    assert len(counted) == 1
+    assert resumed.plan.hash == again.plan.hash == with_fewer_tokens.plan.hash
+    assert resumed.result.vocabulary == with_fewer_tokens.result.vocabulary
+    # The tokenizer is that of an undisturbed run, and the kept tokens are in the order of its tokens.
+    names = [load_tokenizer(find_model(of.model_folder)).get_vocab() for of in (resumed, with_fewer_tokens)]
+    assert names[0] == names[1]
+    kept = json.loads((run / "vocabulary.json").read_text())["vocabulary"]["kept"]
+    of_dense = {index: token for token, index in AutoTokenizer.from_pretrained(folder).get_vocab().items()}
+    assert {of_dense[old]: new for new, old in enumerate(kept) if old in of_dense} == names[0]
+    # A file that was changed is not believed.
+    content = (run / "vocabulary.json").read_bytes()
+    (run / "vocabulary.json").write_bytes(content.replace(b"kept", b"lost"))
+    with pytest.raises(AdaPrunerError, match=r"there is no file .*notes\.txt"):
+        adapruner.prune(folder, output=run, **sizes, **options)
+    shutil.copy(text, notes)
+    assert adapruner.prune(folder, output=run, **sizes, **options).result == resumed.result
+    assert (run / "vocabulary.json").read_bytes() == content
+    assert "vocabulary.json was changed or damaged" in capsys.readouterr().err
+    # Another number of tokens, or another text, is another run.
+    with pytest.raises(AdaPrunerError, match=r"vocabulary_size null → 600, .*\): vocabulary\.json, "):
+        adapruner.prune(folder, output=run, vocabulary_size=600, **sizes, **options)
+    notes.write_text(text.read_text()[:-100])
+    with pytest.raises(AdaPrunerError, match=r"another content of notes\.txt.*\): vocabulary\.json, "):
+        adapruner.prune(folder, output=run, **sizes, **options)
+
+
 def test_tokens_and_channels_meet_a_ratio_together(folders, with_fewer_tokens):
     small = with_fewer_tokens.result.vocabulary
     assert small.removed_parameters > 0.1 * small.parameters_before
@@ -724,8 +773,13 @@ def test_both_models_are_measured_on_the_same_text(folders, with_fewer_tokens):
 
 def test_what_tokens_alone_remove_is_refused_with_a_lower_ratio(folders, tmp_path):
     folder, text, _ = folders
-    with pytest.raises(AdaPrunerError, match=r"`ratio` 0.01: fewer tokens alone remove 0\.\d+ of all parameters"):
+    advice = "or keep more tokens by a larger `vocabulary_size`"
+    message = rf"`ratio` 0.01: fewer tokens alone remove 0\.\d+ of all parameters. Raise `ratio`, {advice}"
+    with pytest.raises(AdaPrunerError, match=message):
         adapruner.prune(folder, output=tmp_path / "run", ratio=0.01, vocabulary=str(text))
+    size = (folder / "model.safetensors").stat().st_size - 1000
+    with pytest.raises(AdaPrunerError, match=rf"fewer tokens alone remove .* enough. Lower `size`, {advice}"):
+        adapruner.prune(folder, output=tmp_path / "run", size=str(size), vocabulary=str(text))
     assert not (tmp_path / "run").exists()
     with pytest.raises(AdaPrunerError, match="`ratio_of` groups counts no tokens"):
         adapruner.prune(folder, vocabulary_size=500, ratio_of="groups", space="paper")
@@ -733,10 +787,44 @@ def test_what_tokens_alone_remove_is_refused_with_a_lower_ratio(folders, tmp_pat
 
 def test_a_size_is_met_with_fewer_tokens(folders, tmp_path):
     folder, text, other = folders
+    notes = Path(shutil.copy(text, tmp_path / "notes.txt"))
     options = {"calibration": str(other), "evaluate": [f"{other}@report"], "effort": "quick", "round_to": 1}
     size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * 0.58
-    result = adapruner.prune(
-        folder, output=tmp_path / "run", size=f"{size:.0f}", vocabulary=str(text), seq_len=32, **options
-    )
+    options |= {"output": tmp_path / "run", "size": f"{size:.0f}", "vocabulary": str(notes), "seq_len": 32}
+    result = adapruner.prune(folder, **options)
     made = sum(file.stat().st_size for file in result.model_folder.glob("*.safetensors"))
     assert 0.9 * size < made <= size
+    notes.unlink()
+    assert adapruner.prune(folder, **options).plan.hash == result.plan.hash
+
+
+def test_an_estimate_knows_how_many_tokens_are_removed(folders, counted, tmp_path):
+    """Its memory is that of a preview of the run, also by the default text; what the run is refused for, it is too."""
+    folder, *_ = folders
+    options = {"vocabulary_size": 600, "seq_len": 32, "round_to": 1, "heal": "none"}
+    planned = preview(str(folder), output=tmp_path / "run", calibration=str(folders[2]), ratio=0.45, **options)
+    assert estimate(folder, ratio=0.45, **options).memory == planned.memory
+    counted.clear()
+    with pytest.raises(AdaPrunerError, match=r"`ratio` 0\.01: fewer tokens alone remove"):
+        estimate(folder, ratio=0.01, **options)
+    assert len(counted) == len(CODE_AND_ENGLISH)
+
+
+def test_a_number_of_tokens_is_written_as_everywhere(folders, tmp_path, capsys):
+    folder, text, _ = folders
+    alike = [
+        adapruner.vocabulary(folder, str(text), tmp_path / str(size), vocabulary_size=size).vocabulary
+        for size in (500, "0.5k")
+    ]
+    assert alike[0] == alike[1]
+    assert alike[0].after == 512
+    assert PruneConfig.from_options(model="m", vocabulary_size="12k").vocabulary_size == "12000"
+    message = "vocabulary_size` few is not a number of tokens: expected one such as 300k"
+    for prune in (adapruner.prune, adapruner.vocabulary):
+        with pytest.raises(AdaPrunerError, match=message):
+            prune(folder, str(text), output=tmp_path / "out", vocabulary_size="few")
+    for verb in ("prune", "vocabulary"):
+        for wrong in ("few", "0"):
+            command = [verb, str(folder), "-o", str(tmp_path / "out"), "--vocabulary-size", wrong]
+            assert exit_code(command) == 2
+            assert f"--vocabulary-size {wrong} is not a number of tokens" in capsys.readouterr().err

@@ -221,10 +221,9 @@ class PruneOptions(_Options):
         description="Datasets whose tokens are kept: the others are removed, and what they do not give to the ratio is"
         " removed from the layers; comma-separated or repeated.",
     )
-    vocabulary_size: int | None = Field(
+    vocabulary_size: Tokens | None = Field(
         default=None,
-        ge=1,
-        description="Number of tokens to keep: the most likely in text like vocabulary, by default code and English.",
+        description="Tokens to keep, as 32k: the most likely in text like vocabulary, by default code and English.",
     )
     ratio_of: RatioOf = Field(
         default="parameters",

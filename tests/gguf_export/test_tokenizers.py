@@ -179,5 +179,5 @@ def test_a_tokenizer_with_fewer_tokens(kind, texts, byte_level, sentencepiece_li
     counts, _ = count_tokens(whole, texts[:1], rows)
     kept = choose_tokens(parts, counts, (), multiple=1)
     assert len(kept) < rows
-    fewer = cut_tokenizer(whole, parts, {old: new for new, old in enumerate(kept)})
+    fewer = cut_tokenizer(whole, {old: new for new, old in enumerate(kept)})
     assert_cut_the_same(fewer, texts, *(("gpt2", "gpt-2") if kind == "bytes" else ("llama", "default")))

@@ -227,7 +227,7 @@ def vocabulary(
     *,
     output: Output,
     vocabulary: Names = (),
-    vocabulary_size: WholeNumber | None = None,
+    vocabulary_size: str | None = None,
     vocabulary_multiple: WholeNumber = 64,
     overwrite: Flag = False,
     dtype: Dtype = "auto",
@@ -244,7 +244,7 @@ def vocabulary(
     Args:
         output: Folder of the smaller model.
         vocabulary: Datasets whose tokens are kept, comma-separated or repeated.
-        vocabulary_size: Number of tokens to keep: the most likely in text like vocabulary, by default code and English.
+        vocabulary_size: Tokens to keep, as 32k: the most likely in text like vocabulary, by default code and English.
         vocabulary_multiple: The number of kept tokens is rounded up to a multiple of this.
         overwrite: Replace a folder that adapruner wrote.
     """

@@ -84,12 +84,12 @@ class Making:
             return None
         if name in self.values:
             return self.values[name]
-        if not isinstance(found, Kept):
-            self.values[name] = self._called(found)
-        elif holder := self._holder_of(found):
+        if isinstance(found, Kept) and (holder := self._holder_of(found)):
             self.values[name] = found.form.load(holder.place(found.path))
-        else:
+        elif isinstance(found, Kept) and not found.is_early:
             raise LookupError(f"{found.path} is not made yet")
+        else:
+            self.values[name] = self._called(found)
         return self.values[name]
 
     def record(self, node: Kept[Any]) -> Record:
@@ -158,7 +158,7 @@ class Making:
             if name in is_at_hand or node is None:
                 return is_at_hand.get(name, name not in OF_KEPT)
             if isinstance(node, Kept):
-                is_at_hand[name] = not self.is_wanted(node)
+                is_at_hand[name] = node.is_early or not self.is_wanted(node)
             else:
                 needed = [prepared(each) for parameter, each in node.needs.items() if not parameter.endswith(LATER)]
                 is_at_hand[name] = all(needed) and not (isinstance(node, InMemory) and node.is_costly)
@@ -178,7 +178,7 @@ class Making:
         # Artifacts that are alike are named after what they are about, such as perplexity-dense: a line says it.
         subject = Path(node.path).stem.partition("-")[2].replace("_", " ")
         with self.reporter.making(record.key, subject):
-            value = self._called(node, work=work, key=record.key)
+            value = self.value(node) if node.is_early else self._called(node, work=work, key=record.key)
         path = self.folder.place(node.path)
         partial_path = path.with_name(f".{path.name}.partial")
         with report_write_errors(path):

@@ -159,6 +159,8 @@ class Kept(Node[T]):
         form: how it is saved and loaded.
         version: of the form; a value of another version is rebuilt.
         is_wanted: given options by name, whether a run with them has it; where it has not, the value is None.
+        is_early: made as soon as its value is needed, like a value in memory, and saved when the work begins: for what
+            costs little but is made from something that may be gone later.
         is_result: rebuilt when its files were removed; others are rebuilt when something needs them.
         beside: further files that it writes, for people to edit: it is rebuilt when one was removed.
         names_folder: its content names the run folder: it is not taken over from another one.
@@ -168,6 +170,7 @@ class Kept(Node[T]):
     form: Form[T] = field(kw_only=True)
     version: int = 1
     is_wanted: Callable[..., object] = lambda: True
+    is_early: bool = False
     is_result: bool = False
     beside: tuple[str, ...] = ()
     names_folder: bool = False

@@ -18,12 +18,13 @@ from adapruner.model.architecture import architecture_of, has_causal_model
 from adapruner.model.loading import empty_model, load_tokenizer
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.model.wrapper import wrapper_of
-from adapruner.options import TOKENS_MULTIPLE, Dtype, GgufType
+from adapruner.options import TOKENS_MULTIPLE, Dtype, GgufType, PruneOptions
 from adapruner.report.card import vocabulary_card
 from adapruner.report.result import shown_name
 from adapruner.text.blends import record_of
 from adapruner.text.sources import parse_source, texts_to_count
 from adapruner.tokens.model import VocabularySummary, cut_vocabulary, fewer_tokens
+from adapruner.tokens.tokenizer import cut_tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def vocabulary(
     model: str | Path,
     vocabulary: str | Sequence[str],
     output: str | Path,
-    vocabulary_size: int | None = None,
+    vocabulary_size: int | str | None = None,
     vocabulary_multiple: int = TOKENS_MULTIPLE,
     overwrite: bool = False,
     dtype: Dtype = "auto",
@@ -130,7 +131,7 @@ def vocabulary(
         model: as for `load`.
         vocabulary: the datasets whose tokens are kept; none stand for code and English if there is a `vocabulary_size`.
         output: the folder of the smaller model.
-        vocabulary_size: number of tokens to keep, the most likely in text like these; by default, all that occur.
+        vocabulary_size: tokens to keep, as 32k, the most likely in text like these; by default, all that occur.
         vocabulary_multiple: the number of kept tokens is rounded up to a multiple of this.
         overwrite: replace a folder that this package wrote.
 
@@ -138,9 +139,10 @@ def vocabulary(
         AdaPrunerError: an option, a text, the model or its tokenizer is invalid or cannot be cut exactly; before the
             weights are loaded.
     """
-    if vocabulary_multiple < 1 or (vocabulary_size is not None and vocabulary_size < 1):
-        raise AdaPrunerError("`vocabulary_size` and `vocabulary_multiple` must be at least 1")
-    names = texts_to_count([vocabulary] if isinstance(vocabulary, str) else vocabulary, vocabulary_size)
+    if vocabulary_multiple < 1:
+        raise AdaPrunerError("`vocabulary_multiple` must be at least 1")
+    size = PruneOptions.from_options(vocabulary_size=vocabulary_size).vocabulary_size
+    names = texts_to_count([vocabulary] if isinstance(vocabulary, str) else vocabulary, size)
     if not names:
         raise AdaPrunerError(
             "nothing says which tokens to keep: give `vocabulary`, text in the languages to keep, or `vocabulary_size`"
@@ -153,15 +155,15 @@ def vocabulary(
     if not has_causal_model(config.model_type):
         architecture_of(config)  # refuses it
     with reporter.stage("counting tokens", None) as advance:
-        chosen, summary, cut = fewer_tokens(
-            location, config, tokenizer, sources, vocabulary_size, vocabulary_multiple, advance
-        )
+        most = int(size) if size else None
+        chosen = fewer_tokens(location, config, tokenizer, sources, most, vocabulary_multiple, advance)
+    cut = cut_tokenizer(tokenizer, chosen.vocabulary.new_ids)
     with reporter.stage("loading"):
         loaded = open_model(location, dtype, "cpu")
-    cut_vocabulary(loaded, chosen)
+    cut_vocabulary(loaded, chosen.vocabulary)
     with reporter.stage("saving"):
         origin: dict[str, Any] = read_origin(location) or {"base_model": shown_name(str(model)), "texts": []}
         origin["texts"] = origin["texts"] + [{"use": "vocabulary"} | record_of(source) for source in sources]
-        card = vocabulary_card(location, loaded.config, shown_name(str(model)), summary, names)
+        card = vocabulary_card(location, loaded.config, shown_name(str(model)), chosen.summary, names)
         save_checkpoint(loaded, cut, path, card, record=origin)
-    return PrunedVocabulary(path=path, vocabulary=summary)
+    return PrunedVocabulary(path=path, vocabulary=chosen.summary)

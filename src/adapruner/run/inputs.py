@@ -5,7 +5,6 @@ The nodes are declared here, in `choice` and in `models`, in this order: each ta
 
 import json
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +68,7 @@ from adapruner.text.windows import (
 )
 from adapruner.text.written import kinds, write_kinds
 from adapruner.tokens.model import FewerTokens, fewer_tokens
+from adapruner.tokens.tokenizer import cut_tokenizer
 
 Windows = dict[str, Tensor]
 TENSORS: Form[Windows] = Form(save_file, load_file)
@@ -174,35 +174,33 @@ def evaluated_texts(texts: Texts) -> dict[str, Source]:
 @GRAPH.leaf(lambda sources: {str(source): content_of_text(source) for source in sources}, title="vocabulary")
 def vocabulary_texts(vocabulary: tuple[str, ...]) -> tuple[Source, ...]:
     """The text whose tokens are kept."""
-    return tuple(map(parse_source, source_names(vocabulary)))
+    return tuple(parse_source(name, missing_ok=True) for name in source_names(vocabulary))
 
 
 # How much is removed
 
 
-@GRAPH.in_memory
+@GRAPH.kept(
+    "vocabulary.json", json_form(FewerTokens), is_wanted=lambda vocabulary: vocabulary, is_early=True, is_result=True
+)
 def tokens_left(
     vocabulary_texts: tuple[Source, ...],
-    vocabulary_size: int | None,
+    vocabulary_size: str | None,
     location: ModelLocation,
     model_config: PreTrainedConfig,
-    tokenizer_later: Callable[[], Tokenizer],
+    tokenizer: Tokenizer,
     reporter: Reporter,
-) -> FewerTokens | None:
-    """The tokens that are kept; None for all of them. They are counted again in every process: what is removed from the
-    layers depends on their number."""
-    if not vocabulary_texts:
-        return None
+) -> FewerTokens:
+    """The tokens that are kept. What is removed from the layers depends on their number."""
+    size = int(vocabulary_size) if vocabulary_size else None
     with reporter.stage("counting tokens", None) as advance:
-        return fewer_tokens(
-            location, model_config, tokenizer_later(), vocabulary_texts, vocabulary_size, TOKENS_MULTIPLE, advance
-        )
+        return fewer_tokens(location, model_config, tokenizer, vocabulary_texts, size, TOKENS_MULTIPLE, advance)
 
 
 @GRAPH.in_memory
 def tokenizer_left(tokenizer: Tokenizer, tokens_left: FewerTokens | None) -> Tokenizer:
     """The tokenizer of the pruned model."""
-    return tokens_left.tokenizer if tokens_left else tokenizer
+    return cut_tokenizer(tokenizer, tokens_left.vocabulary.new_ids) if tokens_left else tokenizer
 
 
 @GRAPH.in_memory
@@ -227,8 +225,8 @@ def ratio_of_decoder(
     of_tokens = tokens_left.summary.removed_share if tokens_left else 0.0
     if ratio / share <= of_tokens:
         raise AdaPrunerError(
-            f"`ratio` {ratio}: fewer tokens alone remove {of_tokens * share:.3f} of all parameters. Raise `ratio`, keep"
-            " more tokens by more text, or remove nothing else by adapruner vocabulary"
+            f"`ratio` {ratio}: fewer tokens alone remove {of_tokens * share:.3f} of all parameters. Raise `ratio`, or"
+            " keep more tokens by a larger `vocabulary_size`"
         )
     return ratio / share - of_tokens
 

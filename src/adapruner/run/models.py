@@ -114,6 +114,7 @@ def pruned(
     healing: RecoveryOptions | None,
     tokenizer: Tokenizer,
     tokens_left: FewerTokens | None,
+    tokenizer_left: Tokenizer,
     origin: dict[str, object],
     text_to_learn: tuple[Text, Text],
     more_to_learn: dict[str, Text] | None,
@@ -161,7 +162,7 @@ def pruned(
         copy_folder(compensated, work / "model")
     else:
         with reporter.stage("saving"):
-            save_checkpoint(model, tokens_left.tokenizer if tokens_left else tokenizer, work / "model", record=record)
+            save_checkpoint(model, tokenizer_left, work / "model", record=record)
     if outcome:
         write_text(work / "model" / HEALING, outcome.model_dump_json(indent=2) + "\n")
     return work / "model"
@@ -358,7 +359,7 @@ def result(
         costs=costs if counts_by_cost else None,
         search=search_result,
         healing=healed,
-        vocabulary=tokens_left and tokens_left.summary,
+        vocabulary=tokens_left.summary if tokens_left else None,
         embedding_share=structure.parts["embedding"] / structure.total_parameters,
         models=(dense, final),
         windows={use: {kind: len(own) for kind, own in text.by_kind.items()} for use, text in windows.items()},

@@ -9,27 +9,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.base.files import given_path
+from adapruner.base.progress import Reporter
 from adapruner.budget.counts import RATIO_TOLERANCE, BudgetError, UnreachableRatioError, kept_counts, reference_budget
 from adapruner.evaluation.speed import new_cache
 from adapruner.families import open_config
 from adapruner.formats.gguf_checks import LLAMA_LIKE, check_gguf
-from adapruner.formats.gguf_tokenizer import add_tokenizer
+from adapruner.graph.making import Making
 from adapruner.model.architecture import architecture_of, lacks_attention, register_architectures
 from adapruner.model.config import find_wrapper
-from adapruner.model.loading import empty_model, holds_codes, load_tokenizer
+from adapruner.model.loading import empty_model, holds_codes
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import (
     BUDGETS,
     EFFORTS,
     EXPERT_TRIALS,
     OF_A_SEARCH,
-    TOKENS_MULTIPLE,
     Layout,
     PruneConfig,
     PruneOptions,
@@ -40,12 +39,12 @@ from adapruner.options import (
 from adapruner.recipes import override, read_recipe
 from adapruner.run.folder import RunFolder
 from adapruner.run.given import check_prunable, save_model, save_text
+from adapruner.run.inputs import GRAPH, tokens_left
 from adapruner.run.memory import bytes_in_files, dtype_of_weights, keeps_codes
 from adapruner.structure.blocks import Structure, count_parameters
 from adapruner.structure.build import build_structure
 from adapruner.text.blends import absolute_blend
-from adapruner.text.sources import absolute_source, parse_source, register_sources, texts_to_count
-from adapruner.tokens.model import fewer_tokens
+from adapruner.text.sources import absolute_source, register_sources, texts_to_count
 from adapruner.vllm import is_built
 
 # By layout, whether heads may be removed as well as channels and experts; a layout that is missing cannot be loaded.
@@ -164,12 +163,9 @@ def resolve(
         run.check_usable()
         resolved = resolved.model_copy(update=_in_files(in_memory, tokenizer, run.given))
     resolved = with_defaults(_with_absolute_paths(resolved))
-    if "llama.cpp" in resolved.for_:
-        location = find_model(resolved.model)
-        add_tokenizer(GGUFWriter(None, ""), load_tokenizer(location), open_config(location).vocab_size)
     if limit.size or limit.memory:
-        given_names = (*resolved.given, "ratio")
-        resolved = resolved.model_copy(update={"ratio": ratio_within(limit, resolved), "given": given_names})
+        ratio = ratio_within(limit, resolved, _share_of_tokens(resolved, run))
+        resolved = resolved.model_copy(update={"ratio": ratio, "given": (*resolved.given, "ratio")})
     return resolved
 
 
@@ -313,7 +309,7 @@ _LONGEST_RUN = 2**20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
+def ratio_within(limit: SizeLimit, config: PruneConfig, of_tokens: float = 0.0) -> float:
     """The lowest ratio at which every plan that a run may choose gives a model of at most a size or memory.
 
     Plans at a ratio differ in which blocks they cut, and in up to `RATIO_TOLERANCE` in the parameters that they remove.
@@ -321,6 +317,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
 
     Args:
         config: the other options of the run; its ratio does not count.
+        of_tokens: the share of the parameters of the decoder that fewer tokens remove.
     """
     if config.ratio_of == "groups":
         raise AdaPrunerError("`ratio_of` groups needs a ratio: leave `size`, `memory` or `ratio_of` out")
@@ -352,11 +349,11 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     if excess <= 0:
         held = "the weights" if limit.memory is None else "the weights and the KV cache"
         raise AdaPrunerError(f"`{option}` {asked}: {held} of the dense model fit already, in {_shown(dense)}")
-    of_tokens = _share_of_tokens(config, location, given_config)
     ratio = excess / itemsize / structure.total_parameters + RATIO_TOLERANCE - of_tokens
     if ratio <= 0:
         raise AdaPrunerError(
-            f"`{option}` {asked}: fewer tokens alone remove {of_tokens:.1%}, which is enough: use adapruner vocabulary"
+            f"`{option}` {asked}: fewer tokens alone remove {of_tokens:.1%}, which is enough. Lower `{option}`, or keep"
+            " more tokens by a larger `vocabulary_size`"
         )
     try:
         while not has_plan(ratio):
@@ -373,6 +370,7 @@ def ratio_within(limit: SizeLimit, config: PruneConfig) -> float:
     return math.ceil(1e5 * (ratio + of_tokens) * share) / 1e5
 
 
+<<<<<<< HEAD
 def sizes_of_codes(
     config: PruneConfig,
     location: ModelLocation,
@@ -397,6 +395,14 @@ def _share_of_tokens(config: PruneConfig, location: ModelLocation, model_config:
     sources, tokenizer = [*map(parse_source, config.vocabulary)], load_tokenizer(location)
     chosen = fewer_tokens(location, model_config, tokenizer, sources, config.vocabulary_size, TOKENS_MULTIPLE)
     return chosen.summary.removed_share
+=======
+def _share_of_tokens(config: PruneConfig, run: RunFolder) -> float:
+    """The share of the parameters of the decoder that fewer tokens remove; counted unless the run has counted them."""
+    reporter, as_json = Reporter(), config.model_dump(mode="json")
+    making: Making = Making(GRAPH, dict(config), as_json, {"reporter": reporter}, run, reporter)
+    chosen = making.value(tokens_left)
+    return chosen.summary.removed_share if chosen else 0.0
+>>>>>>> wt-b
 
 
 def _highest(has_plan: Callable[[float], bool], too_high: float) -> float:

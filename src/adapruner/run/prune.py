@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gguf import GGUFWriter
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
@@ -13,15 +14,16 @@ from adapruner.base.processes import this_process
 from adapruner.base.progress import Reporter
 from adapruner.budget.counts import kept_counts
 from adapruner.evaluation.tasks import check_tasks
+from adapruner.formats.gguf_tokenizer import add_tokenizer
 from adapruner.graph.making import Making
 from adapruner.model.loading import computing_repeatably, empty_model, is_streamable, resolve_devices
-from adapruner.options import EFFORTS, PruneConfig, PruneOptions, size_in_bytes
+from adapruner.options import PruneConfig, PruneOptions, size_in_bytes
 from adapruner.run import choice, inputs, models, models as evaluation
 from adapruner.run.folder import PruneResult, RunFolder
 from adapruner.run.given import TextData
 from adapruner.run.memory import Memory, Placement, bytes_in_files, choose_placement, estimate_memory
 from adapruner.run.models import GRAPH
-from adapruner.run.options import earlier_run, register_extensions, resolve, with_defaults
+from adapruner.run.options import earlier_run, resolve
 from adapruner.structure.blocks import count_parameters
 
 
@@ -134,6 +136,9 @@ def check(making: Making, overwrite: bool) -> None:
         making.refuse_outdated()
     if tasks := making.options["tasks"]:
         check_tasks(tasks)
+    if "llama.cpp" in making.options["for_"]:
+        vocab_size = making.value(inputs.model_config).vocab_size
+        add_tokenizer(GGUFWriter(None, ""), making.value(inputs.tokenizer), vocab_size)
     making.prepare(making.missing())
 
 
@@ -235,19 +240,18 @@ def estimate(model: str | Path, gpu_memory: str | None = None, **options: object
         AdaPrunerError: there is no such model, or an option will not do.
     """
     stated, gpus = _gpus(gpu_memory) if gpu_memory else (None, (torch.device("cuda"),))
-    of_effort = EFFORTS.get(str(options.get("effort")), {})
-    config = PruneConfig.from_options(given=sorted(options), **of_effort | {"model": str(model)} | options)
-    register_extensions(config)
-    config = with_defaults(config)
+    run = RunFolder.temporary()
+    config = resolve({"model": str(model), **options}, None, run, None, None)
     if gpu_memory and config.device not in ("auto", "cuda"):
         raise AdaPrunerError("`gpu_memory` is that of GPUs: leave `device` out")
     known: dict[str, object] = {}
     if gpu_memory or (config.device == "cuda" and not torch.cuda.is_available()):
         known = {"main_device": gpus[0], "placement": Placement(gpus[:1], bool(config.layer_wise))}
+    counted = making_of(config, run, Reporter()).value(inputs.tokens_left)
 
     def placed(config: PruneConfig) -> tuple[Memory, Placement]:
-        making = making_of(config, RunFolder.temporary(), Reporter())
-        making.values |= known
+        making = making_of(config, run, Reporter())
+        making.values |= known | {"tokens_left": counted}
         empty, structure = making.value(inputs.empty), making.value(inputs.structure)
         of_model = config, empty, structure, making.value(inputs.starting_budget)
         location = making.value(inputs.location)

@@ -207,7 +207,7 @@ def source_names(texts: Sequence[str]) -> list[str]:
     return [name for name in names if name]
 
 
-def texts_to_count(names: Sequence[str], size: int | None) -> tuple[str, ...]:
+def texts_to_count(names: Sequence[str], size: str | None) -> tuple[str, ...]:
     """The names of the datasets in which the tokens to keep are counted.
 
     Args:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -23,7 +23,7 @@ from adapruner.structure.blocks import count_parameters
 from adapruner.text.reading import stream_documents
 from adapruner.text.sources import Source
 from adapruner.text.windows import tokens_of
-from adapruner.tokens.tokenizer import TokenizerParts, cut_tokenizer
+from adapruner.tokens.tokenizer import TokenizerParts
 
 # Fields of configs that hold a token, or lists of them.
 _TOKENS = re.compile(
@@ -205,12 +205,11 @@ class VocabularySummary(BaseModel, extra="forbid", frozen=True):
         )
 
 
-class FewerTokens(NamedTuple):
-    """The tokens that a model keeps, and the tokenizer that has no others."""
+class FewerTokens(BaseModel, extra="forbid", frozen=True):
+    """The tokens that a model keeps."""
 
     vocabulary: Vocabulary
     summary: VocabularySummary
-    tokenizer: Tokenizer
 
 
 def fewer_tokens(
@@ -260,7 +259,7 @@ def fewer_tokens(
         parameters_before=parameters[0],
         parameters_after=parameters[1],
     )
-    return FewerTokens(vocabulary, summary, cut_tokenizer(tokenizer, parts, vocabulary.new_ids))
+    return FewerTokens(vocabulary=vocabulary, summary=summary)
 
 
 def count_tokens(

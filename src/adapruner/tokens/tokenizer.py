@@ -160,13 +160,14 @@ class TokenizerParts:
         }
 
 
-def cut_tokenizer(tokenizer: Tokenizer, parts: TokenizerParts, new_ids: Mapping[int, int]) -> Tokenizer:
+def cut_tokenizer(tokenizer: Tokenizer, new_ids: Mapping[int, int]) -> Tokenizer:
     """The tokenizer with only the tokens that have a new id. Everything else is unchanged: normalization, splitting,
     special tokens, chat templates, settings.
 
     Args:
         new_ids: by old id; ascending, without gaps.
     """
+    parts = TokenizerParts.of(tokenizer)
     definition = parts.rewritten(new_ids)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         tokenizer.save_pretrained(folder)
