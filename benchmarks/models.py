@@ -180,8 +180,9 @@ def trained(
     return healed
 
 
-def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path) -> float:
-    """Makes what a run makes until its model is saved: what is told of models afterwards has no part in their price.
+def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path, until: str = "model") -> float:
+    """Makes what a run makes until its model, or another artifact, is saved: what is told of models afterwards has no
+    part in their price.
 
     Returns:
         The processor seconds that other cells spent on what is taken over from them.
@@ -207,7 +208,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
                 making.make(node)
                 making.release_unneeded([other.name for other in making.missing()])
                 spent[key] = time.process_time() - begun
-            if path == "model":
+            if path == until:
                 break
     prices.write_text(json.dumps(spent, indent=2))
     return taken
