@@ -114,13 +114,13 @@ def main(
         if not is_first and method in WITHOUT_SEED:
             continue
         cell = Cell(setting, 0 if method == "dense" else ratio, method, seed)
-        rows.add(cell.name, partial(made, cell, reported))
+        rows.add(cell.name, partial(made, cell, reported, rows))
         if is_first and tasks:
             rows.add(cell.name | {"tasks": tasks}, partial(scored, cell, tasks))
     for ratio, method in product(ratios, tuned if tune else ()):
         trained = rows.best(ratio, seeds[0]) if method == BEST else method
         cell = Cell(setting, ratio, trained, seeds[0], records, is_trained=True)
-        rows.add(cell.name, partial(made, cell, reported))
+        rows.add(cell.name, partial(made, cell, reported, rows))
         if tasks:
             rows.add(cell.name | {"tasks": tasks}, partial(scored, cell, tasks))
 
@@ -154,6 +154,12 @@ class Rows:
             opened.write(json.dumps(row) + "\n")
         self.known.append(row)
         print({key: value for key, value in row.items() if key not in ("losses", "right")}, flush=True)
+
+    def measured(self, plan: str, seed: int) -> dict[str, Any] | None:
+        """What was measured of a plan, on the text of a seed."""
+        name = self.common | {"plan": plan, "seed": seed}
+        same = next((row for row in self.known if row.items() >= name.items()), None)
+        return same and {name: same[name] for name in ("parameters", "objective", "perplexity", "losses")}
 
     def best(self, ratio: int, seed: int) -> str:
         """The metric of LLM-Pruner with the least loss on the text of the search."""
@@ -284,7 +290,10 @@ class Cell:
         seconds = of_others + time.process_time() - begun
         status = Path("/proc/self/status").read_text().split()
         peak = int(status[status.index("VmHWM:") + 1]) * 1024
-        return {"seconds": round(seconds), "peak": peak, **evaluations}
+        # The plan tells all of a model that is neither corrected nor trained.
+        is_cut_alone = not self.is_trained and self.method not in ("dense", *OURS)
+        plan = PruningPlan.load(self.folder / "plan.json").hash if is_cut_alone else None
+        return {"plan": plan, "seconds": round(seconds), "peak": peak, **evaluations}
 
     def _prune(self) -> tuple[float, dict[str, Any]]:
         """The processor seconds of what other cells measured, and the work of the search."""
@@ -422,12 +431,14 @@ def work_of(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def made(cell: Cell, reported: int) -> dict[str, Any]:
+def made(cell: Cell, reported: int, rows: Rows) -> dict[str, Any]:
     """Makes a model: what it took, its perplexity in the protocol of LLM-Pruner, and its loss on the text of searches.
     Of tokenizers with a token for the beginning of a text, also with that, which the protocol leaves out."""
-    price, pool = cell.made(), cell.setting.pooled(cell.seed)
+    row, pool = cell.made(), cell.setting.pooled(cell.seed)
+    if row["plan"] and (known := rows.measured(row["plan"], cell.seed)):
+        return row | known
     fast = in_fastest_dtype(cell.loaded())
-    row: dict[str, Any] = price | {"parameters": count_parameters(fast), "perplexity": {}, "losses": {}}
+    row |= {"parameters": count_parameters(fast), "perplexity": {}, "losses": {}}
     row["objective"] = float((window_losses(fast, pool.objective.windows) - pool.dense_losses).mean())
     has_start = bool(len(start_of_windows(cell.setting.tokenizer, 128)))
     for of, bos in product(TEXTS, (False, True) if has_start else (False,)):
