@@ -36,7 +36,7 @@ def _check_fraction(value: float) -> float:
 def _check_layers(value: float) -> float:
     if value >= 1 and value % 1:
         raise ValueError("is neither a number of layers nor, below 1, a share of all layers")
-    return int(value) if value >= 1 or not value else value
+    return int(value) if value >= 1 or not value else value  # keys of runs hold 4 and not 4.0
 
 
 def size_in_bytes(value: object) -> int:
@@ -72,7 +72,6 @@ Tokens = Annotated[str, BeforeValidator(_check_tokens)]
 TokensOrNone = Annotated[str, BeforeValidator(lambda value: value if value == "none" else _check_tokens(value))]
 Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
-# As an integer where it is one: keys of runs are made from JSON.
 Layers = Annotated[float, Field(ge=0), AfterValidator(_check_layers), PlainSerializer(lambda value: value)]
 # One value stands for a tuple of one.
 ONE_OR_MORE = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))

@@ -86,7 +86,7 @@ def recover(
     if recipe:
         replaced = TRAINING_BUDGETS if given.keys() & {*TRAINING_BUDGETS} else ()
         given = {name: value for name, value in read_recipe(recipe).items() if name not in replaced} | given
-    given |= {"model": str(model)}
+    given["model"] = str(model)
     if RunFolder(given_path(model)).config.is_file():
         run = RunFolder(given_path(model))
         then, healing = run.read_config(), read_healing(run.model)
