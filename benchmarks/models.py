@@ -180,8 +180,9 @@ def trained(
     return healed
 
 
-def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path) -> float:
-    """Makes what a run makes until its model is saved: what is told of models afterwards has no part in their price.
+def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: Path, until: str = "model") -> float:
+    """Makes what a run makes until its model, or another artifact, is saved: what is told of models afterwards has no
+    part in their price.
 
     Returns:
         The processor seconds that other cells spent on what is taken over from them.
@@ -189,7 +190,7 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
     run, prices = RunFolder(folder), output / "seconds.json"
     given = {"model": name, "calibration": text, "evaluate": ("ptb",), "limit": 1}
     making = making_of(resolve(given | options, None, run, None, None), run, Reporter())
-    making.others = [RunFolder(path.parent) for path in output.glob("*/config.yaml")]
+    making.others = [RunFolder(path.parent) for path in output.glob("*/config.yaml") if path.parent != folder]
     spent: dict[str, float] = json.loads(prices.read_text()) if prices.exists() else {}
     taken = 0.0
     with computing_repeatably(torch.device("cpu")), run.locked():
@@ -198,16 +199,18 @@ def prune(name: str, text: str, options: dict[str, Any], output: Path, folder: P
         missing = {node.path for node in making.missing()}
         for node in making.wanted:
             path, key = node.path, making.record(node).key
-            source = next((other for other in making.others if other.is_made(path, key)), None)
+            # After a kill, the folder has some itself.
+            source = next((other for other in (run, *making.others) if other.is_made(path, key)), None)
             if source:
-                run.take_over(path, source)
+                if source is not run:
+                    run.take_over(path, source)
                 taken += spent.get(key, 0.0)
             elif path in missing:
                 begun = time.process_time()
                 making.make(node)
                 making.release_unneeded([other.name for other in making.missing()])
                 spent[key] = time.process_time() - begun
-            if path == "model":
+            if path == until:
                 break
     prices.write_text(json.dumps(spent, indent=2))
     return taken

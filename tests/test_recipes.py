@@ -1,8 +1,10 @@
 """Recipes: every one is valid and opens with its command; those of the paper leave what its protocol leaves."""
 
+import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,8 +14,8 @@ import yaml
 from transformers import LlamaConfig
 
 from adapruner import AdaPrunerError, PruneConfig
-from adapruner.budget.counts import kept_counts, reference_budget
-from adapruner.cli import app
+from adapruner.budget.counts import Profile, kept_counts, reference_budget
+from adapruner.cli import app, main
 from adapruner.model.loading import empty_model
 from adapruner.recipes import read_recipe, recipes
 from adapruner.run.memory import GIB
@@ -57,6 +59,10 @@ def resolved(monkeypatch):
 def test_a_recipe_is_valid_and_opens_with_its_command(recipe, resolved):
     name = recipe.name.removesuffix(".yaml")
     command = shlex.split(recipe.read_text().splitlines()[0].removeprefix("# "))
+    if command[1] == "recover":
+        assert command == ["adapruner", "recover", "RUN", "--recipe", name]
+        app.parse_args(command[1:], exit_on_error=False, print_error=False)
+        return
     options = {"model": "MODEL"} | yaml.safe_load(recipe.read_text())
     named = ["MODEL"] if options["model"] == "MODEL" else []  # those of the paper take any model
     assert command == ["adapruner", "prune", *named, "--recipe", name, "-o", f"runs/{name}"]
@@ -101,6 +107,54 @@ def test_the_recipes_of_the_paper_leave_exactly_what_the_protocol_leaves(recipe,
     assert (kept[middle, "heads"], kept[middle, "channels"]) == (heads, channels)
     assert structure.total_parameters - structure.removed_parameters(counts) == left
     assert config.heal == "none"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "protected"),
+    [
+        ("paper-20", {32: (4, 2), 30: (4, 2), 18: (2, 1), 24: (3, 2), 28: (4, 2), 80: (10, 5), 3: (1, 1)}),
+        ("paper-50", {32: (3, 1), 30: (3, 1), 18: (2, 1), 24: (2, 1), 28: (3, 1), 80: (8, 3), 3: (1, 1)}),
+    ],
+)
+def test_other_depths_are_protected_in_proportion(recipe, protected):
+    for layers, ends in protected.items():
+        config = PruneConfig.from_options(**read_recipe(recipe), model="m")
+        small = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "vocab_size": 8}
+        structure = build_structure(empty_model(LlamaConfig(num_hidden_layers=layers, **small)))
+        profile = reference_budget(config, structure, config.ratio).allocation
+        assert isinstance(profile, Profile)
+        assert (profile.protect_first, profile.protect_last) == ends
+
+
+@pytest.mark.parametrize("recipe", ["paper-20", "paper-50"])
+@pytest.mark.parametrize(
+    ("layers", "options", "documents", "words", "message"),
+    [
+        (2, "", 200, 140, r"all 2 layers are protected \(1 first, 1 last\); lower --protect-first or"),
+        (4, "--protect-first 9", 200, 140, r"all 4 layers are protected \(9 first, 1 last\)"),
+        (4, "--samples 65", 200, 140, "--samples 65 is more than the 64 of --pool"),
+        (4, "", 12, 140, r"(\d+) of \1 documents in .* have at least 128 tokens and give \1 windows, 64 are needed"),
+        (4, "", 200, 127, "0 of .* documents in .* have at least 128 tokens and give 0 windows, 64 are needed"),
+        (4, "--ratio 0.01 --round-to 24", 200, 140, "a ratio of 0.01 removes nothing"),
+        (4, "--ratio 0.9 --ratio-of parameters", 200, 140, "with the first 1 and the last 1 of 4 layers protected, at"),
+        (4, "--protect-first 1.5", 200, 140, "--protect-first 1.5 is neither a number of layers nor, below 1, a share"),
+    ],
+)
+def test_what_the_protocol_cannot_do_is_refused_in_one_line(
+    recipe, layers, options, documents, words, message, model_folder, tmp_path, capsys
+):
+    config = json.loads((model_folder / "config.json").read_text())
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"w{number % 90} w{number // 90} " * (words // 2) for number in range(documents)))
+    command = ["prune", str(folder), "--recipe", recipe, "--calibration", str(text), "--evaluate", str(text)]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "-o", str(tmp_path / "run"), *options.split()])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_go_before_those_of_the_recipe(tmp_path, resolved):

@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.pytorch_utils import Conv1D
 
 import adapruner
-from adapruner import AdaPrunerError, RecoveryOptions, families
+from adapruner import AdaPrunerError, PruneConfig, RecoveryOptions, families
 from adapruner.base.processes import Process
 from adapruner.checkpoint import save_checkpoint
 from adapruner.formats.gguf import write_gguf
@@ -553,6 +553,26 @@ def test_the_teacher_writes_the_text_itself(model_folder, tmp_path):
     assert (record.method, record.training_examples, record.validation_examples) == ("distillation", 14, 7)
     assert {part.learnt for part in record.parts.values()} == {4}
     assert record.loss_before < 1e-3
+
+
+def test_the_recipe_of_the_paper_trains_what_llm_pruner_trains(model_folder, tmp_path, capsys):
+    """In a run, it comes before what the run was made from; arguments come before the recipe."""
+    run, data = tmp_path / "run", tmp_path / "alpaca.jsonl"
+    shutil.copytree(model_folder, run / "model")
+    PruneConfig.from_options(model=str(model_folder), calibration="mix").save(run / "config.yaml")
+    data.write_text("".join(f'{{"instruction": "w{n}", "input": "", "output": "w{n + 1}"}}\n' for n in range(40)))
+    assert exit_code(["recover", str(run), "--recipe", "paper", "--data", str(data), "--seed", "3", "--json"]) == 0
+    record = read_record(run / "recovered")
+    assert record.method == "labels"
+    assert (record.steps, record.training_examples + record.validation_examples) == (2, 40)
+    wanted = {"train": "lora", "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 1e-4}
+    wanted |= {"warmup_steps": 100, "batch_size": 64, "epochs": 2, "seq_len": 256, "seed": 3}
+    assert record.config.items() >= wanted.items()
+    shorter = adapruner.recover(run, str(data), tmp_path / "short", recipe="paper", steps=1)
+    assert (shorter.steps, shorter.config["epochs"]) == (1, None)
+    capsys.readouterr()
+    assert exit_code(["recover", str(run), "--recipe", "paper-20"]) == 2
+    assert "--ratio is not an option" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from optuna import create_study
 from optuna.samplers import RandomSampler
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.importance import TERMS, needs_moments, register_term, score_groups
@@ -21,7 +22,15 @@ from adapruner.measurement.moments import measure_moments, removal_errors
 from adapruner.measurement.taylor import Statistics, measure
 from adapruner.options import PruneOptions
 from adapruner.search.judging import plan_candidate
-from adapruner.search.space import Candidate, ExtendedSpace, PaperSpace, SearchSpace, SubsetFamily, build_subset_family
+from adapruner.search.space import (
+    FEATURES,
+    Candidate,
+    ExtendedSpace,
+    PaperSpace,
+    SearchSpace,
+    SubsetFamily,
+    build_subset_family,
+)
 from adapruner.search.study import Search, SearchResult, StudyFile
 from adapruner.structure.build import build_structure
 
@@ -158,6 +167,73 @@ def test_pools_of_any_size(model, windows):
     for size in (1, 2, 3):
         family = build_subset_family(statistics.select(range(size)), structure, counts)
         assert family.choose(size, {"loss": 0.5}) == tuple(range(size))
+
+
+def importance_by_autograd(model: PreTrainedModel, windows: Tensor, terms: dict[str, float]) -> list[Tensor]:
+    """A mix of the formulas of LLM-Pruner, for the KV groups and channels of every layer of the tiny Llama, from one
+    backward pass for each window."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2}
+    products: dict[str, list[Tensor]] = {name: [] for name in weights}
+    for window in windows:
+        gradients = torch.autograd.grad(model(window[None], labels=window[None]).loss, [*weights.values()])
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            products[name].append((weight * gradient).detach().double())
+    scores = []
+    for layer in range(4):
+        rows: dict[str, list[Tensor]] = {"heads": [], "channels": []}
+        for name, of_samples in products.items():
+            kind = "heads" if "self_attn" in name else "channels"
+            if f"layers.{layer}." in name:
+                product = torch.stack(of_samples)  # [samples, outputs, inputs]
+                vectors = product.mT if name.endswith(("o_proj.weight", "down_proj.weight")) else product
+                values = {
+                    "coarse_first": vectors.sum(2).mean(0).abs(),
+                    "coarse_second": vectors.sum(2).square().mean(0) / 2,
+                    "fine_first": vectors.abs().sum(2).mean(0),
+                    "fine_second": vectors.square().sum(2).mean(0) / 2,
+                }
+                mixed = sum((weight * values[term] for term, weight in terms.items()), torch.zeros(()))
+                # Three KV groups, each of two query heads; or 24 channels.
+                rows[kind].append(mixed.view(3 if kind == "heads" else 24, -1).sum(1))
+        scores += [torch.stack(rows["heads"]).sum(0), torch.stack(rows["channels"]).sum(0)]
+    return scores
+
+
+ENDS = {
+    "vector": ({"fine": 0, "coarse_second_order": 0, "fine_second_order": 1}, {"coarse_first": 1.0}),
+    "vector, second order": ({"fine": 0, "coarse_second_order": 1, "fine_second_order": 0}, {"coarse_second": 1.0}),
+    "element": ({"fine": 1, "coarse_second_order": 1, "fine_second_order": 0}, {"fine_first": 1.0}),
+    "element, second order": ({"fine": 1, "coarse_second_order": 0, "fine_second_order": 1}, {"fine_second": 1.0}),
+    "element, mixed": (
+        {"fine": 1, "coarse_second_order": 0, "fine_second_order": 0.5},
+        {"fine_first": 1.0, "fine_second": 1e6},
+    ),
+    "everything": (
+        {"fine": 0.75, "coarse_second_order": 0.5, "fine_second_order": 0.5},
+        {"coarse_first": 1.0, "coarse_second": 1e6, "fine_first": 3e-3, "fine_second": 3e3},
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_space_of_the_paper_holds_the_formulas_of_llm_pruner(end, samples, model, windows):
+    """At the ends of its α, and in between with its factors; the samples that are selected are those that count."""
+    structure, (metric, terms) = build_structure(model), ENDS[end]
+    counts = [max(1, block.groups // 2) for block in structure.blocks]
+    statistics = measure(model, structure, windows)
+    space = PaperSpace(build_subset_family(statistics, structure, counts), samples, 0, alignment="paper")
+    factors = {"metric.second_order_factor": 1e6, "metric.fine_factor": 1e-3}
+    tilt = {f"samples.tilt_{feature}": 0.5 for feature in FEATURES}
+    candidate = space.suggest(FixedTrial({f"metric.{name}": value for name, value in metric.items()} | factors | tilt))
+    assert len(candidate.samples) == samples
+    expected = importance_by_autograd(model, windows[[*candidate.samples]], terms)
+    scores = score_groups(statistics.select(candidate.samples), structure, candidate.point)
+    plan = plan_candidate(structure, statistics, candidate, counts)
+    of_blocks = scores.split([block.groups for block in structure.blocks])
+    for own, truth, kept, count in zip(of_blocks, expected, plan.blocks, counts, strict=True):
+        torch.testing.assert_close(own / own.mean(), truth / truth.mean(), rtol=2e-3, atol=2e-3)
+        assert {*kept.kept} == {*truth.topk(count).indices.tolist()}
 
 
 def windowed(candidate: Candidate, windows: range, asked: list[int] | None = None) -> Iterator[Tensor]:

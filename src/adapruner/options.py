@@ -13,6 +13,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    PlainSerializer,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -30,6 +31,12 @@ def _check_fraction(value: float) -> float:
         percent = value if 1 < value < 100 else 20
         raise ValueError(f"is not a fraction between 0 and 1: {percent / 100:g} removes {percent:g} %")
     return value
+
+
+def _check_layers(value: float) -> float:
+    if value >= 1 and value % 1:
+        raise ValueError("is neither a number of layers nor, below 1, a share of all layers")
+    return int(value) if value >= 1 or not value else value  # keys of runs hold 4 and not 4.0
 
 
 def size_in_bytes(value: object) -> int:
@@ -65,6 +72,7 @@ Tokens = Annotated[str, BeforeValidator(_check_tokens)]
 TokensOrNone = Annotated[str, BeforeValidator(lambda value: value if value == "none" else _check_tokens(value))]
 Size = Annotated[str, BeforeValidator(_check_size)]
 Fraction = Annotated[float, AfterValidator(_check_fraction)]
+Layers = Annotated[float, Field(ge=0), AfterValidator(_check_layers), PlainSerializer(lambda value: value)]
 # One value stands for a tuple of one.
 ONE_OR_MORE = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))
 Names = Annotated[tuple[str, ...], ONE_OR_MORE]
@@ -283,15 +291,13 @@ class PruneOptions(_Options):
         default="per-layer",
         description="Layers of different widths, or of equal widths, which every loader of the family supports.",
     )
-    protect_first: int | None = Field(
+    protect_first: Layers | None = Field(
         default=None,
-        ge=0,
-        description="Layers at the input that are not pruned; by default 4, or as many as the ratio allows.",
+        description="Layers at the input that are not pruned, or below 1 their share of all layers, at least one layer;"
+        " by default 4, or as many as the ratio allows.",
     )
-    protect_last: int | None = Field(
-        default=None,
-        ge=0,
-        description="Layers at the output that are not pruned; by default 1, or as many as the ratio allows.",
+    protect_last: Layers | None = Field(
+        default=None, description="The same at the output; by default 1, or as many as the ratio allows."
     )
     head_granularity: HeadGranularity = Field(
         default="kv-group",

@@ -252,8 +252,8 @@ def default_budget(
     layout: Layout,
     ratio_of: RatioOf,
     round_to: int,
-    protect_first: int | None,
-    protect_last: int | None,
+    protect_first: float | None,
+    protect_last: float | None,
     head_share: float | None,
     tensor_parallel: int = 1,
 ) -> Budget:
@@ -263,7 +263,8 @@ def default_budget(
     reachable: dict[Budget, float] = {}
     for first, last, heads in _DEFAULT_ALLOCATIONS:
         profile = Profile(
-            first if protect_first is None else protect_first, last if protect_last is None else protect_last
+            first if protect_first is None else _layers(protect_first, structure.layers),
+            last if protect_last is None else _layers(protect_last, structure.layers),
         )
         allocation: Allocation = "uniform" if layout == "uniform" else profile
         counted: RatioOf = "groups" if ratio_of == "groups" else "parameters"
@@ -281,6 +282,11 @@ def default_budget(
     if not reachable:
         raise refusal
     return min(reachable, key=reachable.__getitem__)
+
+
+def _layers(number: float, depth: int) -> int:
+    """A number of layers, which may be given as a share of the depth: then rounded, and at least one."""
+    return int(number) if number >= 1 or not number else max(1, math.floor(number * depth + 0.5))
 
 
 def largest_channel_share(structure: Structure, counts: Sequence[int]) -> float:

@@ -135,8 +135,8 @@ class PruningPlan(BaseModel, extra="forbid", frozen=True, strict=True):
         ratio: float = 0.2,
         *,
         round_to: int = 32,
-        protect_first: int | None = None,
-        protect_last: int | None = None,
+        protect_first: float | None = None,
+        protect_last: float | None = None,
         head_share: float | None = None,
     ) -> PruningPlan:
         """The plan that keeps in every block the groups with the highest scores.

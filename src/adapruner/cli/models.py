@@ -38,6 +38,7 @@ def recover(
     data: str | None = None,
     output: Output | None = None,
     teacher: str | None = None,
+    recipe: str | None = None,
     options: Annotated[RecoveryOptions | None, Parameter(name="*")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -53,6 +54,7 @@ def recover(
     adapruner recover runs/a/model --data alpaca -o runs/a/tuned
     adapruner recover runs/a/model --data c4 --teacher Qwen/Qwen3-0.6B -o runs/b
     adapruner recover runs/a/model --data c4 --train full --tokens 2M -o runs/b
+    adapruner recover runs/paper-20 --recipe paper
     ```
 
     Args:
@@ -61,13 +63,14 @@ def recover(
             run, by default the text that it was calibrated on, with its teacher and tokens.
         output: Folder of the fine-tuned model; of a run, by default recovered/ in it.
         teacher: The dense model, for distillation.
+        recipe: Options to start from: paper, which is the fine-tuning of the paper, or a YAML file.
         overwrite: Start again if the folder holds another fine-tuned model.
     """
     with starting():
         from adapruner.base.processes import this_process
         from adapruner.run.recover import recover as run
 
-    record = run(model, data, output, teacher, overwrite, dtype, device, **given(options))
+    record = run(model, data, output, teacher, overwrite, dtype, device, recipe, **given(options))
     if not this_process().leads:
         return
     losses = f"validation loss {record.loss_before:.4f} → {record.loss_after:.4f} nats per token"

@@ -309,7 +309,7 @@ def env(*, json: Json = False) -> None:
 
 
 def recipes(name: str | None = None, /, *, json: Json = False) -> None:
-    """List the recipes of the package, options for adapruner prune --recipe NAME, or print one to edit it.
+    """List the recipes of the package, options for adapruner prune and recover --recipe NAME, or print one to edit it.
 
     ```console
     adapruner recipes

@@ -239,8 +239,8 @@ def starting_budget(
     layout: Layout,
     ratio_of: RatioOf,
     round_to: int,
-    protect_first: int | None,
-    protect_last: int | None,
+    protect_first: float | None,
+    protect_last: float | None,
     head_share: float | None,
     tensor_parallel: int,
 ) -> Budget:

@@ -31,6 +31,7 @@ from adapruner.model.loading import (
 )
 from adapruner.model.places import ModelLocation, find_model
 from adapruner.options import TRAINING_BUDGETS, Dtype, PruneOptions, RecoverConfig
+from adapruner.recipes import read_recipe
 from adapruner.report.card import card_of_recovered, read_card
 from adapruner.run.folder import RunFolder
 from adapruner.run.inputs import content_of_blend, content_of_model
@@ -58,6 +59,7 @@ def recover(
     overwrite: bool = False,
     dtype: Dtype = "auto",
     device: str = "auto",
+    recipe: str | Path | None = None,
     **options: Any,
 ) -> RecoveryRecord:
     """Fine-tunes a pruned model and writes it as a normal checkpoint with the record that is returned. A killed call
@@ -71,14 +73,20 @@ def recover(
         output: the folder of the recovered model; of a run, by default `recovered` in its folder.
         teacher: the dense model, for distillation.
         overwrite: start again if the folder holds another recovery.
+        recipe: options to start from instead of those of the run, by the name of a shipped recipe or a YAML file; the
+            other arguments override them.
         options: the fields of `RecoveryOptions`.
 
     Raises:
         AdaPrunerError: an option, the data, a model or the folder is invalid, before the weights are loaded; or the
             loss is not finite any more.
     """
-    given = {"data": data, "teacher": teacher, "output": output}
-    given = {"model": str(model)} | {name: value for name, value in given.items() if value is not None} | options
+    named = {"data": data, "teacher": teacher, "output": output, "dtype": None if dtype == "auto" else dtype}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None} | options
+    if recipe:
+        replaced = TRAINING_BUDGETS if given.keys() & {*TRAINING_BUDGETS} else ()
+        given = {name: value for name, value in read_recipe(recipe).items() if name not in replaced} | given
+    given["model"] = str(model)
     if RunFolder(given_path(model)).config.is_file():
         run = RunFolder(given_path(model))
         then, healing = run.read_config(), read_healing(run.model)
@@ -89,14 +97,14 @@ def recover(
         if healing and healing.record:
             trains_the_same = given.get("train", healing.trained) == healing.trained
             names = healing.record.config.keys() - {*TRAINING_BUDGETS, "seed"} if trains_the_same else _OF_TEXT
-            of_run |= {name: healing.record.config[name] for name in names - (_OF_TEXT if data else set())}
+            of_run |= {name: healing.record.config[name] for name in names - (_OF_TEXT if "data" in given else set())}
         text = absolute_blend(then.calibration, "calibration")
         of_run |= {"data": text, "teacher": then.model, "output": run.path / "recovered"}
         given = of_run | given | {"model": str(run.model)}
     if lacking := [name for name in ("data", "output") if name not in given]:
         raise AdaPrunerError(f"name `{lacking[0]}`: {model} is not the folder of a run")
     folder = RecoveryFolder(output_path(str(given.pop("output"))))
-    config, process = RecoverConfig.from_options(dtype=dtype, **given), this_process()
+    config, process = RecoverConfig.from_options(**given), this_process()
     check_device(resolve_device(device))
     check_processes(config)
     check_trainer_options(config)
