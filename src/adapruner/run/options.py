@@ -370,7 +370,6 @@ def ratio_within(limit: SizeLimit, config: PruneConfig, of_tokens: float = 0.0) 
     return math.ceil(1e5 * (ratio + of_tokens) * share) / 1e5
 
 
-<<<<<<< HEAD
 def sizes_of_codes(
     config: PruneConfig,
     location: ModelLocation,
@@ -388,21 +387,12 @@ def sizes_of_codes(
     return before, (before - after) / structure.removed_parameters(counts)
 
 
-def _share_of_tokens(config: PruneConfig, location: ModelLocation, model_config: PreTrainedConfig) -> float:
-    """The share of the parameters of the decoder that fewer tokens remove."""
-    if not config.vocabulary:
-        return 0.0
-    sources, tokenizer = [*map(parse_source, config.vocabulary)], load_tokenizer(location)
-    chosen = fewer_tokens(location, model_config, tokenizer, sources, config.vocabulary_size, TOKENS_MULTIPLE)
-    return chosen.summary.removed_share
-=======
 def _share_of_tokens(config: PruneConfig, run: RunFolder) -> float:
     """The share of the parameters of the decoder that fewer tokens remove; counted unless the run has counted them."""
     reporter, as_json = Reporter(), config.model_dump(mode="json")
     making: Making = Making(GRAPH, dict(config), as_json, {"reporter": reporter}, run, reporter)
     chosen = making.value(tokens_left)
     return chosen.summary.removed_share if chosen else 0.0
->>>>>>> wt-b
 
 
 def _highest(has_plan: Callable[[float], bool], too_high: float) -> float:
