@@ -14,7 +14,9 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test bench screenshots clean
 
 demo: .venv/demo .data/ready
-	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-6 --output runs/demo
+	ADAPRUNER_DATA=$(DATA) $(BIN)/adapruner prune --recipe smollm2-10 --output runs/demo
+	$(BIN)/adapruner benchmark runs/demo/model --against smollm2 --batch-size 1 --repetitions 3 --output runs/demo/speed.json
+	$(BIN)/adapruner report runs/demo
 
 test: .venv/dev .data/ready
 	$(BIN)/ruff format --check .
