@@ -18,7 +18,7 @@ from adapruner.budget.counts import Budget, Profile, kept_counts
 from adapruner.budget.plan import PruningPlan, make_plan
 from adapruner.checkpoint import save_checkpoint
 from adapruner.evaluation import losses as _losses
-from adapruner.evaluation.losses import losses_by_batch, losses_in_step, token_losses
+from adapruner.evaluation.losses import losses_by_batch, token_losses
 from adapruner.families import open_model
 from adapruner.families.inference import infer_architecture, random_model
 from adapruner.measurement.moments import measure_moments
@@ -133,7 +133,7 @@ def test_a_pruned_model_is_run_with_one_reading(family, make_model, windows, tmp
     plan = random_plan(structure, Budget(0.1, Profile(1, 0), heads=0.5), 0)
     streamed = load_model(find_model(on_disk(model, tmp_path)), layer_wise=True)
     read = noting_reads(streamed)
-    losses = losses_in_step(streamed, prune_model(streamed, structure, plan, compensation), windows)
+    losses = list(losses_by_batch(prune_model(streamed, structure, plan, compensation), windows))
     # The first layer is also read to see what layers are called with.
     assert read == [0, *range(structure.layers)]
     expected = losses_by_batch(prune_model(model, structure, plan, compensation), windows)

@@ -65,7 +65,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
         at_once = max(1, _TOKENS_PER_READING // batches[0].numel())
         for first in range(0, len(batches), at_once):
             together = torch.cat(list(batches[first : first + at_once]))
-            yield from _token_losses_in_step(model, model, together)
+            yield from _losses_layer_by_layer(model, together)
         return
     for batch in batches:
         with torch.inference_mode():
@@ -150,20 +150,16 @@ def may_overflow(model: PreTrainedModel) -> bool:
     return False
 
 
-def losses_in_step(dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """The losses of `losses_by_batch` for a model whose layers are cut from streamed layers as these are read."""
-    return [losses.double().mean(1) for losses in _token_losses_in_step(dense, model, windows)]
-
-
-def _token_losses_in_step(dense: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """The losses of `token_losses` for such a model, or for the streamed model itself."""
-    batches, losses = _batches(windows, dense), []
+def _losses_layer_by_layer(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
+    """The losses of `token_losses` for a streamed model, of which each layer is read once for all windows, but the
+    first, which is also run to see what layers are called with."""
+    batches, losses = _batches(windows, model), []
     with torch.inference_mode():
-        with loaded_layer(dense, 0):
+        with loaded_layer(model, 0):
             entered = enter_layers(model, batches)
         states = [state for state, _ in entered]
-        for layer in range(len(decoder_layers(dense))):
-            with loaded_layer(dense, layer), loaded_layer(model, layer) as module:
+        for layer in range(len(decoder_layers(model))):
+            with loaded_layer(model, layer) as module:
                 states = [calls[layer].run(module, state) for state, (_, calls) in zip(states, entered, strict=True)]
         for batch, state, (_, calls) in zip(batches, states, entered, strict=True):
             with skipping_layers(model, len(decoder_layers(model)), state, calls[0]):

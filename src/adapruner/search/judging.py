@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from adapruner.budget.counts import ByCost
 from adapruner.budget.plan import PruningPlan, make_plan
-from adapruner.evaluation.losses import compute_prefix, log_probabilities, losses_by_batch, losses_in_step
+from adapruner.evaluation.losses import compute_prefix, log_probabilities, losses_by_batch
 from adapruner.importance import score_groups
 from adapruner.measurement.moments import InputMoments
 from adapruner.measurement.taylor import Statistics
-from adapruner.model.layers import is_streamed, loaded_layer
+from adapruner.model.layers import loaded_layer
 from adapruner.search.space import Candidate
 from adapruner.structure.blocks import Block, Structure
 from adapruner.surgery import prune_model
@@ -188,18 +188,9 @@ class Objective:
             yield from self._judged[plan.hash]
             return
         cut = prune_model(self.model, self.structure, plan, self.compensation)
-        losses: Iterable[Tensor] = losses_by_batch(cut, self.windows)
-        if is_streamed(self.model):
-            losses = losses_in_step(self.model, cut, self.windows)
-        judged = []
-        for increases in self._over_dense(losses):
-            judged.append(increases)
-            yield increases
+        judged, begin = list[Tensor](), 0
+        for losses in losses_by_batch(cut, self.windows):
+            judged.append(losses - self.dense_losses[begin : begin + len(losses)])
+            begin += len(losses)
+            yield judged[-1]
         self._judged[plan.hash] = judged
-
-    def _over_dense(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The losses of batches, less those of the dense model."""
-        begin = 0
-        for batch in losses:
-            yield batch - self.dense_losses[begin : begin + len(batch)]
-            begin += len(batch)
