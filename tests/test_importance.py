@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
-from adapruner.importance import ACTIVATION_METRICS, LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
+from adapruner.importance import LLM_PRUNER_METRICS, TERMS, MetricPoint, score_groups
 from adapruner.measurement.moments import measure_moments, removal_errors
 from adapruner.measurement.taylor import measure
 from adapruner.options import PruneConfig
@@ -123,6 +123,13 @@ def test_what_takes_part_in_nothing_is_not_important(term, silent, model, window
     heads, channels = (scores[structure.block_of_group == block] for block in (2, 3))
     assert int(heads.argmin()) == 1
     assert int(channels.argmin()) == 7
+
+
+# Peers that rank by activations, as points of this space (see the terms for their sources).
+ACTIVATION_METRICS = {
+    "wanda_sp": MetricPoint(weights={"activation_norm": 1}, alignment="none"),
+    "flap": MetricPoint(weights={"fluctuation": 1}, alignment="standard", reduction="mean"),
+}
 
 
 @pytest.mark.parametrize("metric", ACTIVATION_METRICS)

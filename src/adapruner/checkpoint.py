@@ -49,7 +49,7 @@ def write_model(model: PreTrainedModel, folder: Path, shard_size: str) -> None:
         save_torch_state_dict(
             dict(wrapper.other_tensors()), folder, filename_pattern=_OTHER_FILES, max_shard_size=shard_size
         )
-    _index(folder)
+    index_files(folder)
     add_older_keys(folder / "config.json", wrapper.text if wrapper else None)
 
 
@@ -147,7 +147,7 @@ def write_card(folder: Path, card: str) -> None:
     write_text(folder / "README.md", printable(card))
 
 
-def _index(folder: Path) -> None:
+def index_files(folder: Path) -> None:
     """Gives the files of weights in a folder the names that loaders expect, with an index if there are several."""
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.index.json"):

@@ -2,7 +2,6 @@
 in its dtype and with its scales, and the model is never in memory."""
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from adapruner.base.errors import AdaPrunerError
 from adapruner.budget.plan import BlockPlan, PruningPlan, make_plan
-from adapruner.checkpoint import add_older_keys
+from adapruner.checkpoint import add_older_keys, index_files
 from adapruner.model.architecture import is_pruned
 from adapruner.model.config import find_wrapper
 from adapruner.model.loading import empty_model, is_streamable
@@ -199,6 +198,4 @@ def _write_shards(tensors: Mapping[str, _Copied], folder: Path, shard_size: str)
             if copied.kept is not None:
                 values[name] = values[name].index_select(copied.axis, copied.kept)
         save_file(values, folder / file, {"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index_files(folder)

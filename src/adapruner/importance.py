@@ -210,12 +210,6 @@ LLM_PRUNER_METRICS = {
     "param_mix": MetricPoint(weights={"fine_first": 1, "fine_second": 1}, alignment="none"),
 }
 
-# Peers that rank by activations, as points of this space (see the terms for their sources).
-ACTIVATION_METRICS = {
-    "wanda_sp": MetricPoint(weights={"activation_norm": 1}, alignment="none"),
-    "flap": MetricPoint(weights={"fluctuation": 1}, alignment="standard", reduction="mean"),
-}
-
 
 def score_groups(statistics: Statistics, structure: Structure, point: MetricPoint) -> Tensor:
     """The importance of every group: S(G) = Σ_terms weight · reduction over the vectors of the term (Kong et al., arXiv

@@ -171,23 +171,17 @@ def estimate_memory(
     return Memory(*max(sizes, key=lambda entry: entry[0] + entry[1]), host=0 if on_host else max(saving, of_pool))
 
 
-def copies_experts(
-    config: PruneConfig, location: ModelLocation, model: PreTrainedModel, structure: Structure, counts: Sequence[int]
-) -> bool:
-    """True if a model whose blocks keep so many groups is copied out of the files of the dense one: whole experts alone
-    are removed, and the weights keep their dtype and their tokens."""
-    as_stored = dtype_of_weights(model, config.dtype) == dtype_of_weights(model, "auto") and not config.vocabulary
-    is_of_experts = fields_without_experts(structure, counts) is not None
-    return as_stored and is_of_experts and are_copyable(location, model.config)
-
-
 def keeps_codes(
     config: PruneConfig, location: ModelLocation, model: PreTrainedModel, structure: Structure, counts: Sequence[int]
 ) -> bool:
-    """True if these are copied in FP8 or MXFP4, and left so: training would write all weights in 16 bits, and is done
-    on request alone."""
+    """True if a model in FP8 or MXFP4, whose blocks keep so many groups, is copied out of its files and left so: whole
+    experts alone are removed, and weights keep their dtype and their tokens. Training would write all weights in 16
+    bits, and is done on request alone."""
     is_asked = config.heal != "none" and "heal" in config.given
-    return not is_asked and holds_codes(location) and copies_experts(config, location, model, structure, counts)
+    as_stored = dtype_of_weights(model, config.dtype) == dtype_of_weights(model, "auto") and not config.vocabulary
+    if is_asked or not as_stored or not holds_codes(location):
+        return False
+    return fields_without_experts(structure, counts) is not None and are_copyable(location, model.config)
 
 
 def bytes_in_files(
