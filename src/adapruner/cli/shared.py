@@ -51,7 +51,7 @@ OPTION_GROUPS: dict[str, tuple[str, ...]] = {
     "Model and memory": ("device", "dtype", "layer_wise", "ignore_memory", "architectures", "plugins"),
 }
 # Of `recover`, what most runs set.
-_MOST_USED_IN_TRAINING = ("train", "tokens", "learning_rate", "seq_len", "micro_batch_size", "gradient_checkpointing")
+_MOST_USED_IN_TRAINING = ("train", "tokens", "learning_rate", "seq_len", "micro_batch_size")
 # A word of the command line that is read before it: what a help shows is fixed when the verbs are defined.
 HELP_ALL = "--help-all"
 SHOWS_ALL = HELP_ALL in sys.argv
