@@ -112,8 +112,9 @@ def estimate_memory(
 
     dense = held(total) * (size + trial.itemsize * (trial != dtype))  # with its copy for trials
     pruned = held(left) * size
-    # A file is in memory with its copy in the form in which it is written, and the layer that begins the next one.
-    saving = 2 * min(left * size, size_in_bytes(SHARD_SIZE)) + max(layers) * size * by_layer
+    # With its bytes; of experts that are written one by one, with a copy too.
+    copies = 2 + structure.has_experts
+    saving = copies * min(left * size, size_in_bytes(SHARD_SIZE)) + max(layers) * size * by_layer
     is_left = location is not None and keeps_codes(config, location, model, structure, counts)
 
     # Tensors beside the weights, by the option that lowers them: until the search, and from then on.
