@@ -369,7 +369,7 @@ def test_what_is_made_early_is_made_once_and_kept(folder, capsys):
         run = making(folder, graph=graph, size=size)
         run.make_missing()
         assert run.given["calls"] == called
-    # Without its text, what is damaged cannot be made again; with it, it is.
+    # What is damaged is rebuilt from its text, if that is at hand.
     (folder / "length.json").write_text("7")
     with pytest.raises(FileNotFoundError):
         making(folder, graph=graph, size=2).make_missing()
